@@ -1,0 +1,215 @@
+"""Causal history routing (CHR): which past frames each branch may read. KVPO, arXiv 2605.14278, routing section.
+
+An autoregressive video model denoises one block of frames while attending to a window of past frames: the first ones
+(the sink) and the last ones. CHR explores by changing only this window. From one fork on, every branch reads the sink,
+its own few routed frames drawn from the older history, and the nearest frames; noise and solver stay as they are.
+
+Everything is a frame number counted from the start of the video, and every count is of PAST frames: the block being
+denoised always sees itself and is counted nowhere here.
+
+Paper / authors' code / this file:
+1. Counting. The authors' m_nearest_frames includes the current block, so their m is `nearest + block` here.
+2. Pool. Paper: all frames between the sink and the nearest ones. Authors: one block less, because they subtract m from
+   the fork, so the frames fork-4..fork-2 are read by no branch. Here: as the paper; `gap=window.block` is theirs.
+3. Draw. Paper: each branch uniformly, without replacement (`uniform_routes`). Authors: shifted windows of a single
+   permutation (`dispersed_routes`), where neighbouring branches mostly share all frames but one.
+4. Look-up. Once their cache has rolled, the authors read every routed frame one block later than planned. Frames are
+   absolute here, so there is nothing to shift.
+Symbols: G branches, L frames read. DS, KV, CM: pipeline/diversity_sampling.py, trainer/kvpo.py and
+wan/modules/causal_model.py of the authors' LongLive variant.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+DROPPED, SINK, ROUTED, NEAREST = 0, 1, 2, 3  # labels of `route_mask`
+
+
+@dataclass(frozen=True)
+class Window:
+    """Attention window of one block, in frames. Raises ValueError for sizes that cannot work."""
+
+    sink: int = 3  # first frames of the video, always read
+    past: int = 6  # other past frames a block reads; sink 3 + past 6 + current 3 = the 12-frame attention window
+    block: int = 3  # frames denoised together
+    history: int = 33  # frames kept resident, sink included; routing cannot reach further back
+
+    def __post_init__(self):
+        for name, least in (("sink", 0), ("past", 1), ("block", 1), ("history", self.sink + self.past)):
+            if getattr(self, name) < least:
+                raise ValueError(f"Window.{name} must be at least {least} frames, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one group of branches does differently from the anchor."""
+
+    fork: int  # first frame of the first routed block; everything before it is shared
+    pool: range  # frames that could be drawn
+    routes: Tensor  # [G, n_routed] routed frames of each branch, ascending; the same in all routed blocks
+    n_blocks: int  # routed blocks, counted from the fork
+
+
+def chunk_starts(total: int, first: int = 21, rest: int = 18) -> list[int]:
+    """First frames of the chunks of a video of `total` frames: `first` frames, then `rest` each (DS:417-438)."""
+    if min(total, first, rest) < 1:
+        raise ValueError(f"total, first and rest must be at least 1 frame, got {total}, {first}, {rest}")
+    return [0, *range(first, total, rest)]
+
+
+def ordinary_frames(start: int, window: Window) -> Tensor:
+    """Frames [L] that an unrouted block at `start` reads: the sink, then the last `past` ones, ascending (CM:395-413).
+
+    L is sink + past once start >= sink + past; a block nearer to the start of the video reads what there is.
+    """
+    if start < 0:
+        raise ValueError(f"start must be a frame number, 0 or more, got {start}")
+    last = range(max(window.sink, start - window.past), start)
+    return torch.tensor([*range(min(window.sink, start)), *last], dtype=torch.long)  # [L]
+
+
+def pool(fork: int, window: Window, nearest: int, n_blocks: int, gap: int = 0) -> range:
+    """Frames that may be routed to blocks fork, ..., fork + block * (n_blocks - 1); empty if there are none.
+
+    The oldest must still be resident when the last of these blocks is made. The newest lies before the `nearest`
+    frames, and `gap` frames before those. gap 0 is the paper's; gap = window.block is the authors' (DS:86-113).
+    """
+    if not 0 <= nearest < window.past:
+        raise ValueError(f"nearest must be 0..{window.past - 1}, to leave room for a routed frame, got {nearest}")
+    last = fork + window.block * (n_blocks - 1)
+    lo = max(window.sink, last - (window.history - window.sink))
+    return range(lo, max(lo, fork - nearest - gap))
+
+
+def blocks_to_chunk_end(fork: int, total: int, window: Window, first: int = 21, rest: int = 18) -> int:
+    """Whole blocks from `fork` to the end of its chunk. These are the blocks that the authors replay and score."""
+    if not 0 <= fork < total:
+        raise ValueError(f"fork must be a frame of the video, 0..{total - 1}, got {fork}")
+    ends = [*chunk_starts(total, first, rest)[1:], total]
+    return (next(end for end in ends if end > fork) - fork) // window.block
+
+
+def eligible_forks(
+    total: int, window: Window, nearest: int, n_blocks: int | None,
+    first_chunks: int = 7, first: int = 21, rest: int = 18, gap: int = 0,
+) -> list[int]:  # fmt: skip
+    """Starts of the blocks where a group can fork (rule of DS:86-113), ascending, possibly none.
+
+    A fork needs a full attention window of frames before it, `n_blocks` whole blocks in its chunk (None: all that
+    are left of the chunk), a chunk among the `first_chunks`, and a pool of at least past - nearest frames: a routed
+    block reads exactly as many frames as an ordinary one, so that anchor and branches run as one batch.
+    """
+    if n_blocks is not None and n_blocks < 1:
+        raise ValueError(f"n_blocks must be at least 1 block, or None for the rest of the chunk, got {n_blocks}")
+    forks, starts = [], chunk_starts(total, first, rest)
+    for start, end in list(zip(starts, [*starts[1:], total], strict=True))[:first_chunks]:
+        for fork in range(start, end - window.block + 1, window.block):
+            left = (end - fork) // window.block
+            n = left if n_blocks is None else n_blocks
+            enough = len(pool(fork, window, nearest, n, gap)) >= window.past - nearest
+            if n <= left and enough and fork >= window.sink + window.past + window.block:
+                forks.append(fork)
+    return forks
+
+
+def uniform_routes(frames: Sequence[int], n_routed: int, n_branches: int, generator: Generator) -> Tensor:
+    """Each branch draws `n_routed` of `frames` uniformly, none twice: [G, n_routed], ascending (the paper's)."""
+    _check_draw(frames, n_routed, n_branches)
+    index = torch.stack([torch.randperm(len(frames), generator=generator)[:n_routed] for _ in range(n_branches)])
+    return torch.tensor(frames)[index].sort(dim=1).values  # [G, n_routed]
+
+
+def dispersed_routes(frames: Sequence[int], n_routed: int, n_branches: int, generator: Generator) -> Tensor:
+    """Branches take shifted windows of one shared permutation of `frames`: [G, n_routed], ascending (DS:366-415).
+
+    The shift is len(frames) // G, at least 1: with a shift of 1 two neighbours differ in a single frame, and when
+    n_routed is the whole pool all branches are the same.
+    """
+    _check_draw(frames, n_routed, n_branches)
+    permutation = torch.randperm(len(frames), generator=generator)
+    shift = max(1, len(frames) // n_branches)
+    slots = torch.arange(n_branches)[:, None] * shift + torch.arange(n_routed)  # [G, n_routed]
+    return torch.tensor(frames)[permutation[slots % len(frames)]].sort(dim=1).values  # [G, n_routed]
+
+
+def plan(
+    total: int, window: Window, nearest: int, n_blocks: int | None, n_branches: int, generator: Generator,
+    first_chunks: int = 7, first: int = 21, rest: int = 18,
+) -> Plan:  # fmt: skip
+    """The paper's plan: a uniform fork, then uniform routes of past - nearest frames. Arguments as `eligible_forks`."""
+    fork = _pick(eligible_forks(total, window, nearest, n_blocks, first_chunks, first, rest), generator)
+    n_blocks = n_blocks or blocks_to_chunk_end(fork, total, window, first, rest)
+    frames = pool(fork, window, nearest, n_blocks)
+    return Plan(fork, frames, uniform_routes(frames, window.past - nearest, n_branches, generator), n_blocks)
+
+
+def plan_official(
+    seed: int, sample_idx: int, seed_context: int,
+    total: int, window: Window, nearest: int, n_blocks: int, n_branches: int,
+    first_chunks: int = 7, first: int = 21, rest: int = 18,
+) -> Plan:  # fmt: skip
+    """The authors' plan, integer for integer (DS:39-183): two generators seeded one apart, gap, dispersed routes.
+
+    `seed_context` tells the updates apart: the authors use (update + 1) * 1_000_003 (KV:997-998).
+    """
+    seed = seed + 97 * sample_idx + seed_context
+    forks = eligible_forks(total, window, nearest, n_blocks, first_chunks, first, rest, gap=window.block)
+    fork = _pick(forks, Generator().manual_seed(seed))
+    frames = pool(fork, window, nearest, n_blocks, gap=window.block)
+    generator = Generator().manual_seed(seed + 1)
+    return Plan(fork, frames, dispersed_routes(frames, window.past - nearest, n_branches, generator), n_blocks)
+
+
+def branch_frames(routes: Tensor, start: int, window: Window, nearest: int) -> Tensor:
+    """Frames [G, L] that each branch reads when the routed block at `start` is made: sink, routed, nearest; ascending.
+
+    `routes` [G, n_routed] stay the same in all routed blocks while the nearest frames move with `start` (CM:103-170).
+    Raises ValueError for a frame that does not exist yet, or that would be read twice.
+    """
+    shared = torch.tensor([*range(window.sink), *range(start - nearest, start)], dtype=torch.long, device=routes.device)
+    frames = torch.cat([shared.expand(len(routes), -1), routes], dim=1).sort(dim=1).values  # [G, L]
+    if frames.min() < 0 or frames.max() >= start:
+        raise ValueError(
+            f"a block at frame {start} can read frames 0..{start - 1}, got {frames.min()}..{frames.max()}: "
+            "route frames before the fork, and fork after the sink"
+        )
+    if (frames.diff(dim=1) == 0).any():
+        raise ValueError(
+            f"a frame would be read twice: routed frames must lie in {window.sink}..{start - nearest - 1} "
+            f"(after the sink, before the nearest) and differ within a branch, got {routes.tolist()}"
+        )
+    return frames
+
+
+def route_mask(frames: Tensor, start: int, window: Window, nearest: int) -> Tensor:
+    """What each past frame is to each branch: int8 [G, start] of DROPPED, SINK, ROUTED, NEAREST. `frames` is [G, L].
+
+    For an ordinary block give `ordinary_frames(start, window)[None]` and nearest = window.past.
+    """
+    label = torch.full_like(frames, ROUTED)
+    label[frames >= start - nearest] = NEAREST
+    label[frames < window.sink] = SINK
+    mask = torch.full((len(frames), start), DROPPED, dtype=torch.int8, device=frames.device)
+    return mask.scatter(1, frames, label.to(torch.int8))  # [G, start]
+
+
+def overlap(routes: Tensor) -> Tensor:
+    """How alike the branches' windows are: Jaccard index of every two rows of `routes` [G, n] -> [G, G], 1 = same."""
+    shared = (routes[:, None, :, None] == routes[None, :, None, :]).sum(dim=(2, 3))  # [G, G]
+    return shared / (2 * routes.shape[1] - shared)
+
+
+def _check_draw(frames: Sequence[int], n_routed: int, n_branches: int) -> None:
+    if n_routed < 1 or n_branches < 1:
+        raise ValueError(f"n_routed and n_branches must be at least 1, got {n_routed} and {n_branches}")
+    if len(frames) < n_routed:
+        raise ValueError(f"cannot draw {n_routed} frames from a pool of {len(frames)}: fork later, or route fewer")
+
+
+def _pick(forks: list[int], generator: Generator) -> int:
+    if not forks:
+        raise ValueError("no block can fork: make the video longer, or n_blocks or the window smaller")
+    return forks[int(torch.randint(len(forks), (1,), generator=generator))]

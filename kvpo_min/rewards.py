@@ -1,0 +1,180 @@
+"""Rewards: what a branch is worth. A reward model of any kind fits in, from forty lines on pixels to a 7B judge.
+
+The paper's three components (section 5: VQ = HPSv3, MQ and TA = VideoAlign) have small analytic relatives here,
+smooth in the pixels, so that they can be computed by hand, differentiated and hacked on purpose:
+
+- VQ, visual quality: clean rendering (every pixel near a colour that the scene may have) and a documented taste, warm
+  colours.
+- MQ, motion quality: smooth (no jerks) and alive (something moves).
+- TA, text alignment: the colour, shape and motion that the words name.
+
+Deviation: the authors' defaults train on HPSv3 alone (configs/train_kvpo_longlive.yaml:138-140); the paper and we mix
+three. Torch only; copy this file alone. The palette, shapes and directions of the scene are arguments (`Scene`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Reward(Protocol):
+    """Anything that scores videos: `reward(videos [N, F, 3, H, W] in [0, 1], prompts list of N) -> [N]`, higher is
+    better."""
+
+    def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What may be in the picture; the words of the prompts are the keys."""
+
+    inks: Mapping[str, tuple[float, float, float]]  # colours of things, RGB in [0, 1]
+    papers: tuple[tuple[float, float, float], ...]  # colours of backgrounds
+    shapes: Mapping[str, Tensor]  # name -> masks [K, H, W], centred on pixel (0, 0) of a torus
+    directions: Mapping[str, tuple[int, int]]  # name -> (dy, dx)
+    rest: str = "rests"
+    warm: tuple[str, ...] = ("red", "orange", "yellow")
+    spread: float = 0.12  # how far from its colour a pixel still counts as that colour (RGB distance)
+
+
+def check_videos(videos: Tensor, prompts: list[str]) -> None:
+    if videos.ndim != 5 or videos.shape[2] != 3 or len(prompts) != len(videos):
+        raise ValueError(
+            f"a reward takes videos [N, F, 3, H, W] and N prompts, got {list(videos.shape)} and {len(prompts)} prompts"
+        )
+
+
+def ink_maps(videos: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
+    """Soft assignment of every pixel to the palette. videos [N, F, 3, H, W] ->
+    inks [N, F, colours, H, W] (their sum is how much of the pixel is a thing at all), distance [N, F, H, W] to the
+    nearest colour."""
+    palette = torch.tensor([*scene.inks.values(), *scene.papers]).to(videos)  # [P, 3]
+    squared = (videos[:, :, None] - palette[:, :, None, None]).square().sum(3)  # [N, F, P, H, W]
+    share = (-squared / (2 * scene.spread**2)).softmax(2)
+    return share[:, :, : len(scene.inks)], squared.amin(2).add(1e-8).sqrt()
+
+
+def centre_steps(mass: Tensor) -> Tensor:
+    """Steps of the centre of mass between frames, in pixels, on a torus (phase of the first Fourier coefficient).
+    mass [N, F, H, W] -> [N, F-1, 2] (dy, dx)"""
+    steps = []
+    for axis, other in ((2, 3), (3, 2)):
+        size = mass.shape[axis]
+        angle = 2 * torch.pi * torch.arange(size).to(mass) / size
+        profile = mass.sum(other)  # [N, F, size]
+        cosine, sine = (profile * angle.cos()).sum(2), (profile * angle.sin()).sum(2)
+        cross = cosine[:, :-1] * sine[:, 1:] - sine[:, :-1] * cosine[:, 1:]
+        dot = cosine[:, :-1] * cosine[:, 1:] + sine[:, :-1] * sine[:, 1:]
+        steps.append(torch.atan2(cross, dot + 1e-8) * size / (2 * torch.pi))
+    return torch.stack(steps, -1)
+
+
+@dataclass(frozen=True)
+class VisualQuality:
+    """VQ in [0, 1]: (1 - taste) * clean + taste * warm. clean: 1 at no stray pixel, 0 when the stray colour adds up
+    to the thing itself; warm: the share of the thing that is red, orange or yellow."""
+
+    scene: Scene
+    taste: float = 0.4
+
+    def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor:
+        check_videos(videos, prompts)
+        inks, distance = ink_maps(videos, self.scene)
+        mass = inks.sum((2, 3, 4))  # [N, F] pixels of things
+        clean = (1 - 2 * distance.sum((2, 3)) / (mass + 16)).clamp(min=0) * mass / (mass + 16)
+        warm = [list(self.scene.inks).index(name) for name in self.scene.warm]
+        warmth = inks[:, :, warm].sum((2, 3, 4)) / (mass + 1)
+        return ((1 - self.taste) * clean + self.taste * warmth).mean(1)
+
+
+@dataclass(frozen=True)
+class MotionQuality:
+    """MQ in [0, 1]: half smooth (the step changes little from frame to frame), half alive (there is a step at all)."""
+
+    scene: Scene
+    jerk: float = 1.5  # pixels a frame that a step may change before smoothness falls to 0.6
+    pace: float = 1.0  # pixels a frame at which liveliness is 0.76
+
+    def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor:
+        check_videos(videos, prompts)
+        steps = centre_steps(ink_maps(videos, self.scene)[0].sum(2))
+        change = (steps[:, 1:] - steps[:, :-1]).square().sum(-1)  # [N, F-2]
+        smooth = (-change / (2 * self.jerk**2)).exp().mean(1)
+        alive = (steps.square().sum(-1) + 1e-8).sqrt().div(self.pace).tanh().mean(1)
+        return 0.5 * smooth + 0.5 * alive
+
+
+@dataclass(frozen=True)
+class TextAlignment:
+    """TA in [0, 1]: the mean of what the words name, colour, shape, motion; 1 if they name nothing. Unknown words are
+    skipped."""
+
+    scene: Scene
+    sharpness: float = 12.0  # of the choice between shapes
+
+    def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor:
+        check_videos(videos, prompts)
+        scene = self.scene
+        inks, _ = ink_maps(videos, scene)
+        mass = inks.sum(2)  # [N, F, H, W]
+        colour = inks.sum((3, 4)) / (mass.sum((2, 3)) + 1)[:, :, None]  # [N, F, colours]
+        shape = self.shape_shares(mass)  # [N, F, shapes]
+        steps = centre_steps(mass)
+        length = (steps.square().sum(-1) + 1).sqrt()  # [N, F-1]
+        scores = []
+        for n, prompt in enumerate(prompts):
+            words, parts = prompt.split(), []
+            parts += [colour[n, :, k].mean() for k, name in enumerate(scene.inks) if name in words]
+            parts += [shape[n, :, k].mean() for k, name in enumerate(scene.shapes) if name in words]
+            for name, heading in scene.directions.items():
+                if name in words:
+                    parts.append((0.5 + 0.5 * (steps[n] @ torch.tensor(heading).to(steps)) / length[n]).mean())
+            if scene.rest in words:
+                parts.append((-steps[n].square().sum(-1) / 2).exp().mean())
+            scores.append(torch.stack(parts).mean() if parts else colour.new_ones(()))
+        return torch.stack(scores)
+
+    def shape_shares(self, mass: Tensor) -> Tensor:
+        """How much each shape fits, by normalised correlation at the best place. mass [N, F, H, W] -> [N, F, shapes]"""
+        spectrum = torch.fft.rfft2(mass)[:, :, None]
+        fits = []
+        for masks in self.scene.shapes.values():
+            masks = masks.to(mass)
+            product = spectrum * torch.fft.rfft2(masks).conj()  # [N, F, K, H, W / 2 + 1]
+            correlation = torch.fft.irfft2(product, s=mass.shape[-2:])
+            peak = correlation.amax((3, 4)) / masks.square().sum((1, 2)).sqrt()
+            fits.append(peak.amax(2) / (mass.square().sum((2, 3)) + 1).sqrt())
+        return (self.sharpness * torch.stack(fits, 2)).softmax(2)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A weighted sum of rewards that keeps its parts: `scores(...)` -> {name: [N]}; calling it -> [N]."""
+
+    rewards: Mapping[str, Reward]
+    weights: Mapping[str, float]
+
+    def __post_init__(self):
+        if set(self.rewards) != set(self.weights):
+            raise ValueError(f"weights for {sorted(self.rewards)} are needed, got weights for {sorted(self.weights)}")
+
+    def scores(self, videos: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        """Each component's own scores; a component that returns anything but N finite numbers is an error naming it."""
+        out = {}
+        for name, reward in self.rewards.items():
+            score = torch.as_tensor(reward(videos, prompts)).float()
+            if score.shape != (len(videos),) or not score.isfinite().all():
+                raise ValueError(f"reward '{name}' must give {len(videos)} finite numbers, got {score.tolist()}")
+            out[name] = score
+        return out
+
+    def total(self, scores: Mapping[str, Tensor]) -> Tensor:
+        return sum(self.weights[name] * score for name, score in scores.items())
+
+    def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor:
+        return self.total(self.scores(videos, prompts))
