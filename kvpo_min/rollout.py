@@ -1,0 +1,311 @@
+"""Streaming generation, forking and replay: everything that touches the history of keys and values.
+
+1. `KVHistory`: frame -> its keys and values. Immutable, so whoever holds one (a fork, a replay, a checkpointed
+   forward) keeps what it saw. Prefix frames are stored once for all branches.
+2. `generate`: block by block, 4 steps each: predict x0, re-noise with the given noise, then encode the clean block.
+3. `fork`: one prefix, then G branches and the anchor in one batch, from the same noise; each branch reads the frames
+   of its route while `n_blocks` blocks are made (all steps and the encoding), and the ordinary ones afterwards.
+4. `replay`: velocities of any policy at the recorded noisy inputs, under the ordinary context. All steps and branches
+   of all blocks in one batch, because the context between blocks is the branch's own stored x0.
+
+Numbered differences from the authors' code (their files in docs/paper_map.md):
+1. A prompt switch that falls on the fork re-encodes the history first; the authors miss it.
+2. Routed frames are looked up by their absolute number; theirs are read 3 frames late once the cache has rolled.
+3. The encoding adds no noise to the context.
+4. `context="own"` is their replay (the replaying policy's own last prediction between blocks), block after block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvpo_min.chr import Plan, Window, branch_frames, ordinary_frames
+from kvpo_min.tve import Trajectory
+
+
+class Backbone(Protocol):
+    """All that KVPO asks of a model (`wan.py` is one). `start` is the block's first absolute frame, an int or [B]."""
+
+    def velocity(self, x: Tensor, sigma: Tensor, start: int | Tensor, text: Tensor, kv: Tensor | None) -> Tensor:
+        """[B, F, C, H, W], [B] -> v = noise - x0, same shape; `kv` is read only."""
+
+    def encode(self, x0: Tensor, start: int, text: Tensor, kv: Tensor | None) -> Tensor:
+        """Clean block -> its keys and values [layers, 2, B, F, tokens a frame, heads, D]."""
+
+
+@dataclass(frozen=True)
+class KVHistory:
+    """Keys and values of past frames, by absolute frame number: [layers, 2, b, tokens, heads, D], b = 1 where
+    shared."""
+
+    frames: dict[int, Tensor] = field(default_factory=dict)
+
+    def append(self, start: int, kv: Tensor) -> KVHistory:
+        """A new history that also holds the frames of kv [layers, 2, B, F, tokens, heads, D] from `start` on."""
+        return KVHistory(self.frames | {start + f: part for f, part in enumerate(kv.unbind(3))})
+
+    def keep(self, sink: int, newest: int) -> KVHistory:
+        """A new history without the frames that no later block can read: the sink and the `newest` others stay."""
+        last = max(self.frames, default=0)
+        return KVHistory({f: kv for f, kv in self.frames.items() if f < sink or f > last - newest})
+
+    def read(self, frames: Tensor) -> Tensor | None:
+        """Gathers frames [L] (the same for all) or [B, L] -> [layers, 2, B or 1, L * tokens, heads, D]; None for L = 0.
+        A frame that is not there is an error, never skipped (the authors skip it: causal_model.py:150)."""
+        missing = sorted(set(frames.flatten().tolist()) - set(self.frames))
+        if missing:
+            raise KeyError(f"frames {missing} are not in the history, which holds {sorted(self.frames)}")
+        if frames.shape[-1] == 0:
+            return None
+        if frames.ndim == 1:
+            columns = [self.frames[f] for f in frames.tolist()]
+            b = max(c.shape[2] for c in columns)
+            return torch.cat([c.expand(-1, -1, b, -1, -1, -1) for c in columns], 3)
+        rows = []
+        for g, row in enumerate(frames.tolist()):
+            picked = [self.frames[f] for f in row]
+            rows.append(torch.cat([p[:, :, min(g, p.shape[2] - 1)] for p in picked], 2))
+        return torch.stack(rows, 2)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A video under way."""
+
+    x0: tuple[Tensor, ...] = ()  # finished blocks, each [B, F, C, H, W]
+    history: KVHistory = KVHistory()
+    frame: int = 0  # next frame
+    segment: int = 0  # whose words rule
+
+    @property
+    def latents(self) -> Tensor:
+        """[B, T, C, H, W]; blocks made before a fork are repeated for every branch."""
+        b = max(block.shape[0] for block in self.x0)
+        return torch.cat([block.expand(b, -1, -1, -1, -1) for block in self.x0], 1)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What stays fixed while videos are made."""
+
+    sigmas: Tensor  # [S] descending, first 1
+    window: Window = Window()
+    eta: float = 1.0  # share of fresh noise in every re-noising: 1 the distilled model's sampler, 0 the ODE (Euler)
+    switches: tuple[int, ...] = ()  # frames at which the next segment's words take over
+
+
+def draw_noise(n_blocks: int, n_steps: int, shape: Sequence[int], generator: torch.Generator, batch: int = 1) -> Tensor:
+    """All the noise of a video: initial noise and re-noise of every block. shape (F, C, H, W) -> [batch, blocks, S,
+    F, C, H, W]"""
+    return torch.randn(batch, n_blocks, n_steps, *shape, generator=generator)
+
+
+def denoise(backbone: Backbone, noise: Tensor, sigmas: Tensor, start: int, text: Tensor, kv: Tensor | None, eta=1.0):
+    """The sampler: predict x0, re-noise to the next level (authors: streaming_training.py:187-203; the same numbers as
+    diffusers' `FlowMatchEulerDiscreteScheduler(shift=5, stochastic_sampling=True)`; eta 0: without
+    stochastic_sampling).
+    noise [B, S, F, C, H, W] -> x0 [B, F, C, H, W], inputs z [B, S, ...] and predictions [B, S, ...] of every step."""
+    x, z, predictions = noise[:, 0], [], []
+    for s, sigma in enumerate(sigmas):
+        z.append(x)
+        v = backbone.velocity(x, sigma.expand(len(x)), start, text, kv)
+        x0 = x - sigma * v
+        predictions.append(x0)
+        if s + 1 < len(sigmas):
+            renoise = noise[:, s + 1] if eta == 1 else x + (1 - sigma) * v  # the noise that v believes is in x
+            if 0 < eta < 1:
+                renoise = eta * noise[:, s + 1] + (1 - eta**2) ** 0.5 * renoise
+            x = (1 - sigmas[s + 1]) * x0 + sigmas[s + 1] * renoise
+    return x0, torch.stack(z, 1), torch.stack(predictions, 1)
+
+
+def segment_at(frame: int, switches: Sequence[int]) -> int:
+    """Which segment's words rule at `frame`."""
+    return sum(switch <= frame for switch in switches)
+
+
+def switch_prompt(backbone: Backbone, stream: Stream, text: Tensor, sampler: Sampler, segment: int) -> Stream:
+    """Re-encodes the recent past under new words, block by block (authors: diversity_sampling.py:243-309, there in
+    one pass).
+    The last window of frames is encoded again; the sink and older frames keep the keys of the old words."""
+    window, history = sampler.window, stream.history
+    first = max(window.sink, stream.frame - (window.sink + window.past + window.block))
+    first = -(-first // window.block) * window.block
+    blocks = {b.start: x0 for b, x0 in zip(range_blocks(0, stream.frame, window.block), stream.x0, strict=True)}
+    for start in range(first, stream.frame, window.block):
+        kv = history.read(ordinary_frames(start, window))
+        history = history.append(start, backbone.encode(blocks[start], start, text, kv))
+    return replace(stream, history=history, segment=segment)
+
+
+def range_blocks(start: int, stop: int, block: int) -> list[range]:
+    return [range(s, s + block) for s in range(start, stop, block)]
+
+
+@torch.no_grad()
+def generate(
+    backbone: Backbone,
+    stream: Stream,
+    texts: Sequence[Tensor],
+    noise: Tensor,
+    stop: int,
+    sampler: Sampler,
+    reads: Callable[[int], Tensor] | None = None,
+    record: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Stream:
+    """Continues a video up to frame `stop`. Memory does not grow with the video's keys and values.
+
+    texts: one [B or 1, L, D] a segment; noise [B or 1, blocks of the whole video, S, F, C, H, W]; `reads(start)`
+    gives the frames a block reads (default `ordinary_frames`); `record(start, z, x0)` sees every block's trajectory.
+    Raises ValueError when the noise ends before `stop` or `stop` cuts a block.
+    """
+    window = sampler.window
+    if stop % window.block or stop // window.block > noise.shape[1]:
+        raise ValueError(
+            f"cannot generate up to frame {stop}: it must be a multiple of {window.block}, and there is noise for "
+            f"{noise.shape[1] * window.block} frames"
+        )
+    for start in range(stream.frame, stop, window.block):
+        segment = segment_at(start, sampler.switches)
+        if segment != stream.segment:
+            stream = switch_prompt(backbone, stream, texts[segment], sampler, segment)
+        kv = stream.history.read(reads(start) if reads else ordinary_frames(start, window))
+        block_noise = noise[:, start // window.block]
+        if kv is not None:
+            b = max(len(block_noise), kv.shape[2])
+            block_noise = block_noise.expand(b, *block_noise.shape[1:])
+        x0, z, predictions = denoise(
+            backbone, block_noise, sampler.sigmas, start, texts[segment], kv, sampler.eta
+        )
+        if record is not None:
+            record(start, z, predictions)
+        history = stream.history.append(start, backbone.encode(x0, start, texts[segment], kv))
+        history = history.keep(window.sink, window.history - window.sink)
+        stream = Stream((*stream.x0, x0), history, start + window.block, segment)
+    return stream
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One group: G branches and, last in the batch, the anchor."""
+
+    prefix: Stream  # up to the fork, B = 1; its history is what a replay starts from
+    videos: Tensor  # [G + 1, T, C, H, W] latents of the whole video
+    trajectory: Trajectory  # of all G + 1, from the fork to the end of its chunk
+    plan: Plan
+    text: Tensor  # [1, L, D] words that rule at the fork
+
+
+def fork(
+    backbone: Backbone,
+    texts: Sequence[Tensor],
+    noise: Tensor,
+    plan: Plan,
+    stop: int,
+    record_until: int,
+    sampler: Sampler,
+    nearest: int,
+    branch_batch: int | None = None,
+    prefix: Stream | None = None,
+) -> Rollout:
+    """One prefix, then G routed branches and the anchor, all from the same noise [1, blocks, S, F, C, H, W].
+    Noise [G + 1, ...] gives each its own from the fork on (for comparison: exploring by noise); the prefix uses the
+    last.
+
+    plan.routes [G, n_routed]; blocks in [fork, fork + n_blocks * block) are routed. `record_until`: end of the
+    trajectory (the fork's chunk). `branch_batch` bounds how many run at once; the numbers do not depend on it.
+    """
+    window, n_branches = sampler.window, len(plan.routes)
+    prefix = generate(backbone, prefix or Stream(), texts, noise[-1:], plan.fork, sampler)
+    segment = segment_at(plan.fork, sampler.switches)
+    if segment != prefix.segment:  # a switch on the fork itself: new words first, then the snapshot
+        prefix = switch_prompt(backbone, prefix, texts[segment], sampler, segment)
+    routed_end = plan.fork + plan.n_blocks * window.block
+
+    videos, recorded = [], []
+    for members in torch.arange(n_branches + 1).split(branch_batch or n_branches + 1):
+        trail: list[tuple[Tensor, Tensor]] = []
+
+        def reads(start: int, members=members) -> Tensor:
+            rows = ordinary_frames(start, window).expand(len(members), -1)
+            if start >= routed_end:
+                return rows
+            routed = branch_frames(plan.routes, start, window, nearest)
+            routed = torch.cat([routed, ordinary_frames(start, window)[None]])  # the anchor is the last row
+            return routed[members]
+
+        def record(start: int, z: Tensor, x0: Tensor, trail=trail) -> None:
+            if start < record_until:
+                trail.append((z, x0))
+
+        own = noise if len(noise) == 1 else noise[members]
+        stream = generate(backbone, prefix, texts, own, stop, sampler, reads, record)
+        videos.append(stream.latents)
+        recorded.append([torch.stack(part, 1) for part in zip(*trail, strict=True)])  # [b, B, S, F, C, H, W]
+    z, x0 = (torch.cat(part) for part in zip(*recorded, strict=True))
+    return Rollout(prefix, torch.cat(videos), Trajectory(z, x0, sampler.sigmas), plan, texts[segment])
+
+
+def replay(
+    backbone: Backbone,
+    rollout: Rollout,
+    sampler: Sampler,
+    grad_steps: int = 0,
+    replay_batch: int | None = None,
+    context: str = "stored",
+    branches: int | None = None,
+) -> Tensor:
+    """Velocities of the policy at hand at a rollout's noisy inputs, under the ordinary context (paper: u against
+    v_theta).
+
+    -> [G, B, S, F, C, H, W]; the first `grad_steps` steps carry gradient. `branches`: how many (default: all but the
+    anchor). context="stored": between blocks the branch's own x0 is encoded, so blocks are independent and run in one
+    batch. context="own": the replaying policy's own last prediction is encoded, block after block (authors:
+    kvpo.py:2370-2388).
+    """
+    window, start, trajectory = sampler.window, rollout.prefix.frame, rollout.trajectory
+    g = len(trajectory.z) - 1 if branches is None else branches
+    z, stored = trajectory.z[:g], trajectory.x0[:g]  # [G, B, S, F, C, H, W]
+    n_blocks, n_steps = z.shape[1:3]
+    history, contexts, predicted = rollout.prefix.history, [], []
+    for b in range(n_blocks):
+        here = start + b * window.block
+        kv = history.read(ordinary_frames(here, window)).expand(-1, -1, g, -1, -1, -1)
+        contexts.append(kv)
+        if context == "own":
+            one = _velocities(backbone, z[:, b : b + 1], sampler, here, rollout.text, [kv], grad_steps, replay_batch)
+            predicted.append(one)
+            x0 = (z[:, b, -1] - sampler.sigmas[-1] * one[:, 0, -1]).detach()
+        else:
+            x0 = stored[:, b, -1]
+        if b + 1 < n_blocks:
+            history = history.append(here, backbone.encode(x0, here, rollout.text, kv))
+    if context == "own":
+        return torch.cat(predicted, 1)
+    return _velocities(backbone, z, sampler, start, rollout.text, contexts, grad_steps, replay_batch)
+
+
+def _velocities(backbone, z, sampler, start, text, contexts, grad_steps, replay_batch) -> Tensor:
+    """z [G, B, S, F, C, H, W], contexts: kv of each block -> velocities like z; one batch with and one without
+    gradient."""
+    g, n_blocks, n_steps = z.shape[:3]
+    kv = torch.stack(contexts, 3)  # [layers, 2, G, B, past tokens, heads, D]
+    starts = start + sampler.window.block * torch.arange(n_blocks)
+    parts = []
+    for steps, with_grad in ((range(grad_steps), True), (range(grad_steps, n_steps), False)):
+        if not len(steps):
+            continue
+        s = torch.tensor(steps)
+        index = torch.cartesian_prod(torch.arange(g), torch.arange(n_blocks), s)  # [G * B * S', 3]
+        out = []
+        with torch.set_grad_enabled(with_grad and torch.is_grad_enabled()):
+            for i in index.split(replay_batch or len(index)):
+                x, sigma = z[i[:, 0], i[:, 1], i[:, 2]], sampler.sigmas[i[:, 2]]
+                out.append(backbone.velocity(x, sigma, starts[i[:, 1]], text, kv[:, :, i[:, 0], i[:, 1]]))
+        parts.append(torch.cat(out).unflatten(0, (g, n_blocks, len(s))))
+    return torch.cat(parts, 2)
