@@ -1,0 +1,67 @@
+"""The pocket model: a distilled autoregressive video model of two million parameters that ships with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvpo_min.pocket import world
+from kvpo_min.rewards import Mixture, MotionQuality, Scene, TextAlignment, VisualQuality
+from kvpo_min.train import Pipeline
+
+WEIGHTS = Path(__file__).parent / "weights"  # autoencoder/, teacher/, student/ in diffusers layout, fp16
+
+
+def load_pocket(name: str = "student", folder: str | Path | None = None, device: str = "cpu") -> Pipeline:
+    """Loads the embedded model (`name` "student" or "teacher"), or one that `kvpo-min distill` left in `folder`.
+
+    Raises FileNotFoundError naming the missing folder and how to make it."""
+    from diffusers import AutoencoderTiny, WanTransformer3DModel
+
+    from kvpo_min.wan import WanBackbone
+
+    folder = Path(folder or WEIGHTS)
+    for part in ("autoencoder", name):
+        if not (folder / part / "config.json").exists():
+            raise FileNotFoundError(f"{folder / part} holds no model; run `kvpo-min distill --output_dir {folder}`")
+    autoencoder = AutoencoderTiny.from_pretrained(folder / "autoencoder").float().to(device).eval()
+    autoencoder.requires_grad_(False).to(memory_format=torch.channels_last)
+    transformer = WanTransformer3DModel.from_pretrained(folder / name).float().to(device).eval().requires_grad_(False)
+    config = autoencoder.config
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Tensor:
+        z = latents.flatten(0, 1) / config.scaling_factor + config.shift_factor
+        parts = [autoencoder.decoder(p.contiguous(memory_format=torch.channels_last)) for p in z.split(128)]
+        pixels = (torch.cat(parts) / 2 + 0.5).clamp(0, 1).contiguous()
+        return pixels.unflatten(0, latents.shape[:2])
+
+    return Pipeline(
+        backbone=WanBackbone(transformer),
+        decode=decode,
+        embed=lambda texts: world.embed(texts).to(device),
+        latent_shape=(config.latent_channels, 8, 8),
+        switches=world.SWITCHES,
+        segments=world.segments_of,
+        reward_prompts=world.resolve,
+        judge=lambda pixels, scripts: world.correctness(world.judge(pixels), scripts),
+        sample_scripts=world.prompt_set,
+        name=f"pocket-{name}",
+    )
+
+
+def scene() -> Scene:
+    """The pocket world as the analytic rewards see it."""
+    shapes = {name: world.masks()[k] for k, name in enumerate(world.SHAPES)}
+    return Scene(world.COLOURS, world.BACKGROUNDS, shapes, world.DIRECTIONS, warm=world.WARM)
+
+
+def pocket_rewards(vq: float = 1.0, mq: float = 1.0, ta: float = 1.0) -> Mixture:
+    """VQ, MQ and TA on the pocket world, with their weights in the mixture."""
+    here = scene()
+    return Mixture(
+        {"vq": VisualQuality(here), "mq": MotionQuality(here), "ta": TextAlignment(here)},
+        {"vq": vq, "mq": mq, "ta": ta},
+    )

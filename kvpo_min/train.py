@@ -1,0 +1,500 @@
+"""The training loop: `for step in train(pipeline, scripts, rewards, config)` yields one `Step` an update.
+
+One update (paper section 3; authors: trainer/kvpo.py:985-1582 and 2833-3341):
+  plan where to fork and which frames each branch reads (chr.py) -> prefix, G branches and the anchor from the same
+  noise (rollout.py) -> rewards of the fork's chunk (local) and of what follows it (global) (rewards.py) -> replay
+  under the ordinary context, energies, Gibbs policy (tve.py) -> advantages, clipped objective, KL to the initial
+  policy (grpo.py).
+
+Policies are adapters on one base: `default` (trained), `old` (makes the rollouts, refreshed every `old_policy_every`
+updates), `ema`; the initial policy is the base with the adapter switched off. Everything random comes from one
+generator, and a checkpoint holds all of it, so a resumed run goes on as if it had not stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvpo_min import chr as routing
+from kvpo_min.grpo import anchor_advantages, branch_is_safe, fuse, kvpo_loss, safety_scale
+from kvpo_min.rewards import Mixture
+from kvpo_min.rollout import Rollout, Sampler, Stream, draw_noise, fork, generate, replay, segment_at
+from kvpo_min.tve import calibrate_tau, energy_weights, gibbs_log_prob, schedule, step_energies, trajectory_energy
+
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]  # every linear layer of a block
+LORA_FROZEN = r".*\.attn2\.to_(k|v)"  # the authors' never get gradient either: text keys and values are cached
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A generator and what surrounds it. `pocket.load_pocket` makes one."""
+
+    backbone: torch.nn.Module  # rollout.Backbone; `.transformer` is what LoRA is put on
+    decode: Callable[[Tensor], Tensor]  # latents [N, T, C, H, W] -> pixels [N, T', 3, H', W'] in [0, 1]
+    embed: Callable[[list[str]], Tensor]  # texts -> [B, L, D]
+    latent_shape: tuple[int, int, int]  # C, H, W
+    switches: tuple[int, ...]  # frames at which the second, third, ... segment begins
+    segments: Callable[[str], list[str]]  # script -> texts that the model reads, one a segment
+    reward_prompts: Callable[[str], list[str]]  # script -> texts that rewards are given, one a segment
+    judge: Callable[[Tensor, list[str]], dict[str, float]] | None = None  # held-out measure, never trained on
+    sample_scripts: Callable[[int, int, int], list[str]] | None = None  # n, segments, seed -> scripts
+    name: str = "model"
+
+
+@dataclass
+class TrainConfig:
+    """One run. Names are those of diffusers and TRL where they have one, KVPO's words for its own knobs."""
+
+    output_dir: str = "kvpo_run"
+    seed: int = 0
+    max_train_steps: int = 60
+    num_frames: int = 39  # length of the videos: 39 = a single prompt (short mode), 147 = four segments (long mode)
+    num_segments: int = 1  # prompts a script; 1, or up to 4 in long videos
+    learning_rate: float = 2e-4
+    lr_warmup_steps: int = 2
+    adam_weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    rank: int = 16  # of the LoRA
+    lora_alpha: int = 16
+    ema_decay: float = 0.95
+    num_generations: int = 8  # branches G
+    groups_per_update: int = 1  # scripts whose gradients are averaged in one update
+    old_policy_every: int = 1  # updates between refreshes of the policy that makes the rollouts
+    nearest: int = 1  # nearest past frames that every branch keeps; the other slots of the window are routed
+    perturb_num_blocks: int = 5  # routed blocks after the fork
+    grad_steps: int = 2  # denoising steps of the replay that carry gradient; all of them count in the energy
+    tau: float = 0.0  # temperature of the Gibbs policy; 0: from the spread of the first groups' energies, then frozen
+    tau_groups: int = 4  # groups that set tau
+    kl_coef: float = 1.0
+    clip_range_low: float = 0.1
+    clip_range_high: float = 0.2
+    adv_clip_max: float = 2.5
+    local_weight: float = 1.0
+    global_weight: float = 0.5
+    global_frames: int = 36  # frames after the fork's chunk that the global reward sees, if the video goes on
+    unsafe_scale: float = 0.0  # factor on the loss when no branch beats the anchor: 0 (paper) or 0.5 (authors)
+    compat: str = ""  # "official": the authors' routing, energy, replay context, tau, KL weight and safety rule
+    checkpointing_steps: int = 0  # updates between checkpoints; 0: only at the end
+    checkpoints_total_limit: int = 2
+    resume_from_checkpoint: str = ""  # "latest", or the path of a checkpoint-N folder
+    branch_batch: int = 0  # branches that run at once; 0: all
+    replay_batch: int = 0  # replayed steps that run at once; 0: all
+
+    def __post_init__(self):
+        for name in ("max_train_steps", "groups_per_update", "old_policy_every", "rank", "tau_groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "max_grad_norm", "adv_clip_max", "clip_range_low", "clip_range_high"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("kl_coef", "tau", "unsafe_scale", "global_frames", "checkpointing_steps", "lr_warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.num_generations < 2:
+            raise ValueError("num_generations must be at least 2: a policy over one branch has nothing to choose")
+        if self.compat not in ("", "official"):
+            raise ValueError(f'compat must be "" or "official", got {self.compat!r}')
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+        if self.compat:  # the authors' scale, in one place (docs/paper_map.md)
+            self.tau, self.kl_coef, self.unsafe_scale = 2.0, 10.0, 0.5
+
+
+@dataclass(frozen=True)
+class Group:
+    """One script's branches in an update."""
+
+    script: str
+    plan: routing.Plan
+    rollout: Rollout
+    videos: Tensor  # [G + 1, T, 3, H, W] pixels of the fork's chunk, anchor last
+    rewards: dict[str, Tensor]  # name -> [G]; local signal
+    anchor: dict[str, Tensor]  # name -> ()
+    global_rewards: dict[str, Tensor] | None
+    global_anchor: dict[str, Tensor] | None
+    advantages: Tensor  # [G]
+    safe: bool
+    energies: Tensor  # [G, B, S] of the policy before the update
+    log_p: Tensor  # [G]
+    log_p_old: Tensor
+    log_p_init: Tensor
+    ratio: Tensor  # [G]
+    loss: float
+    kl: float
+    entropy: float
+    clip_fraction: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """The record of one update; `log()` is its line in metrics.jsonl."""
+
+    step: int
+    groups: list[Group]
+    tau: float
+    grad_norm: float
+    learning_rate: float
+    step_time: float
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def log(self) -> dict[str, float]:
+        """Keys as TRL users know them, and the method's own."""
+
+        def mean(values) -> float:
+            values = [float(v) for v in values]
+            return sum(values) / len(values)
+
+        def total(rewards) -> Tensor:
+            return sum(self.weights[name] * r for name, r in rewards.items())
+
+        groups = self.groups
+        out = {
+            "step": self.step,
+            "reward": mean(total(g.rewards).mean() for g in groups),
+            "reward_std": mean(total(g.rewards).std() for g in groups),
+            "anchor_reward": mean(total(g.anchor) for g in groups),
+            "frac_reward_zero_std": mean(total(g.rewards).std() < 1e-8 for g in groups),
+            "energy/mean": mean(g.energies.sum((1, 2)).mean() for g in groups),
+            "energy/std": mean(g.energies.sum((1, 2)).std() for g in groups),
+            "ratio/max_dev_first": max(float((g.ratio - 1).abs().max()) for g in groups),
+            "safe": mean(g.safe for g in groups),
+            "advantage/abs_mean": mean(g.advantages.abs().mean() for g in groups),
+            "tau": self.tau,
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.learning_rate,
+            "step_time": self.step_time,
+        }
+        for key in ("loss", "kl", "entropy"):
+            out[key] = mean(getattr(g, key) for g in groups)
+        out["clip_ratio/region_mean"] = mean(g.clip_fraction for g in groups)
+        for name in groups[0].rewards:
+            out[f"rewards/{name}/mean"] = mean(g.rewards[name].mean() for g in groups)
+        return out
+
+
+# ------------------------------------------------------------------------------------------------------------- policies
+
+
+def add_policies(pipeline: Pipeline, config: TrainConfig):
+    """Puts the adapters `default`, `old` and `ema` on the backbone's transformer, all equal to the initial policy.
+    -> the peft model; the base's weights stay as they are."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(config.seed)  # peft draws the A matrices from the global generator
+    lora = LoraConfig(
+        r=config.rank, lora_alpha=config.lora_alpha, lora_dropout=0.0, bias="none",
+        target_modules=LORA_TARGETS, exclude_modules=LORA_FROZEN,
+    )  # fmt: skip
+    policies = get_peft_model(pipeline.backbone.transformer, lora)
+    for name in ("old", "ema"):
+        policies.add_adapter(name, lora)
+        copy_adapter(policies, "default", name)
+    policies.set_adapter("default")
+    return policies
+
+
+def adapter_weights(policies, name: str) -> dict[str, Tensor]:
+    """The live tensors of one adapter, keyed by the parameter's name without the adapter's."""
+    return {
+        key.replace(f".{name}.", "."): weight for key, weight in policies.named_parameters() if f".{name}." in key
+    }
+
+
+@torch.no_grad()
+def copy_adapter(policies, source: str, target: str, weight: float = 1.0) -> None:
+    """target <- (1 - weight) * target + weight * source, tensor by tensor."""
+    ours, theirs = adapter_weights(policies, target), adapter_weights(policies, source)
+    for key in ours:
+        ours[key].lerp_(theirs[key], weight)
+
+
+@contextlib.contextmanager
+def acting(policies, name: str):
+    """Lets one policy act: "default", "old", "ema", or "initial" (adapters off)."""
+    if name == "initial":
+        with policies.disable_adapter():
+            yield
+        return
+    policies.set_adapter(name)
+    try:
+        yield
+    finally:
+        policies.set_adapter("default")
+
+
+# -------------------------------------------------------------------------------------------------------------- rewards
+
+
+def score(
+    pipeline: Pipeline, rewards: Mixture, pixels: Tensor, scripts: Sequence[str], first: int
+) -> dict[str, Tensor]:
+    """Scores videos segment by segment with that segment's words, then averages over the segments in view.
+    pixels [N, T, 3, H, W] begin at frame `first`; one script a video, all with the same number of segments.
+    -> {component: [N]} (authors: kvpo.py:1769-1930 score one clip a segment)."""
+    prompts = [pipeline.reward_prompts(script) for script in scripts]
+    switches = pipeline.switches[: len(prompts[0]) - 1]
+    last = first + pixels.shape[1]
+    borders = [first, *[s for s in switches if first < s < last], last]
+    clips = []
+    for begin, end in zip(borders, borders[1:], strict=False):
+        if end - begin >= 3:  # motion needs three frames
+            texts = [p[segment_at(begin, switches)] for p in prompts]
+            clips.append(rewards.scores(pixels[:, begin - first : end - first], texts))
+    return {name: torch.stack([clip[name] for clip in clips]).mean(0) for name in clips[0]}
+
+
+@torch.no_grad()
+def sample(
+    pipeline: Pipeline, scripts: Sequence[str], num_frames: int, seed: int = 99999, batch: int = 32,
+    sigmas: Tensor | None = None, eta: float = 1.0, bar: bool = False,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Generates one video a script, unrouted; video i's noise comes from a generator of its own, seed + 10000 i, so
+    it does not depend on the batch. `sigmas`, `eta`: another sampler than the 4-step one. Yields latents [b, T, C, H, W]."""
+    from tqdm import tqdm
+
+    sigmas = schedule() if sigmas is None else sigmas
+    n_segments = {len(pipeline.segments(script)) for script in scripts}
+    if len(n_segments) != 1:
+        raise ValueError(f"scripts of one call must have the same number of segments, got {sorted(n_segments)}")
+    switches = pipeline.switches[: n_segments.pop() - 1]
+    window = routing.Window(history=9)  # nothing is routed: only the sink and the ordinary past are read
+    sampler = Sampler(sigmas, window, switches=switches, eta=eta)
+    for begin in tqdm(range(0, len(scripts), batch), desc="sample", disable=not bar, leave=False):
+        part = scripts[begin : begin + batch]
+        texts = [pipeline.embed(list(t)) for t in zip(*[pipeline.segments(s) for s in part], strict=True)]
+        noise = [
+            draw_noise(num_frames // window.block, len(sigmas) if eta else 1, (window.block, *pipeline.latent_shape),
+                       torch.Generator().manual_seed(seed + 10000 * (begin + i)))
+            for i in range(len(part))
+        ]  # fmt: skip
+        yield generate(pipeline.backbone, Stream(), texts, torch.cat(noise), num_frames, sampler).latents
+
+
+def evaluate(
+    pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, num_frames: int, seed: int = 99999, batch: int = 32,
+    sigmas: Tensor | None = None, eta: float = 1.0, bar: bool = False,
+) -> dict:  # fmt: skip
+    """Mean rewards of unrouted videos, their standard errors over prompts, and the held-out judge."""
+    scores, judged, counts = [], [], []
+    begin = 0
+    for latents in sample(pipeline, scripts, num_frames, seed, batch, sigmas, eta, bar):
+        part = scripts[begin : begin + len(latents)]
+        pixels = pipeline.decode(latents)
+        scores.append(score(pipeline, rewards, pixels, part, 0))
+        if pipeline.judge:
+            judged.append(pipeline.judge(pixels, part))
+            counts.append(len(part))
+        begin += len(part)
+    scores = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
+    total = rewards.total(scores)
+    out = {name: s.mean().item() for name, s in scores.items()} | {"reward": total.mean().item()}
+    out["reward_sem"] = (total.std() / len(total) ** 0.5).item() if len(total) > 1 else float("nan")
+    if judged:
+        out["judge"] = {}
+        for key in judged[0]:
+            known = [(j[key], c) for j, c in zip(judged, counts, strict=True) if not math.isnan(j[key])]
+            out["judge"][key] = sum(v * c for v, c in known) / sum(c for _, c in known) if known else float("nan")
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------- loop
+
+
+def make_plan(config: TrainConfig, step: int, index: int, window: routing.Window, generator: torch.Generator):
+    """Where to fork and what each branch reads: the paper's plan, or the authors' with compat="official"."""
+    sizes = (config.num_frames, window, config.nearest, config.perturb_num_blocks, config.num_generations)
+    if config.compat:
+        return routing.plan_official(config.seed, index, (step + 1) * 1_000_003, *sizes)
+    return routing.plan(*sizes, generator)
+
+
+def train(
+    pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, config: TrainConfig, policies=None
+) -> Iterator[Step]:
+    """Trains in place and yields one `Step` an update. `policies`: from `add_policies` (made here if not given).
+
+    Raises ValueError before the first update when the scripts do not fit the mode, and FloatingPointError when a loss
+    or gradient is not finite."""
+    n_segments = {len(pipeline.segments(script)) for script in scripts}
+    if n_segments != {config.num_segments}:
+        raise ValueError(f"num_segments is {config.num_segments}, but the scripts have {sorted(n_segments)} segments")
+    policies = policies if policies is not None else add_policies(pipeline, config)
+    weights = adapter_weights(policies, "default")
+    optimizer = torch.optim.AdamW(weights.values(), lr=config.learning_rate, weight_decay=config.adam_weight_decay)
+    generator = torch.Generator().manual_seed(config.seed)
+    state = {"step": 0, "tau": config.tau, "order": []}
+    if config.resume_from_checkpoint:
+        state = load_checkpoint(find_checkpoint(config), policies, optimizer, generator)
+
+    window, sigmas = routing.Window(), schedule()
+    sampler = Sampler(sigmas, window, switches=pipeline.switches[: config.num_segments - 1])
+    energy_weight = energy_weights(sigmas, 1.0 if config.compat else 0.0)
+    context = "own" if config.compat else "stored"
+
+    def replayed(rollout: Rollout, grad_steps: int = 0) -> Tensor:  # [G, B, S]
+        v = replay(pipeline.backbone, rollout, sampler, grad_steps, config.replay_batch or None, context)
+        return step_energies(v, rollout.trajectory.velocity[: len(v)])
+
+    def one_rollout(step: int) -> tuple[str, Rollout, int]:
+        if not state["order"]:  # every script once before any comes again
+            state["order"] = torch.randperm(len(scripts), generator=generator).tolist()
+        index = state["order"].pop()
+        script = scripts[index]
+        texts = [pipeline.embed([text]) for text in pipeline.segments(script)]
+        plan = make_plan(config, step, index, window, generator)
+        chunk_end = min([s for s in routing.chunk_starts(config.num_frames) if s > plan.fork] + [config.num_frames])
+        stop = min(config.num_frames, chunk_end + config.global_frames)
+        shape = (window.block, *pipeline.latent_shape)
+        noise = draw_noise(stop // window.block, len(sigmas), shape, generator)
+        with torch.no_grad(), acting(policies, "old"):
+            made = fork(pipeline.backbone, texts, noise, plan, stop, chunk_end, sampler, config.nearest,
+                        config.branch_batch or None)  # fmt: skip
+        return script, made, chunk_end
+
+    if not state["tau"]:
+        # tau from the spread of the first groups' energies; these groups are not trained on
+        spread = []
+        for _ in range(config.tau_groups):
+            _, rollout, _ = one_rollout(state["step"])
+            with torch.no_grad():
+                spread.append(trajectory_energy(replayed(rollout), energy_weight))
+        state["tau"] = calibrate_tau(torch.stack(spread))
+    tau = state["tau"]
+
+    while state["step"] < config.max_train_steps:
+        begun, step, groups = time.perf_counter(), state["step"], []
+        old_is_current = step % config.old_policy_every == 0
+        if old_is_current:
+            copy_adapter(policies, "default", "old")
+        learning_rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
+        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.zero_grad()
+        for _ in range(config.groups_per_update):
+            script, rollout, chunk_end = one_rollout(step)
+            chunk = max(s for s in routing.chunk_starts(config.num_frames) if s <= rollout.plan.fork)
+            local, rest = pipeline.decode(rollout.videos[:, chunk:chunk_end]), rollout.videos[:, chunk_end:]
+            several = [script] * len(local)
+            signals = [score(pipeline, rewards, local, several, chunk)]
+            if rest.shape[1]:
+                signals.append(score(pipeline, rewards, pipeline.decode(rest), several, chunk_end))
+            branches = [{name: s[:-1] for name, s in signal.items()} for signal in signals]
+            anchors = [{name: s[-1] for name, s in signal.items()} for signal in signals]
+            advantages = [anchor_advantages(b, a, rewards.weights) for b, a in zip(branches, anchors, strict=True)]
+            A = fuse(advantages[0], advantages[1] if rest.shape[1] else None,
+                     config.local_weight, config.global_weight, clamp=config.adv_clip_max)  # fmt: skip
+            safe = any(branch_is_safe(b, a, rewards.weights) for b, a in zip(branches, anchors, strict=True))
+
+            with torch.no_grad(), acting(policies, "initial"):
+                log_p_init = gibbs_log_prob(trajectory_energy(replayed(rollout), energy_weight), tau)
+            energies = replayed(rollout, config.grad_steps)
+            log_p = gibbs_log_prob(trajectory_energy(energies, energy_weight), tau)
+            log_p_old = log_p.detach()
+            if not old_is_current:
+                with torch.no_grad(), acting(policies, "old"):
+                    log_p_old = gibbs_log_prob(trajectory_energy(replayed(rollout), energy_weight), tau)
+            loss = kvpo_loss(log_p, log_p_old, log_p_init, A, config.clip_range_low, config.clip_range_high,
+                             config.kl_coef, safety_scale(safe, config.unsafe_scale))  # fmt: skip
+            if not loss.total.isfinite():
+                raise FloatingPointError(f"update {step}: the loss is {loss.total.item()}; lower learning_rate")
+            (loss.total / config.groups_per_update).backward()
+            groups.append(
+                Group(
+                    script=script, plan=rollout.plan, rollout=rollout, videos=local,
+                    rewards=branches[0], anchor=anchors[0],
+                    global_rewards=branches[1] if rest.shape[1] else None,
+                    global_anchor=anchors[1] if rest.shape[1] else None,
+                    advantages=A, safe=safe, energies=energies.detach(),
+                    log_p=log_p.detach(), log_p_old=log_p_old, log_p_init=log_p_init, ratio=loss.ratio,
+                    loss=loss.total.item(), kl=loss.kl.item(), entropy=loss.entropy.item(),
+                    clip_fraction=loss.clip_fraction.item(),
+                )
+            )  # fmt: skip
+        grad_norm = torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm).item()
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"update {step}: the gradient's norm is {grad_norm}; lower learning_rate")
+        if grad_norm:  # all groups unsafe: no update, not even a step of the optimizer's momentum
+            optimizer.step()
+            copy_adapter(policies, "default", "ema", 1 - config.ema_decay)
+        state["step"] = step + 1
+        due = config.checkpointing_steps and state["step"] % config.checkpointing_steps == 0
+        if due or (state["step"] == config.max_train_steps and config.checkpointing_steps):
+            save_checkpoint(config, policies, optimizer, generator, state)
+        yield Step(step, groups, tau, grad_norm, learning_rate, time.perf_counter() - begun, dict(rewards.weights))
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(config: TrainConfig, policies, optimizer, generator: torch.Generator, state: dict) -> Path:
+    """Writes `checkpoint-N` aside and renames it; older ones beyond the limit are deleted only afterwards."""
+    from safetensors.torch import save_file
+
+    folder = Path(config.output_dir) / f"checkpoint-{state['step']}"
+    aside = folder.with_name(folder.name + ".aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for name in ("default", "old", "ema"):
+        tensors = {key: weight.detach().contiguous() for key, weight in adapter_weights(policies, name).items()}
+        save_file(tensors, aside / f"{name}.safetensors")
+    torch.save({"optimizer": optimizer.state_dict(), "generator": generator.get_state()}, aside / "training_state.pt")
+    (aside / "state.json").write_text(json.dumps({"config": asdict(config), **state}))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+    for old in sorted(checkpoints(Path(config.output_dir)))[: -max(1, config.checkpoints_total_limit)]:
+        shutil.rmtree(folder.with_name(f"checkpoint-{old}"))
+    return folder
+
+
+def checkpoints(output_dir: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder."""
+    found = [p.name.removeprefix("checkpoint-") for p in output_dir.glob("checkpoint-*") if (p / "state.json").exists()]
+    return sorted(int(number) for number in found if number.isdigit())
+
+
+def find_checkpoint(config: TrainConfig) -> Path:
+    """The folder that `resume_from_checkpoint` names; an error when there is none (never a silent fresh start)."""
+    if config.resume_from_checkpoint != "latest":
+        folder = Path(config.resume_from_checkpoint)
+        if not (folder / "state.json").exists():
+            raise FileNotFoundError(f"{folder} is not a checkpoint: it has no state.json")
+        return folder
+    steps = checkpoints(Path(config.output_dir))
+    if not steps:
+        raise FileNotFoundError(
+            f"there is no checkpoint in {config.output_dir}: train with --checkpointing_steps N first"
+        )
+    return Path(config.output_dir) / f"checkpoint-{steps[-1]}"
+
+
+def load_checkpoint(folder: Path, policies, optimizer, generator: torch.Generator) -> dict:
+    """Restores all policies, the optimizer and the generator; -> {step, tau, order}."""
+    from safetensors.torch import load_file
+
+    for name in ("default", "old", "ema"):
+        saved, live = load_file(folder / f"{name}.safetensors"), adapter_weights(policies, name)
+        shapes = {k: tuple(v.shape) for k, v in live.items()}
+        if shapes != {k: tuple(v.shape) for k, v in saved.items()}:
+            raise ValueError(f"{folder}: the saved adapter does not fit; use the rank and model it was trained with")
+        with torch.no_grad():
+            for key, weight in live.items():
+                weight.copy_(saved[key])
+    training = torch.load(folder / "training_state.pt", weights_only=True)
+    optimizer.load_state_dict(training["optimizer"])
+    generator.set_state(training["generator"])
+    state = json.loads((folder / "state.json").read_text())
+    return {key: state[key] for key in ("step", "tau", "order")}
+
+
+def config_keys(config_class) -> list[str]:
+    return [f.name for f in fields(config_class)]

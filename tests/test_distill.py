@@ -1,0 +1,175 @@
+"""The distillation: clips, masks, teacher forcing against block-by-block rollouts, the DMD gradient, resuming."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from kvpo_min.pocket import distill, world
+from kvpo_min.wan import WanBackbone
+
+
+def tiny_backbone(seed: int = 0) -> WanBackbone:
+    torch.manual_seed(seed)
+    return WanBackbone(
+        WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=8, out_channels=8,
+            text_dim=world.TEXT_DIM, freq_dim=32, ffn_dim=48, num_layers=2, rope_max_seq_len=256,
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stories() -> distill.Stories:
+    latents = torch.randn(98304, *distill.LATENT, generator=torch.Generator().manual_seed(0)).half()
+    return distill.tell_stories(10, latents, seed=3)
+
+
+def test_every_clean_frame_has_a_row_of_its_own():
+    generator = torch.Generator().manual_seed(0)
+    states = distill.random_states(2000, generator)
+    rows = distill.state_row(states)
+    assert rows.min() >= 0 and rows.max() < 98304
+    assert len(rows.unique()) == len(states.unique(dim=0))
+
+
+@pytest.mark.parametrize("start", [0, 3, 9, 21, None])
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_mask_against_a_naive_reading_of_the_rules(stories, start, dropout):
+    generator = torch.Generator().manual_seed(1)
+    clip = distill.sample_clips(stories, 4, generator, start)
+    mask = distill.clip_mask(clip, generator, dropout)
+    kinds = ["far"] * 9 + ["clean"] * 15 + ["noisy"] * 12
+    for b in range(4):
+        keys = torch.cat([clip.far_frames[b], clip.clean_frames[b], clip.noisy_frames[b]]).tolist()
+        for q, frame in enumerate(keys[9:]):
+            kind, block = kinds[9 + q], frame // 3 * 3
+            read = {(kinds[k], keys[k]) for k in mask[b, q].nonzero()[:, 0].tolist()}
+            own = {(kind, f) for f in range(block, block + 3)}
+            assert own <= read
+            past = read - own
+            assert all(f < block and kind_ != "noisy" for kind_, f in past)
+            if block >= 3:
+                assert {("far", f) for f in range(3)} <= past
+            rest = {f for kind_, f in past if not (kind_ == "far" and f < 3)}
+            assert all(f >= 3 for f in rest)  # the sink is never read twice
+            ordinary = {f for f in clip.clean_frames[b].tolist() if max(3, block - 6) <= f < block}
+            if kind == "clean" or dropout == 0:
+                assert rest == ordinary
+            else:
+                assert len(rest) <= 6 and (block - 1 in rest or block <= 3)
+
+
+def test_dropout_reaches_far_frames_and_keeps_the_nearest(stories):
+    generator = torch.Generator().manual_seed(2)
+    clip = distill.sample_clips(stories, 16, generator, start=75)
+    mask = distill.clip_mask(clip, generator, 1.0)
+    noisy = mask[:, 15:]
+    assert noisy[:, :, 3:9].any()  # frames from further back
+    assert (noisy[:, :, : 9 + 15].sum(2) == 9).all()  # as many as an ordinary block reads: 3 + 6
+    counts = noisy[:, 0, 9 + 4].float().mean()  # second nearest frame of the first block: a coin decides, or the draw
+    assert 0.3 < counts < 1.0
+
+
+def test_teacher_forcing_equals_block_by_block(stories):
+    backbone, generator = tiny_backbone(), torch.Generator().manual_seed(4)
+    clip = distill.sample_clips(stories, 3, generator)
+    mask = distill.clip_mask(clip, generator, 0.5)
+    x, sigma = torch.randn(clip.noisy.shape, generator=generator), torch.full((3, 12), 0.5)
+    with torch.no_grad():
+        at_once = distill.teacher_forcing(backbone, clip, x, sigma, mask)
+        kv = distill.far_kv(backbone, clip)
+        for i in range(5):
+            rows, written = slice(3 * i, 3 * i + 3), []
+            backbone(clip.clean[:, rows], torch.zeros(3), clip.clean_frames[:, rows].clamp(min=0), clip.text, kv,
+                     mask[:, rows, : 9 + 3 * i + 3], written)  # fmt: skip
+            kv = torch.cat([kv, torch.stack(written)], 3)
+        for j in range(4):
+            rows, seen = slice(15 + 3 * j, 18 + 3 * j), 9 + 6 + 3 * j
+            may_read = torch.cat([mask[:, rows, :seen], mask.new_ones(3, 3, 3)], 2)
+            block = slice(3 * j, 3 * j + 3)
+            one = backbone(
+                x[:, block], sigma[:, block], clip.noisy_frames[:, block], clip.text, kv[:, :, :, : seen * 16], may_read
+            )
+            torch.testing.assert_close(one, at_once[:, block], atol=1e-5, rtol=0)
+
+
+def test_rollout_carries_gradient_at_one_step_and_reads_its_own_past(stories):
+    backbone, generator = tiny_backbone(), torch.Generator().manual_seed(5)
+    clip = distill.sample_clips(stories, 2, generator, start=21)
+    mask = distill.clip_mask(clip, generator, 0.0)
+    live, final = distill.student_rollout(backbone, clip, mask, generator)
+    assert live.requires_grad and not final.requires_grad and live.shape == final.shape == clip.noisy.shape
+    other = distill.replace(clip, clean=torch.cat([clip.clean[:, :6], torch.randn_like(clip.clean[:, 6:])], 1))
+    generator.manual_seed(5), distill.sample_clips(stories, 2, generator, start=21)
+    distill.clip_mask(clip, generator, 0.0)
+    again = distill.student_rollout(backbone, other, mask, generator)[1]
+    assert torch.equal(final, again)  # clean frames after the start are the student's own, not the clip's
+
+
+def test_dmd_gradient_pulls_from_fake_to_real(stories):
+    teacher, fake = tiny_backbone(1), tiny_backbone(2)
+    clip = distill.sample_clips(stories, 2, torch.Generator().manual_seed(6))
+    mask = distill.clip_mask(clip, torch.Generator().manual_seed(6), 0.0)
+    x0 = clip.noisy.clone().requires_grad_()
+    distill.dmd_loss(x0, teacher, fake, clip, mask, torch.Generator().manual_seed(7)).backward()
+    generator = torch.Generator().manual_seed(7)
+    level = distill.shifted(0.02 + 0.96 * torch.rand(2, 4, generator=generator)).repeat_interleave(3, 1)
+    s = level[:, :, None, None, None]
+    with torch.no_grad():
+        x = (1 - s) * clip.noisy + s * torch.randn(clip.noisy.shape, generator=generator)
+        real = x - s * distill.teacher_forcing(teacher, clip, x, level, mask)
+        other = x - s * distill.teacher_forcing(fake, clip, x, level, mask)
+    assert torch.nn.functional.cosine_similarity(-x0.grad.flatten(), (real - other).flatten(), dim=0) > 0.9
+    same = clip.noisy.clone().requires_grad_()
+    distill.dmd_loss(same, teacher, teacher, clip, mask, torch.Generator().manual_seed(7)).backward()
+    assert same.grad.abs().max() < 1e-6  # equal scores: nothing to do
+
+
+def test_a_stage_resumes_bit_for_bit(tmp_path):
+    def run(folder, total, every=2):
+        torch.manual_seed(0)
+        model, generator = torch.nn.Linear(3, 3), torch.Generator().manual_seed(0)
+        optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+
+        def step(i):
+            loss = model(torch.randn(4, 3, generator=generator)).square().mean() + 0 * torch.rand(())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.item()
+
+        distill.loop(folder, total, {"model": model}, {"optimizer": optimizer}, generator, step, every)
+        return copy.deepcopy(model.state_dict())
+
+    run(tmp_path / "a", 4)
+    resumed, straight = run(tmp_path / "a", 8), run(tmp_path / "b", 8)
+    assert all(torch.equal(resumed[k], straight[k]) for k in straight)
+    assert not torch.equal(resumed["weight"], run(tmp_path / "c", 4)["weight"])
+
+
+def test_all_stages_run_and_leave_a_model_that_loads(tmp_path):
+    config = distill.DistillConfig(
+        output_dir=str(tmp_path), autoencoder_steps=2, teacher_steps=2, student_steps=12, teacher_batch=1,
+        student_batch=1, stories=5,
+    )  # fmt: skip
+    latents = torch.zeros(98304, *distill.LATENT, dtype=torch.float16)
+    from safetensors.torch import save_file
+
+    save_file({"latents": latents}, tmp_path / "latents.safetensors")  # spares the test 98304 encodings
+    weights = distill.distill(config)
+    from kvpo_min.pocket import load_pocket
+
+    for name in ("student", "teacher"):
+        pipeline = load_pocket(name, weights)
+        assert pipeline.decode(torch.zeros(1, 2, *distill.LATENT)).shape == (1, 2, 3, 64, 64)
+    moved = [
+        (a - b).abs().max()
+        for a, b in zip(
+            load_pocket("student", weights).backbone.parameters(),
+            load_pocket("teacher", weights).backbone.parameters(),
+            strict=True,
+        )
+    ]
+    assert max(moved) > 0  # the student was trained
