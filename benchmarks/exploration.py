@@ -1,0 +1,108 @@
+"""Does a routed history tell another story? Measured before any training.
+
+    python benchmarks/exploration.py --forks 64 --json docs/exploration.json
+
+For each way to explore: forks on held-out prompts, G branches against the unrouted anchor, from the fork to the end
+of its chunk.
+- different: share of branches in which the judge reads another order of events (runs of 3 frames and more) than in
+  the anchor, and the share in which colour, shape or motion alone differ
+- spread: standard deviation of the weighted reward inside a group
+- distance: mean distance of the branches' frames from the nearest clean rendering, over the anchors'
+Noise at strength s mixes the initial noise of the same blocks that routing would touch: sqrt(1 - s^2) shared + s fresh.
+"""
+
+import argparse
+import json
+
+import torch
+from tqdm import tqdm
+
+from kvpo_min import chr as routing
+from kvpo_min.pocket import load_pocket, pocket_rewards, world
+from kvpo_min.rollout import Sampler, draw_noise, fork
+from kvpo_min.train import score
+from kvpo_min.tve import schedule
+
+WAYS = {
+    "routing, nearest 1, 5 routed": dict(nearest=1, past=6),
+    "routing, nearest 2, 4 routed": dict(nearest=2, past=6),
+    "routing, nearest 0, 6 routed": dict(nearest=0, past=6),
+    "routing, nearest 2, 5 routed": dict(nearest=2, past=7),
+    "routing, nearest 1, 6 routed": dict(nearest=1, past=7),
+    "noise at the fork, strength 0.3": dict(noise=0.3),
+    "noise at the fork, strength 0.6": dict(noise=0.6),
+    "noise at the fork, strength 1.0": dict(noise=1.0),
+}
+
+
+@torch.no_grad()
+def explore(pipeline, scripts, n_frames: int, n_branches: int, nearest=1, past=6, noise=None, seed=0) -> dict:
+    """One way to explore, over one fork a script."""
+    rewards, window, sigmas = pocket_rewards(), routing.Window(past=past), schedule()
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for script in tqdm(scripts, leave=False):
+        texts = [pipeline.embed([text]) for text in pipeline.segments(script)]
+        sampler = Sampler(sigmas, window, switches=pipeline.switches[: len(texts) - 1])
+        plan = routing.plan(n_frames, window, nearest, 5, n_branches, generator)
+        end = min([s for s in routing.chunk_starts(n_frames) if s > plan.fork] + [n_frames])
+        shape = (window.block, *pipeline.latent_shape)
+        z = draw_noise(end // window.block, len(sigmas), shape, generator)
+        if noise is not None:
+            plan = routing.Plan(plan.fork, plan.pool, plan.routes, 0)  # nothing routed
+            z = z.repeat(n_branches + 1, *[1] * (z.ndim - 1))
+            here = slice(plan.fork // window.block, plan.fork // window.block + 5)
+            fresh = torch.randn(z[:-1, here, 0].shape, generator=generator)
+            z[:-1, here, 0] = (1 - noise**2) ** 0.5 * z[:-1, here, 0] + noise * fresh
+        made = fork(pipeline.backbone, texts, z, plan, end, end, sampler, nearest)
+        pixels = pipeline.decode(made.videos[:, plan.fork :])
+        reading = world.judge(pixels)
+        told = [world.story(reading, g) for g in range(n_branches + 1)]
+        parts = {}
+        for name in ("colour", "shape", "motion"):
+            each = getattr(reading, name)
+            parts[name] = (each[:-1] != each[-1:]).float().mean(1).gt(0.25).float().mean().item()
+        scores = score(pipeline, rewards, pixels, [script] * len(pixels), plan.fork)
+        total = rewards.total(scores)
+        rows.append({
+            "different": sum(t != told[-1] for t in told[:-1]) / n_branches,
+            **{f"different {name}": share for name, share in parts.items()},
+            "spread": total[:-1].std().item(),
+            **{f"spread {name}": s[:-1].std().item() for name, s in scores.items()},
+            "over anchor": (total[:-1].mean() - total[-1]).item(),
+            "best over anchor": (total[:-1].max() - total[-1]).item(),
+            "pixels": (pixels[:-1] - pixels[-1:]).square().mean().item(),
+            "distance": reading.distance[:-1].mean().item(),
+            "anchor distance": reading.distance[-1].mean().item(),
+        })  # fmt: skip
+    out = {key: sum(r[key] for r in rows) / len(rows) for key in rows[0]}
+    out["distance ratio"] = out["distance"] / out["anchor distance"]
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=None, help="folder with autoencoder/ and student/; default: embedded")
+    parser.add_argument("--forks", type=int, default=64)
+    parser.add_argument("--branches", type=int, default=8)
+    parser.add_argument("--num_frames", type=int, default=39)
+    parser.add_argument("--num_segments", type=int, default=1)
+    parser.add_argument("--ways", type=int, default=len(WAYS), help="only the first so many")
+    parser.add_argument("--json", default=None)
+    args = parser.parse_args()
+    pipeline = load_pocket(folder=args.model)
+    scripts = world.prompt_set(args.forks, args.num_segments, seed=7)
+    table = {}
+    keys = ["different", "different colour", "different shape", "different motion", "spread", "best over anchor",
+            "over anchor", "pixels", "distance ratio"]  # fmt: skip
+    print("| way | " + " | ".join(keys) + " |\n|" + "---|" * (len(keys) + 1))
+    for way, how in list(WAYS.items())[: args.ways]:
+        table[way] = explore(pipeline, scripts, args.num_frames, args.branches, **how)
+        print(f"| {way} | " + " | ".join(f"{table[way][key]:.3f}" for key in keys) + " |", flush=True)
+        if args.json:
+            with open(args.json, "w") as file:
+                json.dump({"args": vars(args), "ways": table}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
