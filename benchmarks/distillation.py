@@ -19,7 +19,7 @@ from kvpo_min.tve import schedule
 MODELS = {
     "student, 4 steps": dict(name="student"),
     "undistilled teacher, 4 steps": dict(name="teacher"),
-    "teacher, 50 steps": dict(name="teacher", sigmas=schedule(50), eta=0.0),
+    "teacher, 50 steps": dict(name="teacher", sigmas=schedule(50, world.SHIFT), eta=0.0),
 }
 MODES = {"short": dict(num_frames=21, n_segments=1, seed=11), "long": dict(num_frames=147, n_segments=4, seed=12)}
 

@@ -21,7 +21,6 @@ from kvpo_min import chr as routing
 from kvpo_min.pocket import load_pocket, pocket_rewards, world
 from kvpo_min.rollout import Sampler, draw_noise, fork
 from kvpo_min.train import score
-from kvpo_min.tve import schedule
 
 WAYS = {
     "routing, nearest 1, 5 routed": dict(nearest=1, past=6),
@@ -38,7 +37,7 @@ WAYS = {
 @torch.no_grad()
 def explore(pipeline, scripts, n_frames: int, n_branches: int, nearest=1, past=6, noise=None, seed=0) -> dict:
     """One way to explore, over one fork a script."""
-    rewards, window, sigmas = pocket_rewards(), routing.Window(past=past), schedule()
+    rewards, window, sigmas = pocket_rewards(), routing.Window(past=past), pipeline.sigmas
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for script in tqdm(scripts, leave=False):

@@ -49,6 +49,7 @@ class Pipeline:
     reward_prompts: Callable[[str], list[str]]  # script -> texts that rewards are given, one a segment
     judge: Callable[[Tensor, list[str]], dict[str, float]] | None = None  # held-out measure, never trained on
     sample_scripts: Callable[[int, int, int], list[str]] | None = None  # n, segments, seed -> scripts
+    sigmas: Tensor = field(default_factory=schedule)  # [S] noise levels of the sampler
     name: str = "model"
 
 
@@ -260,15 +261,16 @@ def sample(
     sigmas: Tensor | None = None, eta: float = 1.0, bar: bool = False,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Generates one video a script, unrouted; video i's noise comes from a generator of its own, seed + 10000 i, so
-    it does not depend on the batch. `sigmas`, `eta`: another sampler than the 4-step one. Yields latents [b, T, C, H, W]."""
+    it does not depend on the batch. `sigmas`, `eta`: another sampler than the 4-step one.
+    Yields latents [b, T, C, H, W]."""
     from tqdm import tqdm
 
-    sigmas = schedule() if sigmas is None else sigmas
+    sigmas = pipeline.sigmas if sigmas is None else sigmas
     n_segments = {len(pipeline.segments(script)) for script in scripts}
     if len(n_segments) != 1:
         raise ValueError(f"scripts of one call must have the same number of segments, got {sorted(n_segments)}")
     switches = pipeline.switches[: n_segments.pop() - 1]
-    window = routing.Window(history=9)  # nothing is routed: only the sink and the ordinary past are read
+    window = routing.Window(history=21)  # nothing is routed: the sink, and the 12 + 6 frames a prompt switch reads
     sampler = Sampler(sigmas, window, switches=switches, eta=eta)
     for begin in tqdm(range(0, len(scripts), batch), desc="sample", disable=not bar, leave=False):
         part = scripts[begin : begin + batch]
@@ -337,7 +339,7 @@ def train(
     if config.resume_from_checkpoint:
         state = load_checkpoint(find_checkpoint(config), policies, optimizer, generator)
 
-    window, sigmas = routing.Window(), schedule()
+    window, sigmas = routing.Window(), pipeline.sigmas
     sampler = Sampler(sigmas, window, switches=pipeline.switches[: config.num_segments - 1])
     energy_weight = energy_weights(sigmas, 1.0 if config.compat else 0.0)
     context = "own" if config.compat else "stored"

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvpo_min.pocket import world
 from kvpo_min.rewards import Mixture, MotionQuality, Scene, TextAlignment, VisualQuality
 from kvpo_min.train import Pipeline
+from kvpo_min.tve import schedule
 
 WEIGHTS = Path(__file__).parent / "weights"  # autoencoder/, teacher/, student/ in diffusers layout, fp16
 
@@ -42,6 +43,7 @@ def load_pocket(name: str = "student", folder: str | Path | None = None, device:
         backbone=WanBackbone(transformer),
         decode=decode,
         embed=lambda texts: world.embed(texts).to(device),
+        sigmas=schedule(shift=world.SHIFT),
         latent_shape=(config.latent_channels, 8, 8),
         switches=world.SWITCHES,
         segments=world.segments_of,

@@ -45,10 +45,11 @@ class DistillConfig:
     autoencoder_steps: int = 2400
     autoencoder_learning_rate: float = 3e-3
     teacher_steps: int = 1800
-    teacher_learning_rate: float = 1.5e-3
+    teacher_learning_rate: float = 2e-3
     teacher_batch: int = 6  # clips a process
+    first_blocks: int = 32  # first blocks a process, besides the clips
     history_dropout: float = 0.5  # share of the blocks that read a random past
-    student_steps: int = 200
+    student_steps: int = 60  # of four rollouts each
     student_learning_rate: float = 5e-5
     fake_learning_rate: float = 1e-4
     fake_updates: int = 2  # of the fake score, for one of the student
@@ -230,20 +231,29 @@ class Clip:
 
 def sample_clips(stories: Stories, n: int, generator: torch.Generator, start: int | None = None) -> Clip:
     """Draws clips whose noisy blocks lie inside one segment: a quarter begin the video (nothing to go by but the
-    words, the hardest case), a quarter lie elsewhere in the first 39 frames."""
+    words, the hardest case), a quarter lie elsewhere in the first 39 frames. `start` fixes the first frame."""
     story = torch.randint(len(stories.rows), (n,), generator=generator)
-    n_noisy = BLOCKS * BLOCK
     borders = torch.tensor([0, *world.SWITCHES, STORY_FRAMES])
     segment = torch.randint(1, 4, (n,), generator=generator)
     early = torch.rand(n, generator=generator)
     segment[early < 0.5] = 0
-    room = (borders[segment + 1] - borders[segment] - n_noisy) // BLOCK + 1
+    room = (borders[segment + 1] - borders[segment] - BLOCKS * BLOCK) // BLOCK + 1
     first = borders[segment] + BLOCK * (torch.rand(n, generator=generator) * room).long()
     first[early < 0.25] = 0
     if start is not None:
         first, segment = torch.full_like(first, start), torch.full_like(segment, world.segment_at(start, 4))
-    noisy = first[:, None] + torch.arange(n_noisy)
-    clean = first[:, None] + torch.arange(-PAST, n_noisy - BLOCK)
+    return clip_at(stories, story, segment, first, generator)
+
+
+def clip_at(
+    stories: Stories, story: Tensor, segment: Tensor, first: Tensor, generator: torch.Generator,
+    video: Tensor | None = None,
+) -> Clip:  # fmt: skip
+    """The clips of given stories [B] from frame `first` [B] on. `video` [B, T, C, H, W]: take the frames from there
+    instead (the student's own past; frames after T repeat the last one until they are replaced)."""
+    n = len(story)
+    noisy = first[:, None] + torch.arange(BLOCKS * BLOCK)
+    clean = first[:, None] + torch.arange(-PAST, (BLOCKS - 1) * BLOCK)
     far_blocks = ((first - PAST - SINK) // BLOCK).clamp(min=0)  # whole blocks between the sink and the window
     old = (torch.rand(n, 2, generator=generator) * far_blocks[:, None]).long()  # two of them, the same one at times
     old = torch.where(far_blocks[:, None] > 0, SINK + BLOCK * old, -BLOCK)
@@ -251,7 +261,9 @@ def sample_clips(stories: Stories, n: int, generator: torch.Generator, start: in
     old_frames[:, BLOCK:][old[:, 0] == old[:, 1]] = -1  # a block read twice would count twice
     far = torch.cat([torch.arange(SINK).expand(n, -1), old_frames], 1)
 
-    def latents(frames):
+    def latents(frames: Tensor) -> Tensor:
+        if video is not None:
+            return video[torch.arange(n)[:, None], frames.clamp(0, video.shape[1] - 1)]
         return stories.latents[stories.rows[story[:, None], frames.clamp(min=0)].long()].float()
 
     old_segment = (old[:, :, None] >= torch.tensor(world.SWITCHES)).sum(-1)
@@ -322,9 +334,20 @@ def teacher_forcing(backbone: nn.Module, clip: Clip, x: Tensor, sigma: Tensor, m
     return out[:, clip.clean.shape[1] :]
 
 
-def shifted(u: Tensor, shift: float = 5.0) -> Tensor:
+def shifted(u: Tensor, shift: float = world.SHIFT) -> Tensor:
     """Uniform numbers to noise levels, as the sampler's schedule is shifted."""
     return shift * u / (1 + (shift - 1) * u)
+
+
+def first_block_loss(backbone, stories: Stories, n: int, generator: torch.Generator) -> Tensor:
+    """Flow matching of first blocks alone: the hardest thing to learn (no past to go by) and the cheapest to show."""
+    story = torch.randint(len(stories.rows), (n,), generator=generator)
+    x0 = stories.latents[stories.rows[story, :BLOCK].long()].float()
+    sigma = shifted(torch.rand(n, generator=generator))
+    noise = torch.randn(x0.shape, generator=generator)
+    s = sigma[:, None, None, None, None]
+    v = backbone.velocity((1 - s) * x0 + s * noise, sigma, 0, stories.text[story, 0], None)
+    return (v - (noise - x0)).square().mean()
 
 
 def new_transformer():
@@ -383,6 +406,7 @@ def train_teacher(config: DistillConfig, stories: Stories) -> WanBackbone:
         optimizer.param_groups[0]["lr"] = config.teacher_learning_rate * warm_cosine(i, config.teacher_steps, 50)
         clip = sample_clips(stories, config.teacher_batch, generator)
         loss = flow_matching_loss(model, clip, generator, clip_mask(clip, generator, config.history_dropout))
+        loss = loss + first_block_loss(model, stories, config.first_blocks, generator)
         optimizer.zero_grad()
         loss.backward()
         average_gradients(model)
@@ -410,7 +434,7 @@ def student_rollout(
     One random step a rollout carries gradient (Self-Forcing's exit step); the context is what the last step gave,
     detached.
     -> x0 at that step, with gradient, and final x0; both [B, 12, C, H, W]"""
-    sigmas, n_far = schedule(), clip.far.shape[1]
+    sigmas, n_far = schedule(shift=world.SHIFT), clip.far.shape[1]
     n_clean = clip.clean.shape[1]
     exit_step = int(torch.randint(len(sigmas), (), generator=generator))
     kv, live, final = far_kv(student, clip), [], []
@@ -476,25 +500,39 @@ def train_student(config: DistillConfig, stories: Stories, teacher: WanBackbone)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    def step(i: int) -> float:
-        clip = sample_clips(stories, config.student_batch, generator)
+    def one_clip(clip: Clip, learn: bool) -> Tensor:
+        """Rolls the student out over a clip and updates both scores; -> its blocks [B, 12, C, H, W]."""
         mask = clip_mask(clip, generator, config.history_dropout)
         live, final = student_rollout(student, clip, mask, generator)
         own = torch.cat([clip.clean[:, :PAST], final[:, :-BLOCK]], 1)  # the student's past, where the clip's was
-        clip = replace(clip, clean=own, noisy=final)
-        if i >= 10:  # first the fake score learns what the student makes
+        clip = replace(clip, clean=own, noisy=live.detach())
+        if learn:
             update(student, optimizer, dmd_loss(live, teacher, fake, clip, mask, generator))
             ema_update(ema, student, config.ema_decay)
         for _ in range(config.fake_updates):
-            clip = replace(clip, noisy=live.detach())
-            loss = flow_matching_loss(fake, clip, generator, mask=mask)
-            update(fake, fake_optimizer, loss)
-        return loss.item()
+            losses.append(flow_matching_loss(fake, clip, generator, mask))
+            update(fake, fake_optimizer, losses[-1])
+        return final
+
+    losses: list[Tensor] = []
+
+    def step(i: int) -> float:
+        losses.clear()
+        learn = i >= 4  # first the fake score learns what the student makes
+        n = config.student_batch
+        story, zeros = torch.randint(len(stories.rows), (n,), generator=generator), torch.zeros(n, dtype=torch.long)
+        video = torch.zeros(n, 1, *LATENT)
+        for start in range(0, world.SWITCHES[0] - BLOCKS * BLOCK, BLOCKS * BLOCK):  # three clips on its own past
+            clip = clip_at(stories, story, zeros, zeros + start, generator, video)
+            final = one_clip(clip, learn)
+            video = torch.cat([video, final], 1) if start else final
+        one_clip(sample_clips(stories, n, generator), learn)  # and one on the past of a story, anywhere
+        return torch.stack(losses).mean().item()
 
     folder = Path(config.output_dir) / "student"
     loop(folder, config.student_steps, {"student": student, "fake": fake, "ema": ema},
          {"optimizer": optimizer, "fake_optimizer": fake_optimizer}, generator, step,
-         min(25, config.checkpointing_steps))  # fmt: skip
+         min(10, config.checkpointing_steps))  # fmt: skip
     if rank() == 0:
         ema.transformer.save_pretrained(folder)
     return ema

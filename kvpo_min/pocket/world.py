@@ -4,11 +4,11 @@ A frame is one sprite on one background, 64x64 RGB. A story is a script (English
 
 Grammar of a script, one a line (words in brackets may be left out, and history then decides what is shown)::
 
-    script  := first { " | " later }
+    script  := first { " | " later }                                    (at most four segments)
     first   := "a" [COLOUR] SHAPE [action ["and" action]]
     later   := "it" action ["and" action]
-    action  := "moves" [DIRECTION] | "rests" | "wanders" | "turns"      (motion: at most one of these)
-             | "turns" COLOUR | "changes colour"                        (colour: at most one of these)
+    action  := "moves" [DIRECTION] | "rests" | "wanders" | "turns"  (motion: at most one of these)
+             | "turns" COLOUR | "changes colour"                    (colour: at most one; "turns" COLOUR only in later)
 
 "turns", "wanders" and "changes colour" are open events: the words say that something happens, not when, and not what
 comes out. Never named: the size, the speed, the background, and the hand (clockwise or not) by which a sprite turns,
@@ -44,6 +44,7 @@ SPEEDS = (2, 4)  # pixels a frame
 BACKGROUNDS = ((0.05, 0.06, 0.11), (0.22, 0.19, 0.25))
 WALL = (12, 52)  # a wandering sprite turns where its centre would leave this square
 SWITCHES = (39, 75, 111)  # frames at which the second, third and fourth segment begin: starts of chunks
+SHIFT = 5 / 3  # of the noise schedule: a block has 1,536 latents where Wan's has 300,000, so noise hides more (docs/LOG.md)
 OPEN = -1  # an attribute that the words leave open
 
 WORDS = (
@@ -64,7 +65,7 @@ class Segment:
     """What one segment of a script says. `None`: not said. `motion`: a direction, moves, rest, wanders or turns."""
 
     text: str
-    colour: str | None = None  # COLOURS, or "changes"
+    colour: str | None = None  # COLOURS, "changes", or "changes red": a first segment that also says from which colour
     shape: str | None = None
     motion: str | None = None
 
@@ -72,6 +73,11 @@ class Segment:
 def parse(line: str) -> tuple[Segment, ...]:
     """Reads one script. Raises `PromptError` naming the segment, what was expected and the nearest known word."""
     parts = [part.split() for part in line.split("|")]
+    if len(parts) > len(SWITCHES) + 1:  # there is no switch left at which a fifth could begin: it would never be told
+        raise PromptError(
+            f"'{line.strip()}': expected at most {len(SWITCHES) + 1} segments, got {len(parts)}. "
+            f"Known words: {' '.join(WORDS)}"
+        )
     return tuple(_parse_segment(words, first=k == 0) for k, words in enumerate(parts))
 
 

@@ -1,0 +1,1083 @@
+"""The command line: `kvpo-min demo | train | sample | eval | distill | doctor`. Each command is one function below.
+
+Options are the fields of dataclasses (`TrainConfig` and the ones here), read by jsonargparse from flags and from a
+YAML file (`--config FILE`, `--print_config`). An unknown name is an error that names the nearest known one. What the
+user can mend (words, values, files, folders) ends with one line on stderr and exit code 2, before anything is written.
+Exit codes: 0 done, 1 a check or an update failed, 2 wrong input, 130 interrupted. Heavy imports stay inside functions,
+so that `kvpo-min --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+EVAL_SEED = 1_000_000  # of the held-out prompts; the same for every run, so that runs can be compared
+SHOWN = 4  # evaluation prompts whose videos are kept
+POSITIONAL = "script"  # the one option that is given without a flag
+NOT_IN_CONFIG = ("overwrite_output_dir", "resume_from_checkpoint")  # how a run was started, not what it is
+MAY_CHANGE_ON_RESUME = (
+    "output_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
+    "branch_batch", "replay_batch", "eval_prompts", "report_to", "overwrite_output_dir",
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+@dataclass
+class RunOptions:
+    """Data, reward and bookkeeping of a run"""
+
+    prompts: str = ""  # file with one training script a line; empty: 256 scripts drawn with the run's seed
+    eval_prompts: int = 32  # held-out scripts, drawn with a seed of their own, on which before and after are measured
+    vq: float = 1.0  # weight of visual quality in the reward
+    mq: float = 1.0  # weight of motion quality
+    ta: float = 1.0  # weight of text alignment
+    model: str = ""  # folder with autoencoder/ and student/, as `kvpo-min distill` leaves it; empty: the embedded model
+    report_to: str = "none"  # none or tensorboard; metrics.jsonl is always written
+    overwrite_output_dir: bool = False  # replace the files of an earlier run in output_dir
+
+    def __post_init__(self):
+        if self.eval_prompts < 1:
+            raise ValueError(f"eval_prompts must be at least 1, got {self.eval_prompts}")
+        if self.report_to not in ("none", "tensorboard"):
+            raise ValueError(f"report_to must be none or tensorboard, got {self.report_to!r}")
+        check_weights(self.vq, self.mq, self.ta)
+
+
+@dataclass
+class SampleOptions:
+    """Makes one video a script"""
+
+    script: str = ""  # the words, segments separated by " | ", for example "a red disc moves left | it turns blue"
+    prompts: str = ""  # file with one script a line, instead of the words
+    adapter: str = ""  # folder of a trained adapter, such as the output_dir of a run; empty: none
+    num_frames: int = 0  # length of the videos; 0: 39 for one segment, and 75, 111, 147 for two, three, four
+    seed: int = 99999  # of the noise
+    output_dir: str = "kvpo_samples"
+    model: str = ""  # folder with autoencoder/ and student/; empty: the embedded model
+    overwrite_output_dir: bool = False  # replace the files of an earlier call in output_dir
+
+    def __post_init__(self):
+        if bool(self.script.strip()) == bool(self.prompts):
+            raise ValueError("give either a script in quotes, or --prompts FILE")
+
+
+@dataclass
+class EvalOptions:
+    """Measures a model, with or without an adapter, on a prompts file"""
+
+    prompts: str = ""  # file with one script a line, all with the same number of segments
+    json: str = ""  # file that the result is written to
+    adapter: str = ""  # folder of a trained adapter; empty: none
+    num_frames: int = 0  # length of the videos; 0: 39 for one segment, and 75, 111, 147 for two, three, four
+    seed: int = 99999  # of the noise
+    vq: float = 1.0  # weight of visual quality in the reward
+    mq: float = 1.0  # weight of motion quality
+    ta: float = 1.0  # weight of text alignment
+    model: str = ""  # folder with autoencoder/ and student/; empty: the embedded model
+
+    def __post_init__(self):
+        for name in ("prompts", "json"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} FILE is required")
+        check_weights(self.vq, self.mq, self.ta)
+
+
+@dataclass
+class DoctorOptions:
+    """Runs one update and checks every invariant"""
+
+    output_dir: str = ""  # folder of a finished run, whose files are checked as well; empty: none
+    model: str = ""  # folder with autoencoder/ and student/; empty: the embedded model
+    seed: int = 0
+    num_frames: int = 39  # 39 for the short mode, 147 for the long one
+    num_segments: int = 1
+    num_generations: int = 8  # branches
+    perturb_num_blocks: int = 5  # routed blocks after the fork
+    rank: int = 16  # of the LoRA
+
+
+def check_weights(*weights: float) -> None:
+    if min(weights) < 0 or not sum(weights) > 0:
+        raise ValueError(f"the weights vq, mq, ta must be 0 or more and not all 0, got {', '.join(map(str, weights))}")
+
+
+def field_comments(config_class: type) -> dict[str, str]:
+    """The comment beside each field of a dataclass: the help of its flag, written once."""
+    import inspect
+
+    return dict(re.findall(r"^    (\w+): [^#\n]+#\s*(.+)$", inspect.getsource(config_class), re.MULTILINE))
+
+
+def nearest_known(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean '{near[0]}'?)" if near else f"; known: {', '.join(known)}"
+
+
+def parse_options(command: str, classes: Sequence[type], argv: Sequence[str], defaults: Mapping | None = None) -> dict:
+    """Flags and YAML -> {name: value} for all fields of `classes`; `defaults` replace those of the fields.
+    Raises ValueError naming an option that is unknown or has a bad value."""
+    import argparse
+    import typing
+
+    from jsonargparse import ArgumentParser
+
+    summary = COMMANDS[command][1]
+    parser = ArgumentParser(prog=f"kvpo-min {command}", description=summary, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below; flags win over it")
+    known, defaults = [], defaults or {}
+    for config_class in classes:
+        group = parser.add_argument_group(config_class.__doc__.strip().split("\n")[0].rstrip("."))
+        hints, comments = typing.get_type_hints(config_class), field_comments(config_class)
+        for field in dataclasses.fields(config_class):
+            known.append(field.name)
+            kind = {"action": "store_true"} if hints[field.name] is bool else {"type": hints[field.name]}
+            flag = f"--{field.name}"
+            if field.name == POSITIONAL:
+                flag, kind["nargs"] = field.name, "?"
+            default = defaults.get(field.name, field.default)
+            group.add_argument(flag, default=default, help=comments.get(field.name, ""), **kind)
+    flags = [name for name in known if name != POSITIONAL]
+    for token in argv:
+        name = token.split("=")[0].removeprefix("--")
+        if token.startswith("--") and name not in (*flags, "config", "print_config", "help"):
+            raise ValueError(f"unknown flag --{name}{nearest_known(name, flags)}")
+    for path in config_files(argv):
+        check_yaml(path, known)
+    try:
+        values = parser.parse_args(argv)
+    except argparse.ArgumentError as error:
+        message = re.sub(r"<class '(\w+)'>", r"\1", str(error))
+        raise ValueError(re.sub(r'^Parser key "(\w+)":', r"--\1:", message)) from None
+    return {name: values[name] for name in known}
+
+
+def config_files(argv: Sequence[str]) -> Iterator[str]:
+    """The files that --config names."""
+    for token, following in zip(argv, [*argv[1:], ""], strict=True):
+        if token == "--config":
+            yield following
+        elif token.startswith("--config="):
+            yield token.removeprefix("--config=")
+
+
+def check_yaml(path: str, known: Sequence[str]) -> None:
+    """Refuses a config file that is missing, not a YAML mapping, or that holds a key nobody reads."""
+    content = read_yaml(Path(path))
+    unknown = [str(key) for key in content if key not in known]
+    if unknown:
+        raise ValueError(f"{path}: unknown key '{unknown[0]}'{nearest_known(unknown[0], known)}")
+
+
+def read_yaml(path: Path) -> dict:
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config file {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold lines like 'seed: 0', got a {type(content).__name__}")
+    return content
+
+
+def split_options(values: Mapping, *classes: type) -> list:
+    """{name: value} -> one instance of each dataclass."""
+    return [cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)}) for cls in classes]
+
+
+# --------------------------------------------------------------------------------------------------- models and prompts
+
+
+def load_model(folder: str):
+    """The embedded student, or the one in `folder`. Raises FileNotFoundError or ValueError naming the folder."""
+    from diffusers.utils import logging
+    from safetensors import SafetensorError
+
+    from kvpo_min.pocket import load_pocket
+
+    logging.set_verbosity_error()  # AutoencoderTiny warns of a key that it wrote itself
+    try:
+        return load_pocket(folder=folder or None)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder or 'the embedded weights'} cannot be loaded as a model: {error}") from error
+
+
+def load_adapter(pipeline, folder: str | Path):
+    """Puts a saved LoRA on the pipeline's transformer, ready to sample. -> the peft model
+
+    Raises FileNotFoundError when a file is missing and ValueError when it is damaged, no LoRA, or made for another
+    model; the pipeline is then as it was."""
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder, transformer = Path(folder), pipeline.backbone.transformer
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is not an adapter: it has no {name}")
+    if any("lora_" in name for name, _ in transformer.named_parameters()):
+        raise ValueError("the model has an adapter already: load it again before you load another")
+    try:
+        if json.loads((folder / "adapter_config.json").read_text())["peft_type"] != "LORA":
+            raise ValueError("peft_type is not LORA")
+        config = LoraConfig.from_pretrained(folder)
+        config.base_model_name_or_path = None  # a note for readers; peft would compare it with the base's path
+        saved = load_file(folder / "adapter_model.safetensors")
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # a JSON error is a ValueError
+        raise ValueError(f"{folder}: the adapter is damaged or not a LoRA: {error}") from None
+    try:
+        policies = get_peft_model(transformer, config)
+    except ValueError as error:  # peft found none of the layers
+        raise ValueError(f"{folder}: the adapter was made for another model: {error}") from None
+    wanted = get_peft_model_state_dict(policies, save_embedding_layers=False)
+    wrong = [key for key in sorted({*wanted, *saved}) if not same_shape(wanted.get(key), saved.get(key))]
+    if wrong:
+        policies.unload()
+        raise ValueError(
+            f"{folder}: the adapter was made for another model, or is incomplete: {len(wrong)} of its tensors do not "
+            f"fit, the first is {wrong[0]}"
+        )
+    set_peft_model_state_dict(policies, saved)
+    return policies.requires_grad_(False).eval()
+
+
+def same_shape(a, b) -> bool:
+    return a is not None and b is not None and a.shape == b.shape
+
+
+def read_scripts(path: str) -> list[str]:
+    """The scripts of a prompts file. Raises PromptError naming a bad line, FileNotFoundError or ValueError."""
+    from kvpo_min.pocket.world import read_prompts
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no prompts file {path}")
+    try:
+        return read_prompts(path)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file in UTF-8") from None
+
+
+def count_segments(scripts: Sequence[str]) -> int:
+    """How many segments each script has. Raises ValueError when they differ or are more than can be told."""
+    from kvpo_min.pocket.world import SWITCHES, parse
+
+    counts = {len(parse(script)): script for script in reversed(scripts)}
+    if len(counts) > 1:
+        examples = "; ".join(f"{n}: '{script}'" for n, script in sorted(counts.items()))
+        raise ValueError(f"all scripts must have the same number of segments, got {examples}")
+    (n, script), *_ = counts.items()
+    if n > len(SWITCHES) + 1:
+        raise ValueError(f"a script has at most {len(SWITCHES) + 1} segments, got {n}: '{script}'")
+    return n
+
+
+def video_length(num_frames: int, n_segments: int) -> int:
+    """`num_frames`, or for 0 the usual length for that many segments. Raises ValueError as `check_length` does."""
+    from kvpo_min.pocket.world import SWITCHES
+
+    length = num_frames or (*SWITCHES, 147)[n_segments - 1]
+    check_length(length, n_segments)
+    return length
+
+
+def check_length(num_frames: int, n_segments: int) -> None:
+    """Raises ValueError when `num_frames` are no whole blocks, or when the last segment would never be shown."""
+    from kvpo_min.pocket.world import SWITCHES
+
+    if num_frames < 3 or num_frames % 3:
+        raise ValueError(f"num_frames must be a multiple of 3 (frames are made in blocks of 3), got {num_frames}")
+    begins = (0, *SWITCHES)[n_segments - 1]
+    if num_frames <= begins:
+        raise ValueError(f"num_frames must be above {begins}, where segment {n_segments} begins, got {num_frames}")
+
+
+# -------------------------------------------------------------------------------------------------------------- folders
+
+
+def check_folder(folder: Path, overwrite: bool, how: str = "--overwrite_output_dir") -> None:
+    """Refuses an output folder that holds something, unless it may be overwritten."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise FileExistsError(f"{folder} is not empty; name another --output_dir, or give {how}")
+
+
+def clear_run(folder: Path) -> None:
+    """Deletes what an earlier run left, by name; anything else in the folder stays."""
+    import shutil
+
+    patterns = (
+        "config.yaml", "metrics.jsonl", "summary.json", "README.md", "adapter_config.json", "adapter_model.safetensors",
+        "videos/*.mp4", "videos/*.png", "figures/*.png", "runs/events.*",
+    )  # fmt: skip
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        path.unlink()
+    for checkpoint in folder.glob("checkpoint-*"):
+        if (checkpoint / "state.json").exists():
+            shutil.rmtree(checkpoint)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes aside and renames, so that a file is either the old or the new one."""
+    aside = path.with_name(path.name + ".aside")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def write_json(path: Path, content) -> None:
+    write_text(path, json.dumps(finite(content), indent=2) + "\n")
+
+
+def finite(content):
+    """JSON knows no nan: numbers that do not exist (the motion of prompts that name none) become null."""
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl. Raises ValueError naming a line that is no JSON."""
+    lines = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+def run(config, options: RunOptions) -> int:
+    """One training run with its evaluation, and the folder it leaves behind (`demo` and `train`). -> exit code"""
+    begun = time.perf_counter()
+    scripts, held_out = run_prompts(config, options)
+    check_geometry(config)
+    check_output(config, options)
+    report = reporter(config, options)  # before any work: its package may be missing
+
+    from kvpo_min.pocket import pocket_rewards
+    from kvpo_min.train import add_policies
+
+    pipeline = load_model(options.model)
+    rewards = pocket_rewards(options.vq, options.mq, options.ta)
+    say(f"{pipeline.name}: {len(held_out)} held-out prompts before training")
+    before, before_pixels = measure(pipeline, held_out, rewards, config.num_frames)
+
+    folder = Path(config.output_dir)
+    if options.overwrite_output_dir and not config.resume_from_checkpoint:
+        clear_run(folder)
+    for name in ("videos", "figures"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    write_config(folder, config, options)
+    policies = add_policies(pipeline, config)
+    finished, logs, first, last = train_loop(pipeline, scripts, rewards, config, policies, folder, report)
+
+    save_adapter(policies, folder, pipeline.name)
+    earlier = sum(line["step_time"] for line in logs if first is None or line["step"] < first.step)
+    result = {"before": before, "after": None, "updates": len(logs), "seconds": 0.0, "seed": config.seed}
+    draw_curves(folder, logs, last)
+    draw_groups(pipeline, folder, config, [first, last])
+    write_json(folder / "summary.json", result)  # should the evaluation be interrupted
+    if finished:
+        say("held-out prompts after training")
+        result["after"], after_pixels = measure(pipeline, held_out, rewards, config.num_frames)
+        draw_before_after(folder, before_pixels, after_pixels, held_out)
+    result["seconds"] = round(earlier + time.perf_counter() - begun, 1)
+    write_json(folder / "summary.json", result)
+    seen = len(set(held_out) & set(scripts))
+    write_text(folder / "README.md", model_card(pipeline.name, config, options, result, len(scripts), seen))
+    if result["after"]:
+        print(table({"before": before, "after": result["after"]}))
+    else:
+        print(f"kvpo-min: interrupted after {len(logs)} updates; what there is was saved", file=sys.stderr)
+    print(f"\n{folder}/ holds the adapter, metrics.jsonl, summary.json and a model card (README.md);")
+    print(f"videos are in {folder}/videos, curves in {folder}/figures.")
+    return 0 if finished else 130
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def run_prompts(config, options: RunOptions) -> tuple[list[str], list[str]]:
+    """Training scripts, and held-out scripts from another seed. Raises ValueError when they do not fit the mode."""
+    from kvpo_min.pocket.world import SWITCHES, prompt_set
+
+    if not 1 <= config.num_segments <= len(SWITCHES) + 1:
+        raise ValueError(f"num_segments must be 1 to {len(SWITCHES) + 1}, got {config.num_segments}")
+    if not options.prompts and config.seed == EVAL_SEED:
+        raise ValueError(f"seed {EVAL_SEED} draws the held-out prompts; take another one for training")
+    scripts = read_scripts(options.prompts) if options.prompts else prompt_set(256, config.num_segments, config.seed)
+    if count_segments(scripts) != config.num_segments:
+        raise ValueError(
+            f"num_segments is {config.num_segments}, but the scripts have {count_segments(scripts)} segments, "
+            f"like '{scripts[0]}'"
+        )
+    return scripts, prompt_set(options.eval_prompts, config.num_segments, EVAL_SEED)
+
+
+def check_geometry(config) -> None:
+    """Raises ValueError when the videos of a run cannot be made, or leave no block at which a group could fork."""
+    import torch
+
+    from kvpo_min.chr import Window
+    from kvpo_min.train import make_plan
+
+    check_length(config.num_frames, config.num_segments)
+    make_plan(config, 0, 0, Window(), torch.Generator())
+
+
+def check_output(config, options: RunOptions) -> None:
+    """Raises FileExistsError for a folder in use, and FileNotFoundError or ValueError for a run that cannot go on."""
+    from kvpo_min.train import find_checkpoint
+
+    may_write = options.overwrite_output_dir or bool(config.resume_from_checkpoint)
+    check_folder(Path(config.output_dir), may_write, "--overwrite_output_dir or --resume_from_checkpoint latest")
+    if config.resume_from_checkpoint:
+        check_resume(find_checkpoint(config), config, options)
+
+
+def check_resume(checkpoint: Path, config, options: RunOptions) -> None:
+    """A run goes on as it was: refuses options that differ from the checkpoint's, and a run that is over."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    beside = checkpoint.parent / "config.yaml"
+    saved = (read_yaml(beside) if beside.exists() else {}) | state["config"]
+    for name, value in (dataclasses.asdict(options) | dataclasses.asdict(config)).items():
+        if name in saved and name not in MAY_CHANGE_ON_RESUME and saved[name] != value:
+            raise ValueError(
+                f"{checkpoint} was made with {name} {saved[name]!r}, not {value!r}; resume with the same options"
+            )
+    done, wanted = state["step"], config.max_train_steps
+    if done >= wanted:
+        raise ValueError(f"{checkpoint} has {done} updates and max_train_steps is {wanted}: nothing is left to do")
+
+
+def reporter(config, options: RunOptions) -> Callable[[dict], None] | None:
+    """What else receives every line of metrics. Raises ValueError when its package is missing."""
+    if options.report_to == "none":
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--report_to tensorboard needs a package that is missing: pip install tensorboard") from None
+    writers = []  # opened with the first line: a run that is refused must leave nothing behind
+
+    def report(line: dict) -> None:
+        if not writers:
+            writers.append(SummaryWriter(str(Path(config.output_dir) / "runs")))
+        for name, value in line.items():
+            writers[0].add_scalar(name, value, line["step"])
+        writers[0].flush()
+
+    return report
+
+
+def measure(pipeline, scripts: list[str], rewards, num_frames: int):
+    """-> rewards and judge on the held-out prompts, and the pixels of the first few, [n, T, 3, H, W]"""
+    import torch
+
+    from kvpo_min.train import evaluate, sample
+
+    result = evaluate(pipeline, scripts, rewards, num_frames, bar=True)
+    latents = torch.cat(list(sample(pipeline, scripts[:SHOWN], num_frames)))  # the same noise: the same videos
+    return result, pipeline.decode(latents)
+
+
+def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, report):
+    """Runs the updates under a progress bar and appends each to metrics.jsonl.
+    -> (False when interrupted, all lines of metrics, first and last `Step` of this call or None)"""
+    from tqdm import tqdm
+
+    from kvpo_min.train import train
+
+    path = folder / "metrics.jsonl"
+    logs = read_metrics(path) if config.resume_from_checkpoint else []
+    first = last = None
+    with tqdm(total=config.max_train_steps, desc="train", unit="update") as bar:
+        try:
+            for step in train(pipeline, scripts, rewards, config, policies):
+                if first is None:  # a checkpoint may be older than the last line
+                    first = step
+                    logs = [line for line in logs if line["step"] < step.step]
+                    write_text(path, "".join(json.dumps(line) + "\n" for line in logs))
+                    bar.update(step.step)
+                last, line = step, step.log()
+                logs.append(line)
+                with path.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                if report:
+                    report(line)
+                bar.set_postfix(reward=f"{line['reward']:.3f}", anchor=f"{line['anchor_reward']:.3f}")
+                bar.update()
+        except KeyboardInterrupt:
+            return False, logs, first, last
+    return True, logs, first, last
+
+
+def write_config(folder: Path, config, options: RunOptions) -> None:
+    """config.yaml with every option: `kvpo-min train --config` of it is the same run again."""
+    import yaml
+
+    content = dataclasses.asdict(config) | dataclasses.asdict(options)
+    content = {name: value for name, value in content.items() if name not in NOT_IN_CONFIG}
+    write_text(folder / "config.yaml", yaml.safe_dump(content, sort_keys=False))
+
+
+def save_adapter(policies, folder: Path, base: str) -> None:
+    """The trained policy (adapter `default`) as peft writes it, at the top of the folder."""
+    policies.peft_config["default"].base_model_name_or_path = base
+    policies.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+
+
+def draw_curves(folder: Path, logs: list[dict], last) -> None:
+    from kvpo_min import viz
+
+    if logs:
+        viz.reward_curve(logs).savefig(folder / "figures" / "reward.png", dpi=120)
+        viz.diagnostics(logs).savefig(folder / "figures" / "diagnostics.png", dpi=120)
+    if last:
+        viz.energy_plot(last).savefig(folder / "figures" / "energies.png", dpi=120)
+
+
+def draw_groups(pipeline, folder: Path, config, steps: Sequence) -> None:
+    """The first group of the first and of the last update: branches and anchor as video, sheet, routes and story."""
+    from kvpo_min import viz
+    from kvpo_min.chr import Window, branch_frames, chunk_starts
+
+    for step in {s.step: s for s in steps if s}.values():
+        group = step.groups[0]
+        fork, name = group.plan.fork, f"group_{step.step:04d}"
+        first = max(s for s in chunk_starts(config.num_frames) if s <= fork)
+        gained = [f"advantage {a:+.2f}" for a in group.advantages.tolist()]
+        labels = [*(f"branch {g}, {text}: {group.script}" for g, text in enumerate(gained)), f"anchor: {group.script}"]
+        viz.save_video(folder / "videos" / f"{name}.mp4", group.videos)
+        sheet = viz.contact_sheet(group.videos, labels, first=first)
+        sheet.save(folder / "videos" / f"{name}.png")
+        frames = branch_frames(group.plan.routes, fork, Window(), config.nearest)
+        routes = viz.route_grid(frames, fork, Window(), config.nearest)
+        routes.savefig(folder / "figures" / f"routes_{step.step:04d}.png", dpi=120)
+        prefix = pipeline.decode(group.rollout.videos[-1:, :fork])[0]
+        story = viz.story_figure(prefix, group.videos[:, fork - first :], frames, [*gained, ""])
+        story.savefig(folder / "figures" / f"story_{step.step:04d}.png", dpi=120)
+
+
+def draw_before_after(folder: Path, before, after, scripts: list[str]) -> None:
+    """Side by side: one mp4 a prompt (before left, after right) and one sheet of all."""
+    import torch
+
+    from kvpo_min import viz
+
+    shown = scripts[: len(before)]
+    for k, script in enumerate(shown):
+        pair = torch.stack([before[k], after[k]])
+        viz.save_video(folder / "videos" / f"before_after_{k}_{slug(script)}.mp4", pair)
+    viz.before_after(before, after, shown).save(folder / "videos" / "before_after.png")
+
+
+def slug(script: str) -> str:
+    return re.sub(r"[^a-z]+", "_", script.lower()).strip("_")[:60]
+
+
+def table(columns: Mapping[str, dict], mark_down: bool = False) -> str:
+    """Results of `evaluate` side by side; with two columns, their difference."""
+    names = {"vq": "VQ", "mq": "MQ", "ta": "TA", "reward": "reward"}
+    results = list(columns.values())
+
+    def cell(result: dict, key: str) -> str:
+        value, error = result.get(key), result.get(f"{key}_sem")
+        if value is None or math.isnan(value):
+            return "-"
+        return f"{value:.3f}" + (f" ± {error:.3f}" if error is not None and math.isfinite(error) else "")
+
+    def row(name: str, parts: Sequence[dict], key: str) -> list[str]:
+        cells = [name, *(cell(part, key) for part in parts)]
+        if len(parts) == 2:
+            a, b = (part.get(key) for part in parts)
+            known = None not in (a, b) and math.isfinite(a) and math.isfinite(b)
+            cells.append(f"{b - a:+.3f}" if known else "-")
+        return cells
+
+    rows = [row(label, results, key) for key, label in names.items()]
+    judges = [result.get("judge", {}) for result in results]
+    rows += [row(f"judge: {key}", judges, key) for key in judges[0]]
+    header = ["", *columns, *(["change"] if len(results) == 2 else [])]
+    if mark_down:
+        lines = [header, ["---"] * len(header), *rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [header, *rows]
+    first, *widths = (max(len(line[k]) for line in lines) for k in range(len(header)))
+
+    def aligned(line: list[str]) -> str:
+        return "  ".join([line[0].ljust(first), *(text.rjust(w) for text, w in zip(line[1:], widths, strict=True))])
+
+    return "\n".join(map(aligned, lines))
+
+
+def model_card(name: str, config, options: RunOptions, result: dict, n_scripts: int, seen: int) -> str:
+    """README.md of a run folder, in the form that the Hub reads."""
+    before, after = result["before"], result["after"]
+    measured = table({"before": before, "after": after} if after else {"before": before}, mark_down=True)
+    reward = f"{options.vq:g} VQ + {options.mq:g} MQ + {options.ta:g} TA"
+    length = f"{config.num_frames} frames, {config.num_segments} segment{'s' if config.num_segments > 1 else ''}"
+    picture = "![before and after](videos/before_after.png)"
+    if not after:
+        picture = "The run was interrupted: there is no measurement after it."
+    model = f" --model {options.model}" if options.model else ""
+    return f"""---
+base_model: {name}
+library_name: peft
+tags: [lora, wan, kvpo, text-to-video]
+---
+# {name}, aligned with KVPO
+
+A LoRA of rank {config.rank} for `{name}`, trained with `kvpo_min` (KVPO, arXiv 2605.14278): {result["updates"]} updates
+of {config.groups_per_update} x {config.num_generations} branches, {result["seconds"]:.0f} s, seed {config.seed}, reward
+{reward}. These are the weights of the trained policy, not of its moving average.
+
+## Results
+
+{options.eval_prompts} held-out prompts ({length}), the same noise before and after; ± is the standard error over
+prompts. The judge sees pixels only and is never trained on. {seen} of these prompts also occur, word for word, among
+the {n_scripts} training prompts, because the grammar is small; their noise does not.
+
+{measured}
+
+{picture}
+
+![reward over the run](figures/reward.png)
+
+## Use
+
+```bash
+kvpo-min sample "a red disc moves left" --adapter {config.output_dir}{model}
+```
+
+or, on the stock transformer in Python, `peft.PeftModel.from_pretrained(transformer, "{config.output_dir}")`.
+
+## Limits
+
+It knows the pocket world (coloured sprites) and its grammar, nothing else. The reward holds a taste for warm colours
+on purpose, so videos whose words leave the colour open are expected to drift towards red, orange and yellow.
+"""
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+
+def demo(argv: Sequence[str]) -> int:
+    from kvpo_min.train import TrainConfig
+
+    values = parse_options("demo", [TrainConfig, RunOptions], argv, {"output_dir": "kvpo_demo"})
+    return run(*split_options(values, TrainConfig, RunOptions))
+
+
+def train_command(argv: Sequence[str]) -> int:
+    from kvpo_min.train import TrainConfig
+
+    return run(*split_options(parse_options("train", [TrainConfig, RunOptions], argv), TrainConfig, RunOptions))
+
+
+def sample_command(argv: Sequence[str]) -> int:
+    (options,) = split_options(parse_options("sample", [SampleOptions], argv), SampleOptions)
+    from kvpo_min.pocket.world import parse
+
+    scripts = read_scripts(options.prompts) if options.prompts else [options.script]
+    counts = [len(parse(script)) for script in scripts]
+    for script, n in zip(scripts, counts, strict=True):
+        count_segments([script])
+        video_length(options.num_frames, n)
+    folder = Path(options.output_dir)
+    check_folder(folder, options.overwrite_output_dir)
+
+    from kvpo_min import viz
+    from kvpo_min.train import sample
+
+    pipeline = load_model(options.model)
+    if options.adapter:
+        load_adapter(pipeline, options.adapter)
+    folder.mkdir(parents=True, exist_ok=True)
+    for n in sorted(set(counts)):  # one batch holds scripts of the same number of segments
+        index = [k for k, count in enumerate(counts) if count == n]
+        part, done = [scripts[k] for k in index], 0
+        for latents in sample(pipeline, part, video_length(options.num_frames, n), options.seed, bar=True):
+            for pixels in pipeline.decode(latents):
+                script = part[done]
+                path = folder / f"{index[done]:03d}_{slug(script)}.mp4"
+                viz.save_video(path, pixels)
+                viz.contact_sheet(pixels[None], [script]).save(path.with_suffix(".png"))
+                print(path)
+                done += 1
+    return 0
+
+
+def eval_command(argv: Sequence[str]) -> int:
+    (options,) = split_options(parse_options("eval", [EvalOptions], argv), EvalOptions)
+    scripts, out = read_scripts(options.prompts), Path(options.json)
+    num_frames = video_length(options.num_frames, count_segments(scripts))
+    if out.is_dir():
+        raise IsADirectoryError(f"--json must name a file, {out} is a folder")
+
+    from kvpo_min.pocket import pocket_rewards
+    from kvpo_min.train import evaluate
+
+    pipeline = load_model(options.model)
+    if options.adapter:
+        load_adapter(pipeline, options.adapter)
+    rewards = pocket_rewards(options.vq, options.mq, options.ta)
+    result = evaluate(pipeline, scripts, rewards, num_frames, options.seed, bar=True)
+    print(table({options.adapter or pipeline.name: result}))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    about = {"n": len(scripts), "num_frames": num_frames, "seed": options.seed, "prompts": options.prompts}
+    about |= {"model": options.model or pipeline.name, "adapter": options.adapter or None}
+    write_json(out, result | about | {"weights": dict(rewards.weights)})
+    print(f"\nwritten to {out}")
+    return 0
+
+
+def distill_command(argv: Sequence[str]) -> int:
+    """Stages resume by themselves, so a folder with stages in it is gone on with; one with anything else is refused."""
+    from kvpo_min.pocket.distill import DistillConfig, distill
+
+    (config,) = split_options(parse_options("distill", [DistillConfig], argv), DistillConfig)
+    folder = Path(config.output_dir)
+    started = any((folder / stage).is_dir() for stage in ("autoencoder", "teacher", "student"))
+    check_folder(folder, overwrite=started, how="the folder of an earlier `kvpo-min distill`")
+    made = distill(config)
+    if isinstance(made, Mapping):
+        write_json(folder / "report.json", made)
+        print(json.dumps(finite(made), indent=2))
+    print(f"the model is in {folder}: give it to the other commands with --model")
+    return 0
+
+
+def doctor(argv: Sequence[str]) -> int:
+    (options,) = split_options(parse_options("doctor", [DoctorOptions], argv), DoctorOptions)
+    if options.output_dir and not Path(options.output_dir).is_dir():
+        raise FileNotFoundError(f"there is no run folder {options.output_dir}")
+    checks = check_update(options)
+    if options.output_dir:
+        checks += check_run_folder(Path(options.output_dir), options.model)
+    for check in checks:
+        print(f"{'PASS' if check.passed else 'FAIL'}  {check.name}{f'  ({check.seen})' if check.seen else ''}")
+        if not check.passed:
+            print(f"      usual cause: {check.cause}")
+    failed = sum(not check.passed for check in checks)
+    print(f"\n{len(checks) - failed} of {len(checks)} checks passed")
+    return 1 if failed else 0
+
+
+# --------------------------------------------------------------------------------------------------------------- doctor
+
+
+@dataclass(frozen=True)
+class Check:
+    """One invariant: whether it holds, what was seen, and what usually broke it."""
+
+    name: str
+    passed: bool
+    seen: str
+    cause: str
+
+
+def doctor_config(options: DoctorOptions):
+    """One update that moves the weights whether or not a branch beats the anchor: the doctor asks if the machinery
+    turns, not if this one group was lucky."""
+    from kvpo_min.train import TrainConfig
+
+    return TrainConfig(
+        output_dir="", seed=options.seed, max_train_steps=1, num_frames=options.num_frames, rank=options.rank,
+        lora_alpha=options.rank, num_segments=options.num_segments, num_generations=options.num_generations,
+        perturb_num_blocks=options.perturb_num_blocks, unsafe_scale=1.0,
+    )  # fmt: skip
+
+
+def check_update(options: DoctorOptions) -> list[Check]:
+    """Runs one update on the model at hand and looks at everything that must hold in it."""
+    import torch
+
+    from kvpo_min.pocket import pocket_rewards
+    from kvpo_min.train import acting, adapter_weights, add_policies, train
+
+    config = doctor_config(options)
+    scripts, _ = run_prompts(config, RunOptions())
+    check_geometry(config)
+    pipeline = load_model(options.model)
+
+    @torch.no_grad()
+    def fingerprint():
+        x = torch.randn(1, 3, *pipeline.latent_shape, generator=torch.Generator().manual_seed(0))
+        return pipeline.backbone.velocity(x, torch.ones(1), 0, pipeline.embed(pipeline.segments(scripts[0])[:1]), None)
+
+    base = fingerprint()
+    policies = add_policies(pipeline, config)
+    before = {key: weight.detach().clone() for key, weight in adapter_weights(policies, "default").items()}
+    say("one update ...")
+    try:
+        step = next(train(pipeline, scripts, pocket_rewards(), config, policies))
+    except (ValueError, FloatingPointError, RuntimeError) as error:
+        cause = "equal energies mean that routes changed nothing; not finite means that weights or rewards are broken"
+        return [Check("one update runs", False, " ".join(str(error).split()), cause)]
+    with acting(policies, "initial"):
+        initial = fingerprint()
+    checks = [Check("one update runs", True, f"{step.step_time:.1f} s", "")]
+    checks += check_routes(step, config)
+    checks += check_energies(pipeline, policies, step, config)
+    checks += check_signal(step)
+    checks += check_weights_moved(policies, before, step)
+    return checks + [
+        Check(
+            "the initial policy is unchanged (adapter off equals the base)", torch.equal(initial, base),
+            f"largest difference {(initial - base).abs().max():.1e}",
+            "the optimizer holds base weights, or the adapter was merged: give it adapter_weights(policies, 'default')",
+        ),
+        Check(
+            "the trained policy differs from the initial one", not torch.equal(fingerprint(), base), "",
+            "the adapter is switched off: policies.set_adapter('default') was not called after acting(...)",
+        ),
+    ]  # fmt: skip
+
+
+def check_routes(step, config) -> list[Check]:
+    from kvpo_min.chr import Window
+
+    plans = [group.plan for group in step.groups]
+    newest = max(int(plan.routes.max()) - plan.fork for plan in plans)
+    window = Window()
+    inside = all(plan.routes.min() >= window.sink and plan.routes.max() < plan.fork - config.nearest for plan in plans)
+    differ = all(len(plan.routes.unique(dim=0)) > 1 for plan in plans)
+    return [
+        Check(
+            "routes hold past frames only, after the sink and before the nearest", inside and newest < 0,
+            f"newest routed frame is {-newest} before the fork",
+            "the pool ends too late: chr.pool must stop at fork - nearest",
+        ),
+        Check(
+            "branches read different frames", differ, f"{len(plans[0].pool)} frames in the pool",
+            "the pool is no larger than a route: fork later, or route fewer frames",
+        ),
+    ]  # fmt: skip
+
+
+def check_energies(pipeline, policies, step, config) -> list[Check]:
+    """Replays the group under the policy that made it, which the update has left as it was."""
+    import torch
+
+    from kvpo_min.chr import Window
+    from kvpo_min.rollout import Sampler, replay
+    from kvpo_min.train import acting
+    from kvpo_min.tve import gibbs_log_prob, schedule, step_energies
+
+    group = step.groups[0]
+    sampler = Sampler(schedule(), Window(), switches=pipeline.switches[: config.num_segments - 1])
+    n = config.num_generations
+    with torch.no_grad(), acting(policies, "old"):
+        v = replay(pipeline.backbone, group.rollout, sampler, config.grad_steps, branches=n + 1)
+    E = step_energies(v, group.rollout.trajectory.velocity).sum((1, 2))  # [G + 1], anchor last
+    recorded = group.energies.sum((1, 2))
+    again = (gibbs_log_prob(E[:-1], step.tau) - group.log_p).exp()
+    spread = recorded.std(correction=0).item()
+    kl = max(abs(g.kl) for g in step.groups)
+    return [
+        Check(
+            "the anchor's energy under its own context is 0", E[-1].item() < 1e-6 + 1e-4 * E[:-1].mean().item(),
+            f"{E[-1]:.1e}, branches {E[:-1].mean():.1e}",
+            "the replay reads other frames, words or positions than the rollout did, or adds noise to the context",
+        ),
+        Check(
+            "the branches' energies are above 0 and finite",
+            bool(recorded.isfinite().all()) and recorded.min().item() > 10 * max(E[-1].item(), 1e-12),
+            f"{recorded.min():.1e} to {recorded.max():.1e}",
+            "routes were not applied while the branches were made, or the replay reads them too",
+        ),
+        Check(
+            "the ratio is exactly 1 at equal weights", all(bool((g.ratio == 1).all()) for g in step.groups),
+            f"largest deviation {max(float((g.ratio - 1).abs().max()) for g in step.groups):.1e}",
+            "old and current policy differ before the first update, or dropout is on",
+        ),
+        Check(
+            "a second replay of the old policy gives the same probabilities", (again - 1).abs().max().item() < 1e-3,
+            f"largest deviation {(again - 1).abs().max():.1e}",
+            "the replay is not deterministic: dropout, noise drawn anew, or a history that changed meanwhile",
+        ),
+        Check(
+            "KL to the initial policy is 0 at the start", kl < 1e-6, f"{kl:.1e}",
+            "LoRA's B matrices do not start at 0, or the initial policy is not the base with its adapter off",
+        ),
+        Check(
+            "tau matches the spread of the energies", 0.1 < spread / step.tau < 10,
+            f"tau {step.tau:.1e}, spread {spread:.1e}",
+            "tau was set by hand for another model: leave it at 0 to have it measured, else neither clip nor KL acts",
+        ),
+    ]  # fmt: skip
+
+
+def check_signal(step) -> list[Check]:
+    import torch
+
+    log = step.log()
+    A = torch.cat([group.advantages for group in step.groups])
+    finite_numbers = all(math.isfinite(value) for value in log.values())
+    return [
+        Check(
+            "rewards of a group differ", log["frac_reward_zero_std"] == 0, f"spread {log['reward_std']:.1e}",
+            "the branches show the same video, or the reward does not see what differs",
+        ),
+        Check(
+            "advantages are finite and not all 0", bool(A.isfinite().all()) and A.abs().max().item() > 0,
+            f"{A.min():+.2f} to {A.max():+.2f}",
+            "all rewards are equal, so nothing can be learned from this group",
+        ),
+        Check(
+            "everything that is logged is finite", finite_numbers, "",
+            "a reward or the loss is not finite: look at the videos and lower learning_rate",
+        ),
+    ]  # fmt: skip
+
+
+def check_weights_moved(policies, before: Mapping, step) -> list[Check]:
+    """Reads the gradients that the update left on the weights."""
+    from kvpo_min.train import adapter_weights
+
+    now = adapter_weights(policies, "default")
+    pulled = [key for key, weight in now.items() if weight.grad is not None and weight.grad.abs().max() > 0]
+    moved = [key for key in pulled if not now[key].detach().equal(before[key])]
+    up = [key for key in now if "lora_B" in key]
+    return [
+        Check(
+            "the gradient is finite and above 0", math.isfinite(step.grad_norm) and step.grad_norm > 0,
+            f"norm {step.grad_norm:.1e}",
+            "energies without gradient (grad_steps 0), or no branch beat the anchor and the safety rule stopped it",
+        ),
+        Check(
+            "every LoRA pair is reached by the gradient", bool(up) and set(up) <= set(pulled),
+            f"{len(set(up) & set(pulled))} of {len(up)}; the A matrices follow after the first update",
+            "a layer is not on the path of the replay, or cached without gradient: leave it out of the LoRA's targets",
+        ),
+        Check(
+            "every weight with a gradient changed", bool(pulled) and len(moved) == len(pulled),
+            f"{len(moved)} of {len(pulled)}",
+            "the optimizer holds other tensors than the model, or learning_rate is below the weights' precision",
+        ),
+    ]  # fmt: skip
+
+
+def check_run_folder(folder: Path, model: str) -> list[Check]:
+    """The files of a finished run: complete, finite, and an adapter that loads and does something."""
+    import torch
+
+    def check(name: str, cause: str, look: Callable[[], tuple[bool, str]]) -> Check:
+        try:
+            passed, seen = look()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            passed, seen = False, " ".join(str(error).split())
+        return Check(name, passed, seen, cause)
+
+    def config_reads():
+        from kvpo_min.train import TrainConfig
+
+        argv = ["--config", str(folder / "config.yaml")]
+        split_options(parse_options("train", [TrainConfig, RunOptions], argv), TrainConfig, RunOptions)
+        return True, ""
+
+    def metrics_finite():
+        lines = read_metrics(folder / "metrics.jsonl")
+        numbers = all(math.isfinite(value) for line in lines for value in line.values())
+        steps = [line["step"] for line in lines] == list(range(len(lines)))
+        return bool(lines) and numbers and steps, f"{len(lines)} updates"
+
+    def summary_complete():
+        summary = json.loads((folder / "summary.json").read_text())
+        lacking = [key for key in ("updates", "seconds", "seed") if summary.get(key) is None]
+        lacking += [
+            f"{when}.{key}"
+            for when in ("before", "after")
+            for key in ("vq", "mq", "ta", "reward", "judge")
+            if (summary.get(when) or {}).get(key) is None
+        ]
+        return not lacking, f"lacks {', '.join(lacking)}" if lacking else ""
+
+    def adapter_acts():
+        pipeline = load_model(model)
+        x = torch.randn(1, 3, *pipeline.latent_shape, generator=torch.Generator().manual_seed(0))
+        call = (x, torch.ones(1), 0, pipeline.embed(["a disc"]), None)
+        with torch.no_grad():
+            base = pipeline.backbone.velocity(*call)
+            load_adapter(pipeline, folder)
+            trained = pipeline.backbone.velocity(*call)
+        difference = (trained - base).abs().max().item()
+        return math.isfinite(difference) and difference > 0, f"largest change of a velocity {difference:.1e}"
+
+    other = "it was trained on another model: give that one with --model"
+    return [
+        check("config.yaml reads as a run", "the file was edited, or comes from another version", config_reads),
+        check("metrics.jsonl is complete and finite", "the run diverged, or was cut off in a line", metrics_finite),
+        check("summary.json is complete", "the run was interrupted: resume it, or run it again", summary_complete),
+        check("the adapter loads and changes the model", other, adapter_acts),
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "demo": (demo, "Aligns the embedded model in a few minutes: before and after, videos, curves and a LoRA adapter."),
+    "train": (train_command, "A run of your own: the same engine with your prompts, length and reward."),
+    "sample": (sample_command, "Makes videos: an mp4 and a contact sheet a script."),
+    "eval": (eval_command, "Measures a model or an adapter on a prompts file: rewards, standard errors, judge."),
+    "distill": (distill_command, "Makes the pocket model from nothing: autoencoder, teacher, 4-step student."),
+    "doctor": (doctor, "Runs one update and prints every invariant with PASS or FAIL and the usual cause."),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:8} {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(["usage: kvpo-min COMMAND [options]", "", "commands:", *lines, "",
+                      "`kvpo-min COMMAND --help` lists the options of a command."])  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script. -> exit code"""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    try:
+        if argv[0] not in COMMANDS:
+            raise ValueError(f"unknown command '{argv[0]}'{nearest_known(argv[0], list(COMMANDS))}")
+        return COMMANDS[argv[0]][0](argv[1:])
+    except (ValueError, OSError) as error:  # the user's to mend; anything else is ours and keeps its traceback
+        print(f"kvpo-min: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"kvpo-min: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("kvpo-min: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
