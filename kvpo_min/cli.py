@@ -770,7 +770,8 @@ def distill_command(argv: Sequence[str]) -> int:
     if isinstance(made, Mapping):
         write_json(folder / "report.json", made)
         print(json.dumps(finite(made), indent=2))
-    print(f"the model is in {folder}: give it to the other commands with --model")
+    weights = folder / "weights"  # fp16, ready to be loaded; the stages' own folders are what a resumed run reads
+    print(f"the model is in {weights}: give it to the other commands with --model {weights}")
     return 0
 
 
@@ -889,10 +890,10 @@ def check_energies(pipeline, policies, step, config) -> list[Check]:
     from kvpo_min.chr import Window
     from kvpo_min.rollout import Sampler, replay
     from kvpo_min.train import acting
-    from kvpo_min.tve import gibbs_log_prob, schedule, step_energies
+    from kvpo_min.tve import gibbs_log_prob, step_energies
 
     group = step.groups[0]
-    sampler = Sampler(schedule(), Window(), switches=pipeline.switches[: config.num_segments - 1])
+    sampler = Sampler(pipeline.sigmas, Window(), switches=pipeline.switches[: config.num_segments - 1])
     n = config.num_generations
     with torch.no_grad(), acting(policies, "old"):
         v = replay(pipeline.backbone, group.rollout, sampler, config.grad_steps, branches=n + 1)

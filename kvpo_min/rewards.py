@@ -76,8 +76,9 @@ def centre_steps(mass: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VisualQuality:
-    """VQ in [0, 1]: (1 - taste) * clean + taste * warm. clean: 1 at no stray pixel, 0 when the stray colour adds up
-    to the thing itself; warm: the share of the thing that is red, orange or yellow."""
+    """VQ in [0, 1]: (1 - taste) * clean + taste * warm. clean: exp(-stray pixels / pixels of the thing); warm:
+    the share of the thing that is red, orange or yellow. A pixel is stray when it is far from every colour of the scene, softly:
+    d^4 / (d^4 + spread^4)."""
 
     scene: Scene
     taste: float = 0.4
@@ -86,7 +87,8 @@ class VisualQuality:
         check_videos(videos, prompts)
         inks, distance = ink_maps(videos, self.scene)
         mass = inks.sum((2, 3, 4))  # [N, F] pixels of things
-        clean = (1 - 2 * distance.sum((2, 3)) / (mass + 16)).clamp(min=0) * mass / (mass + 16)
+        stray = (distance**4 / (distance**4 + self.scene.spread**4)).sum((2, 3))
+        clean = (-stray / (mass + 16)).exp() * mass / (mass + 16)
         warm = [list(self.scene.inks).index(name) for name in self.scene.warm]
         warmth = inks[:, :, warm].sum((2, 3, 4)) / (mass + 1)
         return ((1 - self.taste) * clean + self.taste * warmth).mean(1)
@@ -115,7 +117,7 @@ class TextAlignment:
     skipped."""
 
     scene: Scene
-    sharpness: float = 12.0  # of the choice between shapes
+    sharpness: float = 40.0  # of the choice between shapes
 
     def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor:
         check_videos(videos, prompts)

@@ -179,9 +179,7 @@ def generate(
         if kv is not None:
             b = max(len(block_noise), kv.shape[2])
             block_noise = block_noise.expand(b, *block_noise.shape[1:])
-        x0, z, predictions = denoise(
-            backbone, block_noise, sampler.sigmas, start, texts[segment], kv, sampler.eta
-        )
+        x0, z, predictions = denoise(backbone, block_noise, sampler.sigmas, start, texts[segment], kv, sampler.eta)
         if record is not None:
             record(start, z, predictions)
         history = stream.history.append(start, backbone.encode(x0, start, texts[segment], kv))

@@ -207,9 +207,7 @@ def add_policies(pipeline: Pipeline, config: TrainConfig):
 
 def adapter_weights(policies, name: str) -> dict[str, Tensor]:
     """The live tensors of one adapter, keyed by the parameter's name without the adapter's."""
-    return {
-        key.replace(f".{name}.", "."): weight for key, weight in policies.named_parameters() if f".{name}." in key
-    }
+    return {key.replace(f".{name}.", "."): weight for key, weight in policies.named_parameters() if f".{name}." in key}
 
 
 @torch.no_grad()

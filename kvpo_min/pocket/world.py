@@ -44,7 +44,7 @@ SPEEDS = (2, 4)  # pixels a frame
 BACKGROUNDS = ((0.05, 0.06, 0.11), (0.22, 0.19, 0.25))
 WALL = (12, 52)  # a wandering sprite turns where its centre would leave this square
 SWITCHES = (39, 75, 111)  # frames at which the second, third and fourth segment begin: starts of chunks
-SHIFT = 5 / 3  # of the noise schedule: a block has 1,536 latents where Wan's has 300,000, so noise hides more (docs/LOG.md)
+SHIFT = 5 / 3  # of the noise schedule: a block has 1,536 latents, Wan's 300,000, so noise hides more (docs/LOG.md)
 OPEN = -1  # an attribute that the words leave open
 
 WORDS = (

@@ -1,0 +1,571 @@
+"""The commands as a user meets them, on a tiny random model in the layout of `kvpo-min distill`."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+
+from kvpo_min import cli
+from kvpo_min.chr import Plan
+from kvpo_min.pocket import load_pocket, pocket_rewards, world
+from kvpo_min.train import TrainConfig, adapter_weights, add_policies, evaluate, train
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "--num_generations",
+    "3",
+    "--rank",
+    "2",
+    "--tau_groups",
+    "1",
+    "--eval_prompts",
+    "2",
+    "--checkpointing_steps",
+    "2",
+]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, make_transformer):
+    """A folder with a random autoencoder, whose pictures have some contrast, and a random student."""
+    from kvpo_min.pocket.distill import new_autoencoder
+
+    folder = tmp_path_factory.mktemp("model")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        autoencoder = new_autoencoder()
+    with torch.no_grad():
+        autoencoder.decoder.layers[-1].weight.mul_(30)
+    autoencoder.save_pretrained(folder / "autoencoder")
+    make_transformer().save_pretrained(folder / "student")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    """A demo of four updates, whose folder the tests only read."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    argv = ["demo", "--model", str(model), "--output_dir", str(folder), "--max_train_steps", "4", *SMALL]
+    assert cli.main(argv) == 0
+    return folder
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "step_time"} for line in lines]
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from kvpo_min.cli import main; assert main(['--help']) == 0; assert main([]) == 2; "
+        "assert not {'torch', 'diffusers', 'peft', 'matplotlib', 'jsonargparse'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("demo", "train", "sample", "eval", "distill", "doctor"):
+        assert f"\n  {command} " in done.stdout
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "sample", "eval", "distill", "doctor"])
+def test_help_of_a_command_explains_every_option(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0 and "--output_dir" in out or command == "eval"
+    if command == "train":
+        assert "length of the videos" in out and "--num_generations" in out and "default: 0.0002" in out
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
+    (tmp_path / "c.yaml").write_text("learning_rate: 1e-5\nseed: 3\noverwrite_output_dir: true\n")
+    argv = ["--config", str(tmp_path / "c.yaml"), "--seed", "7"]
+    values = cli.parse_options("train", [TrainConfig, cli.RunOptions], argv)
+    config, options = cli.split_options(values, TrainConfig, cli.RunOptions)
+    assert config == TrainConfig(learning_rate=1e-5, seed=7) and options == cli.RunOptions(overwrite_output_dir=True)
+
+
+def test_printed_config_reads_back(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--rank", "5", "--compat", "official", "--print_config"])
+    (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
+    values = cli.parse_options("train", [TrainConfig, cli.RunOptions], ["--config", str(tmp_path / "c.yaml")])
+    assert cli.split_options(values, TrainConfig)[0] == TrainConfig(rank=5, compat="official")
+
+
+@pytest.mark.parametrize("name", ["short", "long"])
+def test_shipped_configs_can_run(name):
+    argv = ["--config", str(ROOT / "configs" / f"{name}.yaml")]
+    values = cli.parse_options("train", [TrainConfig, cli.RunOptions], argv)
+    config, options = cli.split_options(values, TrainConfig, cli.RunOptions)
+    scripts, held_out = cli.run_prompts(config, options)
+    cli.check_geometry(config)
+    assert {len(s.split(" | ")) for s in scripts + held_out} == {config.num_segments}
+    assert (len(scripts), len(held_out)) == (256, options.eval_prompts)
+    assert (config.num_frames, config.num_segments) == {"short": (39, 1), "long": (147, 4)}[name]
+
+
+WRONG = {
+    "command": (["trian"], "unknown command 'trian' (did you mean 'train'?)"),
+    "flag": (["train", "--lerning_rate", "1"], "unknown flag --lerning_rate (did you mean 'learning_rate'?)"),
+    "abbreviation": (["train", "--learning", "1"], "did you mean 'learning_rate'?"),
+    "value": (["train", "--rank", "two"], "--rank: Expected a int. Got value: two"),
+    "key": (["train", "--config", "{tmp}/key.yaml"], "unknown key 'num_generation' (did you mean 'num_generations'?)"),
+    "no mapping": (["train", "--config={tmp}/list.yaml"], "must hold lines like 'seed: 0', got a list"),
+    "no yaml": (["train", "--config", "{tmp}/no.yaml"], "is not YAML"),
+    "no config": (["train", "--config", "{tmp}/absent.yaml"], "there is no config file"),
+    "range": (["train", "--num_generations", "1"], "num_generations must be at least 2"),
+    "weights": (["train", "--vq", "0", "--mq", "0", "--ta", "0"], "not all 0"),
+    "eval prompts": (["demo", "--eval_prompts", "0"], "eval_prompts must be at least 1"),
+    "report": (["train", "--report_to", "wandb"], "report_to must be none or tensorboard"),
+    "length": (["train", "--num_frames", "40"], "num_frames must be a multiple of 3"),
+    "too short to fork": (["train", "--num_frames", "21"], "no block can fork"),
+    "segment unseen": (["train", "--num_segments", "2"], "num_frames must be above 39, where segment 2 begins, got 39"),
+    "segments": (
+        ["train", "--num_segments", "2", "--num_frames", "75", "--prompts", "{tmp}/one.txt"],
+        "have 1 segments",
+    ),
+    "seed": (["train", "--seed", str(cli.EVAL_SEED)], "draws the held-out prompts"),
+    "prompt": (
+        ["train", "--prompts", "{tmp}/bad.txt"],
+        "bad.txt, line 2: 'a rde disc': expected known words, got 'rde'",
+    ),
+    "no prompts": (["train", "--prompts", "{tmp}/absent.txt"], "there is no prompts file"),
+    "binary prompts": (["train", "--prompts", "{tmp}/binary.txt"], "is not a text file in UTF-8"),
+    "mixed": (["eval", "--prompts", "{tmp}/mixed.txt", "--json", "{tmp}/o.json"], "the same number of segments"),
+    "folder in use": (["train", "--output_dir", "{tmp}"], "is not empty; name another --output_dir, or give"),
+    "folder is a file": (["train", "--output_dir", "{tmp}/one.txt"], "is a file; name a folder"),
+    "model": (["train", "--model", "{tmp}/none"], "holds no model; run `kvpo-min distill"),
+    "nothing to resume": (["train", "--resume_from_checkpoint", "latest"], "there is no checkpoint in"),
+    "no checkpoint": (["train", "--resume_from_checkpoint", "{tmp}"], "is not a checkpoint"),
+    "sample nothing": (["sample"], "give either a script in quotes, or --prompts FILE"),
+    "sample both": (["sample", "a disc", "--prompts", "{tmp}/one.txt"], "give either a script"),
+    "sample words": (["sample", "a blue disk"], "did you mean 'disc'?"),
+    "sample long": (["sample", "a disc | it turns | it turns | it turns | it turns"], "at most 4 segments, got 5"),
+    "sample folder": (["sample", "a disc", "--output_dir", "{tmp}"], "is not empty; name another --output_dir"),
+    "eval without": (["eval", "--prompts", "{tmp}/one.txt"], "--json FILE is required"),
+    "eval folder": (["eval", "--prompts", "{tmp}/one.txt", "--json", "{tmp}"], "is a folder"),
+    "distill folder": (["distill", "--output_dir", "{tmp}"], "is not empty"),
+    "doctor folder": (["doctor", "--output_dir", "{tmp}/absent"], "there is no run folder"),
+    "adapter": (["sample", "a disc", "--model", "{model}", "--adapter", "{tmp}"], "it has no adapter_config.json"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_and_writes_nothing(case, model, tmp_path, capsys, monkeypatch):
+    (tmp_path / "key.yaml").write_text("num_generation: 4\n")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "no.yaml").write_text("a: [1\n")
+    (tmp_path / "one.txt").write_text("a disc\n")
+    (tmp_path / "bad.txt").write_text("# comment\na rde disc\n")
+    (tmp_path / "mixed.txt").write_text("a disc\na disc | it turns\n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    elsewhere = tmp_path / "cwd"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    before = contents(tmp_path)
+    argv, message = WRONG[case]
+    assert cli.main([word.format(tmp=tmp_path, model=model) for word in argv]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("kvpo-min: error: ") and err.count("\n") == 1 and message in err
+    assert contents(tmp_path) == before and not list(elsewhere.iterdir())
+
+
+def test_damaged_model_is_named(model, tmp_path, capsys):
+    for part in ("autoencoder", "student"):
+        (tmp_path / part).mkdir()
+        for path in (model / part).iterdir():
+            (tmp_path / part / path.name).write_bytes(path.read_bytes()[:2000])
+    assert cli.main(["sample", "a disc", "--model", str(tmp_path), "--output_dir", str(tmp_path / "out")]) == 2
+    assert f"{tmp_path} cannot be loaded as a model" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_missing_tensorboard_is_said_before_any_work(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert cli.main(["train", "--report_to", "tensorboard", "--output_dir", str(tmp_path / "run")]) == 2
+    assert "pip install tensorboard" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_tensorboard_receives_every_number(monkeypatch, tmp_path):
+    seen = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            seen.append(folder)
+
+        def add_scalar(self, name, value, step):
+            seen.append((name, value, step))
+
+        def flush(self):
+            pass
+
+    module = ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    options = cli.RunOptions(report_to="tensorboard")
+    report = cli.reporter(TrainConfig(output_dir=str(tmp_path)), options)
+    assert seen == []  # nothing is opened for a run that may yet be refused
+    report({"step": 3, "reward": 0.5})
+    report({"step": 4, "reward": 0.75})
+    assert seen == [str(tmp_path / "runs"), ("step", 3, 3), ("reward", 0.5, 3), ("step", 4, 4), ("reward", 0.75, 4)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_run_leaves_what_is_promised(finished):
+    names = {str(path) for path in contents(finished)}
+    assert names >= {
+        "config.yaml", "metrics.jsonl", "summary.json", "README.md", "adapter_config.json", "adapter_model.safetensors",
+        "figures/reward.png", "figures/diagnostics.png", "figures/energies.png", "figures/routes_0000.png",
+        "figures/story_0003.png", "videos/before_after.png", "videos/group_0000.mp4", "videos/group_0003.png",
+        "checkpoint-4/state.json",
+    }  # fmt: skip
+    assert sum(name.startswith("videos/before_after_") and name.endswith(".mp4") for name in names) == 2
+    assert not any(name.endswith(".aside") for name in names)
+    assert [line["step"] for line in metrics(finished)] == [0, 1, 2, 3]
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["updates"] == 4 and summary["seed"] == 0 and summary["seconds"] > 0
+    card = (finished / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
+    assert f"| {summary['before']['mq']:.3f} | {summary['after']['mq']:.3f} |" in card
+
+
+def test_summary_is_what_a_stranger_measures_with_peft(finished, model):
+    """Loads the folder with peft alone, on a new base: breaks if another adapter, or none, were saved or measured."""
+    from peft import PeftModel
+
+    summary = json.loads((finished / "summary.json").read_text())
+    held_out = world.prompt_set(2, 1, cli.EVAL_SEED)
+    assert not set(held_out) <= set(world.prompt_set(2, 1, 0))
+    pipeline = load_pocket(folder=model)
+    assert cli.finite(evaluate(pipeline, held_out, pocket_rewards(), 39)) == summary["before"]
+    PeftModel.from_pretrained(pipeline.backbone.transformer, finished)
+    assert cli.finite(evaluate(pipeline, held_out, pocket_rewards(), 39)) == summary["after"]
+    assert summary["before"] != summary["after"]
+
+
+def test_config_of_a_run_is_the_run(finished, model):
+    values = cli.parse_options("train", [TrainConfig, cli.RunOptions], ["--config", str(finished / "config.yaml")])
+    config, options = cli.split_options(values, TrainConfig, cli.RunOptions)
+    assert config == TrainConfig(
+        output_dir=str(finished), max_train_steps=4, num_generations=3, rank=2, tau_groups=1, checkpointing_steps=2
+    )
+    assert options == cli.RunOptions(model=str(model), eval_prompts=2)
+
+
+def test_resumed_run_equals_an_uninterrupted_one(finished, model, tmp_path, capsys):
+    argv = ["train", "--model", str(model), "--output_dir", str(tmp_path / "run"), *SMALL]
+    assert cli.main([*argv, "--max_train_steps", "2"]) == 0
+    with (tmp_path / "run" / "metrics.jsonl").open(
+        "a"
+    ) as file:  # an update after the checkpoint, then the lights went out
+        file.write('{"step": 2, "reward": 99, "step_time": 1.0}\n')
+    before = contents(tmp_path)
+    resume = [*argv, "--resume_from_checkpoint", "latest"]
+    assert cli.main([*resume, "--max_train_steps", "2"]) == 2
+    assert "nothing is left to do" in capsys.readouterr().err
+    assert cli.main([*resume, "--max_train_steps", "4", "--kl_coef", "9"]) == 2
+    assert "was made with kl_coef 1.0, not 9.0" in capsys.readouterr().err
+    assert cli.main([*resume, "--max_train_steps", "4", "--ta", "2"]) == 2
+    assert "was made with ta 1.0, not 2.0" in capsys.readouterr().err and contents(tmp_path) == before
+    assert cli.main([*resume, "--max_train_steps", "4"]) == 0
+    assert metrics(tmp_path / "run") == metrics(finished)
+    saved = "adapter_model.safetensors"
+    assert (tmp_path / "run" / saved).read_bytes() == (finished / saved).read_bytes()
+
+
+def test_overwriting_must_be_asked_for_and_spares_other_files(model, tmp_path, capsys):
+    (tmp_path / "checkpoint-9").mkdir()
+    for name in ("metrics.jsonl", "checkpoint-9/state.json", "notes.txt"):
+        (tmp_path / name).write_text("old")
+    argv = ["demo", "--model", str(model), "--output_dir", str(tmp_path), "--max_train_steps", "1", *SMALL]
+    assert cli.main(argv) == 2 and "--overwrite_output_dir" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == "old"
+    assert cli.main([*argv, "--overwrite_output_dir"]) == 0
+    assert len(metrics(tmp_path)) == 1 and (tmp_path / "notes.txt").read_text() == "old"
+    assert not (tmp_path / "checkpoint-9").exists()
+
+
+def test_interrupted_run_keeps_what_it_has(model, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments):
+        yield next(train(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvpo_min.train.train", interrupted)
+    argv = ["train", "--model", str(model), "--output_dir", str(tmp_path / "run"), *SMALL]
+    assert cli.main(argv) == 130
+    assert "interrupted after 1 updates; what there is was saved" in capsys.readouterr().err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["after"] is None and summary["before"]["reward"] > 0 and len(metrics(tmp_path / "run")) == 1
+    pipeline = load_pocket(folder=model)
+    weights = adapter_weights(cli.load_adapter(pipeline, tmp_path / "run"), "default")
+    assert all(weight.abs().max() > 0 for weight in weights.values())  # B left zero: the update is in it
+
+
+def test_diverging_run_is_told_apart_from_wrong_input(model, tmp_path, capsys, monkeypatch):
+    def diverging(*arguments):
+        raise FloatingPointError("update 3: the loss is nan; lower learning_rate")
+        yield
+
+    monkeypatch.setattr("kvpo_min.train.train", diverging)
+    assert cli.main(["train", "--model", str(model), "--output_dir", str(tmp_path / "run"), *SMALL]) == 1
+    assert "kvpo-min: error: update 3: the loss is nan; lower learning_rate" in capsys.readouterr().err
+
+
+def test_table_marks_what_does_not_exist():
+    before = {"vq": 0.5, "mq": 0.25, "ta": 1.0, "reward": 1.75, "reward_sem": 0.01, "judge": {"all": float("nan")}}
+    after = before | {"vq": 0.75, "judge": {"all": 0.5}}
+    rows = [line.split() for line in cli.table({"before": before, "after": after}).splitlines()]
+    assert rows[0] == ["before", "after", "change"] and rows[1] == ["VQ", "0.500", "0.750", "+0.250"]
+    assert rows[4] == ["reward", "1.750", "±", "0.010", "1.750", "±", "0.010", "+0.000"]
+    assert rows[5] == ["judge:", "all", "-", "0.500", "-"]
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+def velocity(pipeline):
+    x = torch.randn(2, 3, *pipeline.latent_shape, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return pipeline.backbone.velocity(x, torch.tensor([1.0, 0.5]), 6, pipeline.embed(["a red disc"]), None)
+
+
+def test_saved_adapter_reloads_bit_for_bit(make_pipeline, tmp_path):
+    from peft import PeftModel
+
+    pipeline = make_pipeline()
+    base = velocity(pipeline)
+    policies = add_policies(pipeline, TrainConfig(rank=3, lora_alpha=3))
+    with torch.no_grad():
+        for name in ("default", "old"):
+            for weight in adapter_weights(policies, name).values():
+                weight.copy_(torch.randn(weight.shape))
+    trained = velocity(pipeline)
+    cli.save_adapter(policies, tmp_path, "tiny")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    ours = make_pipeline()
+    loaded = cli.load_adapter(ours, tmp_path)
+    peft = make_pipeline()
+    PeftModel.from_pretrained(peft.backbone.transformer, tmp_path)
+    assert velocity(ours).equal(trained) and velocity(peft).equal(trained) and not trained.equal(base)
+    for key, weight in adapter_weights(loaded, "default").items():
+        assert weight.equal(adapter_weights(policies, "default")[key]) and not weight.requires_grad
+    with pytest.raises(ValueError, match="has an adapter already"):
+        cli.load_adapter(ours, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
+        (lambda f: (f / "adapter_config.json").unlink(), "has no adapter_config.json"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "damaged or not a LoRA"),
+        (lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LOHA"}'), "peft_type is not LORA"),
+        (lambda f: cut(f / "adapter_model.safetensors"), "damaged or not a LoRA"),
+        (lambda f: edit(f, r=5), "do not fit, the first is"),
+        (lambda f: edit(f, target_modules=["to_q"]), "do not fit, the first is"),
+        (lambda f: edit(f, target_modules=["elsewhere"]), "made for another model"),
+    ],
+)
+def test_bad_adapter_is_refused_and_leaves_the_model_alone(damage, message, make_pipeline, tmp_path):
+    pipeline = make_pipeline()
+    cli.save_adapter(add_policies(pipeline, TrainConfig(rank=2)), tmp_path, "tiny")
+    damage(tmp_path)
+    pipeline = make_pipeline()
+    base = velocity(pipeline)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        cli.load_adapter(pipeline, tmp_path)
+    assert velocity(pipeline).equal(base)
+    assert not any("lora" in name for name, _ in pipeline.backbone.named_modules())
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def edit(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# ------------------------------------------------------------------------------------------------------- sample, eval
+
+
+def test_sample_writes_a_video_and_a_sheet_a_script(finished, model, tmp_path):
+    from PIL import Image
+
+    from kvpo_min import viz
+
+    (tmp_path / "p.txt").write_text("a red disc moves left\na cross | it turns blue\na square\n")
+    argv = ["sample", "--prompts", str(tmp_path / "p.txt"), "--model", str(model), "--output_dir"]
+    assert cli.main([*argv, str(tmp_path / "out")]) == 0
+    names = ["000_a_red_disc_moves_left", "001_a_cross_it_turns_blue", "002_a_square"]
+    expected = sorted(f"{name}.{kind}" for name in names for kind in ("mp4", "png"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == expected
+    lengths = [len(viz._media().read_video(tmp_path / "out" / f"{name}.mp4")) for name in names]
+    assert lengths == [39, 75, 39]  # two segments: up to where a third would begin
+
+    one = ["sample", "a red disc moves left", "--model", str(model), "--num_frames", "21", "--output_dir"]
+    for name, more in (("a", []), ("b", []), ("c", ["--adapter", str(finished)]), ("d", ["--seed", "1"])):
+        assert cli.main([*one, str(tmp_path / name), *more]) == 0
+    a, b, c, d = (Image.open(tmp_path / name / f"{names[0]}.png").tobytes() for name in "abcd")
+    assert a == b and a != c and a != d
+
+
+def test_eval_writes_what_evaluate_measures(finished, model, tmp_path, capsys):
+    scripts = ["a red disc moves left", "a cross wanders"]
+    (tmp_path / "p.txt").write_text("\n".join(scripts))
+    out = tmp_path / "new" / "result.json"
+    argv = [
+        "eval",
+        "--prompts",
+        str(tmp_path / "p.txt"),
+        "--json",
+        str(out),
+        "--model",
+        str(model),
+        "--num_frames",
+        "21",
+    ]
+    assert cli.main([*argv, "--adapter", str(finished), "--vq", "2", "--seed", "4"]) == 0
+    result = json.loads(out.read_text())
+    pipeline = load_pocket(folder=model)
+    cli.load_adapter(pipeline, finished)
+    wanted = cli.finite(evaluate(pipeline, scripts, pocket_rewards(vq=2.0), 21, seed=4))
+    assert {key: result[key] for key in wanted} == wanted and result["n"] == 2 and result["num_frames"] == 21
+    assert f"{wanted['reward']:.3f} ± {wanted['reward_sem']:.3f}" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------- distill
+
+
+def test_distill_passes_its_options_on_and_goes_on_with_its_own_folder(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def distill(config):
+        (Path(config.output_dir) / "teacher").mkdir(parents=True)
+        seen.append(config)
+        return {"student": {"reward": float("nan")}}
+
+    monkeypatch.setattr("kvpo_min.pocket.distill.distill", distill)
+    argv = ["distill", "--output_dir", str(tmp_path / "m"), "--teacher_steps", "7"]
+    assert cli.main(argv) == 0 and (seen[0].teacher_steps, seen[0].output_dir) == (7, str(tmp_path / "m"))
+    assert json.loads((tmp_path / "m" / "report.json").read_text()) == {"student": {"reward": None}}
+    monkeypatch.setattr("kvpo_min.pocket.distill.distill", lambda config: Path(config.output_dir) / "weights")
+    assert cli.main(argv) == 0 and f"--model {tmp_path / 'm' / 'weights'}" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------------------------- doctor
+
+
+def test_doctor_finds_a_sound_model_and_run_sound(finished, model, capsys):
+    argv = ["doctor", "--model", str(model), "--rank", "2", "--num_generations", "3", "--output_dir", str(finished)]
+    code, out = cli.main(argv), capsys.readouterr().out
+    assert code == 0, out
+    assert "21 of 21 checks passed" in out and out.count("PASS") == 21 and "FAIL" not in out
+
+
+def test_doctor_reports_an_update_that_cannot_run(model, capsys, monkeypatch):
+    def broken(*arguments):
+        raise ValueError("energies of a group must differ")
+        yield
+
+    monkeypatch.setattr("kvpo_min.train.train", broken)
+    assert cli.main(["doctor", "--model", str(model), "--rank", "2"]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL  one update runs  (energies of a group must differ)\n      usual cause: " in out
+
+
+@pytest.fixture(scope="module")
+def update(make_pipeline):
+    """One update of the tiny pipeline: (pipeline, policies, weights before, step, config)."""
+    pipeline = make_pipeline()
+    config = cli.doctor_config(cli.DoctorOptions(num_generations=3, rank=2))
+    policies = add_policies(pipeline, config)
+    before = {key: weight.detach().clone() for key, weight in adapter_weights(policies, "default").items()}
+    step = next(train(pipeline, world.prompt_set(4, 1, 0), pocket_rewards(), config, policies))
+    return pipeline, policies, before, step, config
+
+
+def failures(checks):
+    return [check.name for check in checks if not check.passed]
+
+
+def test_doctor_sees_what_is_broken(update):
+    """Every check fails when, and only when, what it looks at is broken: a check that cannot fail proves nothing."""
+    pipeline, policies, before, step, config = update
+    group = step.groups[0]
+
+    def broken(**changes):
+        return dataclasses.replace(step, groups=[dataclasses.replace(group, **changes)])
+
+    def energies(step):
+        return failures(cli.check_energies(pipeline, policies, step, config))
+
+    def routed(routes):
+        return failures(cli.check_routes(broken(plan=Plan(group.plan.fork, group.plan.pool, routes, 5)), config))
+
+    assert failures(cli.check_routes(step, config)) == [] and energies(step) == []
+    assert failures(cli.check_signal(step)) == [] and failures(cli.check_weights_moved(policies, before, step)) == []
+
+    future = group.plan.routes.clone()
+    future[0, -1] = group.plan.fork
+    assert routed(future) == ["routes hold past frames only, after the sink and before the nearest"]
+    assert routed(group.plan.routes[:1].expand(3, -1)) == ["branches read different frames"]
+
+    assert energies(broken(ratio=group.ratio + 1e-6)) == ["the ratio is exactly 1 at equal weights"]
+    assert energies(broken(log_p=group.log_p + 0.01)) == [
+        "a second replay of the old policy gives the same probabilities"
+    ]
+    assert energies(broken(kl=1e-3)) == ["KL to the initial policy is 0 at the start"]
+    assert energies(broken(energies=torch.zeros_like(group.energies)))[0].startswith(
+        "the branches' energies are above 0"
+    )
+    cold = dataclasses.replace(step, tau=1.0)
+    assert "tau matches the spread of the energies" in energies(cold)
+    rollout = group.rollout
+    other_words = dataclasses.replace(rollout, text=pipeline.embed(["a purple cross wanders"]))
+    assert "the anchor's energy under its own context is 0" in energies(broken(rollout=other_words))
+
+    flat = {name: torch.full_like(r, 0.5) for name, r in group.rewards.items()}
+    assert failures(cli.check_signal(broken(rewards=flat))) == ["rewards of a group differ"]
+    assert failures(cli.check_signal(broken(advantages=torch.zeros(3)))) == ["advantages are finite and not all 0"]
+    assert failures(cli.check_signal(broken(loss=float("nan")))) == ["everything that is logged is finite"]
+
+    now = {key: weight.detach().clone() for key, weight in adapter_weights(policies, "default").items()}
+    assert failures(cli.check_weights_moved(policies, now, step)) == ["every weight with a gradient changed"]
+    still = dataclasses.replace(step, grad_norm=0.0)
+    assert failures(cli.check_weights_moved(policies, before, still)) == ["the gradient is finite and above 0"]
+    weight = next(w for key, w in adapter_weights(policies, "default").items() if "lora_B" in key)
+    gradient, weight.grad = weight.grad, None
+    assert failures(cli.check_weights_moved(policies, before, step)) == ["every LoRA pair is reached by the gradient"]
+    weight.grad = gradient
+
+
+def test_doctor_sees_damaged_files(finished, model, tmp_path):
+    for path, data in contents(finished).items():
+        if path.parent == Path("."):
+            (tmp_path / path).write_bytes(data)
+    assert failures(cli.check_run_folder(tmp_path, str(model))) == []
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "reward": NaN}\n')
+    (tmp_path / "config.yaml").write_text("sede: 1\n")
+    (tmp_path / "summary.json").write_text(json.dumps({"updates": 4, "seconds": 1, "seed": 0, "after": None}))
+    cut(tmp_path / "adapter_model.safetensors")
+    checks = cli.check_run_folder(tmp_path, str(model))
+    assert len(failures(checks)) == len(checks) == 4
+    assert "did you mean 'seed'" in checks[0].seen and "after.reward" in checks[2].seen and "damaged" in checks[3].seen
