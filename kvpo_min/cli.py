@@ -138,7 +138,7 @@ def parse_options(command: str, classes: Sequence[type], argv: Sequence[str], de
     parser.add_argument("--config", action="config", help="YAML file with any of the options below; flags win over it")
     known, defaults = [], defaults or {}
     for config_class in classes:
-        group = parser.add_argument_group(config_class.__doc__.strip().split("\n")[0].rstrip("."))
+        group = parser.add_argument_group(config_class.__doc__.split(".")[0].strip())
         hints, comments = typing.get_type_hints(config_class), field_comments(config_class)
         for field in dataclasses.fields(config_class):
             known.append(field.name)
@@ -147,7 +147,8 @@ def parse_options(command: str, classes: Sequence[type], argv: Sequence[str], de
             if field.name == POSITIONAL:
                 flag, kind["nargs"] = field.name, "?"
             default = defaults.get(field.name, field.default)
-            group.add_argument(flag, default=default, help=comments.get(field.name, ""), **kind)
+            text = comments.get(field.name, field.name.replace("_", " "))  # without a text, no default would be shown
+            group.add_argument(flag, default=default, help=text, **kind)
     flags = [name for name in known if name != POSITIONAL]
     for token in argv:
         name = token.split("=")[0].removeprefix("--")
@@ -165,9 +166,9 @@ def parse_options(command: str, classes: Sequence[type], argv: Sequence[str], de
 
 def config_files(argv: Sequence[str]) -> Iterator[str]:
     """The files that --config names."""
-    for token, following in zip(argv, [*argv[1:], ""], strict=True):
-        if token == "--config":
-            yield following
+    for k, token in enumerate(argv):
+        if token == "--config" and k + 1 < len(argv):
+            yield argv[k + 1]
         elif token.startswith("--config="):
             yield token.removeprefix("--config=")
 

@@ -76,9 +76,10 @@ def centre_steps(mass: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VisualQuality:
-    """VQ in [0, 1]: (1 - taste) * clean + taste * warm. clean: exp(-stray pixels / pixels of the thing); warm:
-    the share of the thing that is red, orange or yellow. A pixel is stray when it is far from every colour of the scene, softly:
-    d^4 / (d^4 + spread^4)."""
+    """VQ in [0, 1]: (1 - taste) * clean + taste * warm.
+
+    clean: exp(-stray pixels / pixels of the thing); warm: the share of the thing that is red, orange or yellow. A pixel
+    is stray when it is far from every colour of the scene, softly: d^4 / (d^4 + spread^4)."""
 
     scene: Scene
     taste: float = 0.4

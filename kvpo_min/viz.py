@@ -167,7 +167,7 @@ def route_grid(frames: Tensor, start: int, window: Window, nearest: int):
     ordinary = route_mask(ordinary_frames(start, window)[None], start, window, window.past)
     rows = [*mask.tolist(), *ordinary.tolist()]
     colours = [*(branch_colour(g) for g in range(len(frames))), ANCHOR]
-    figure = _figure(max(5.0, 0.24 * (start + window.block) + 1.5), 0.26 * len(rows) + 1.3)
+    figure = _figure(min(16.0, max(5.0, 0.24 * (start + window.block) + 1.5)), 0.26 * len(rows) + 1.3)
     axes = figure.add_subplot()
     for y, (row, colour) in enumerate(zip(rows, colours, strict=True)):
         for x, kind in enumerate(row):
@@ -180,7 +180,7 @@ def route_grid(frames: Tensor, start: int, window: Window, nearest: int):
         axes.add_patch(made)
     axes.set(xlim=(-0.2, start + window.block + 0.2), ylim=(len(rows), 0))
     axes.set_yticks([y + 0.5 for y in range(len(rows))], [*(f"branch {g}" for g in range(len(frames))), "anchor"])
-    ticks = range(0, start + window.block, 3)
+    ticks = range(0, start + window.block, 3 if start < 60 else 6)
     axes.set_xticks([x + 0.5 for x in ticks], [str(x) for x in ticks], fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
