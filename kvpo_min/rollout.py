@@ -95,8 +95,8 @@ class Sampler:
 
     sigmas: Tensor  # [S] descending, first 1
     window: Window = Window()
-    eta: float = 1.0  # share of fresh noise in every re-noising: 1 the distilled model's sampler, 0 the ODE (Euler)
     switches: tuple[int, ...] = ()  # frames at which the next segment's words take over
+    eta: float = 1.0  # share of fresh noise in every re-noising: 1 the distilled model's sampler, 0 the ODE (Euler)
 
 
 def draw_noise(n_blocks: int, n_steps: int, shape: Sequence[int], generator: torch.Generator, batch: int = 1) -> Tensor:

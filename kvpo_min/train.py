@@ -47,7 +47,8 @@ class Pipeline:
     switches: tuple[int, ...]  # frames at which the second, third, ... segment begins
     segments: Callable[[str], list[str]]  # script -> texts that the model reads, one a segment
     reward_prompts: Callable[[str], list[str]]  # script -> texts that rewards are given, one a segment
-    judge: Callable[[Tensor, list[str]], dict[str, float]] | None = None  # held-out measure, never trained on
+    read: Callable[[Tensor], object] | None = None  # pixels -> a dataclass of tensors [N, ...]: what the judge sees
+    judge: Callable[[object, list[str]], dict[str, float]] | None = None  # of that and the scripts; never trained on
     sample_scripts: Callable[[int, int, int], list[str]] | None = None  # n, segments, seed -> scripts
     sigmas: Tensor = field(default_factory=schedule)  # [S] noise levels of the sampler
     name: str = "model"
@@ -62,7 +63,7 @@ class TrainConfig:
     max_train_steps: int = 60
     num_frames: int = 39  # length of the videos: 39 = a single prompt (short mode), 147 = four segments (long mode)
     num_segments: int = 1  # prompts a script; 1, or up to 4 in long videos
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-3
     lr_warmup_steps: int = 2
     adam_weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -74,10 +75,10 @@ class TrainConfig:
     old_policy_every: int = 1  # updates between refreshes of the policy that makes the rollouts
     nearest: int = 1  # nearest past frames that every branch keeps; the other slots of the window are routed
     perturb_num_blocks: int = 5  # routed blocks after the fork
-    grad_steps: int = 2  # denoising steps of the replay that carry gradient; all of them count in the energy
+    grad_steps: int = 4  # denoising steps of the replay that carry gradient; all of them count in the energy
     tau: float = 0.0  # temperature of the Gibbs policy; 0: from the spread of the first groups' energies, then frozen
     tau_groups: int = 4  # groups that set tau
-    kl_coef: float = 1.0
+    kl_coef: float = 0.5
     clip_range_low: float = 0.1
     clip_range_high: float = 0.2
     adv_clip_max: float = 2.5
@@ -86,22 +87,49 @@ class TrainConfig:
     global_frames: int = 36  # frames after the fork's chunk that the global reward sees, if the video goes on
     unsafe_scale: float = 0.0  # factor on the loss when no branch beats the anchor: 0 (paper) or 0.5 (authors)
     compat: str = ""  # "official": the authors' routing, energy, replay context, tau, KL weight and safety rule
-    checkpointing_steps: int = 0  # updates between checkpoints; 0: only at the end
+    checkpointing_steps: int = 0  # updates between checkpoints (and one at the end); 0: none
     checkpoints_total_limit: int = 2
     resume_from_checkpoint: str = ""  # "latest", or the path of a checkpoint-N folder
     branch_batch: int = 0  # branches that run at once; 0: all
     replay_batch: int = 0  # replayed steps that run at once; 0: all
 
     def __post_init__(self):
-        for name in ("max_train_steps", "groups_per_update", "old_policy_every", "rank", "tau_groups"):
+        for name in (
+            "max_train_steps",
+            "groups_per_update",
+            "old_policy_every",
+            "rank",
+            "tau_groups",
+            "perturb_num_blocks",
+            "num_segments",
+            "checkpoints_total_limit",
+            "lora_alpha",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "max_grad_norm", "adv_clip_max", "clip_range_low", "clip_range_high"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("kl_coef", "tau", "unsafe_scale", "global_frames", "checkpointing_steps", "lr_warmup_steps"):
+        for name in (
+            "kl_coef",
+            "tau",
+            "unsafe_scale",
+            "global_frames",
+            "checkpointing_steps",
+            "lr_warmup_steps",
+            "nearest",
+            "branch_batch",
+            "replay_batch",
+            "local_weight",
+            "global_weight",
+            "adam_weight_decay",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.num_frames < 3 or self.num_frames % 3:
+            raise ValueError(f"num_frames must be a multiple of 3 (a block), got {self.num_frames}")
+        if not 1 <= self.grad_steps <= 4:
+            raise ValueError(f"grad_steps must be 1 to 4 (denoising steps), got {self.grad_steps}")
         if self.num_generations < 2:
             raise ValueError("num_generations must be at least 2: a policy over one branch has nothing to choose")
         if self.compat not in ("", "official"):
@@ -109,7 +137,7 @@ class TrainConfig:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         if self.compat:  # the authors' scale, in one place (docs/paper_map.md)
-            self.tau, self.kl_coef, self.unsafe_scale = 2.0, 10.0, 0.5
+            self.tau, self.kl_coef, self.unsafe_scale, self.grad_steps = 2.0, 10.0, 0.5, 2
 
 
 @dataclass(frozen=True)
@@ -278,7 +306,8 @@ def sample(
                        torch.Generator().manual_seed(seed + 10000 * (begin + i)))
             for i in range(len(part))
         ]  # fmt: skip
-        yield generate(pipeline.backbone, Stream(), texts, torch.cat(noise), num_frames, sampler).latents
+        noise = torch.cat(noise).to(pipeline.backbone.device)  # drawn on the CPU: the same on every device
+        yield generate(pipeline.backbone, Stream(), texts, noise, num_frames, sampler).latents
 
 
 def evaluate(
@@ -286,25 +315,24 @@ def evaluate(
     sigmas: Tensor | None = None, eta: float = 1.0, bar: bool = False,
 ) -> dict:  # fmt: skip
     """Mean rewards of unrouted videos, their standard errors over prompts, and the held-out judge."""
-    scores, judged, counts = [], [], []
+    scores, readings = [], []
     begin = 0
     for latents in sample(pipeline, scripts, num_frames, seed, batch, sigmas, eta, bar):
         part = scripts[begin : begin + len(latents)]
         pixels = pipeline.decode(latents)
         scores.append(score(pipeline, rewards, pixels, part, 0))
         if pipeline.judge:
-            judged.append(pipeline.judge(pixels, part))
-            counts.append(len(part))
+            readings.append(pipeline.read(pixels))
         begin += len(part)
     scores = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
     total = rewards.total(scores)
     out = {name: s.mean().item() for name, s in scores.items()} | {"reward": total.mean().item()}
-    out["reward_sem"] = (total.std() / len(total) ** 0.5).item() if len(total) > 1 else float("nan")
-    if judged:
-        out["judge"] = {}
-        for key in judged[0]:
-            known = [(j[key], c) for j, c in zip(judged, counts, strict=True) if not math.isnan(j[key])]
-            out["judge"][key] = sum(v * c for v, c in known) / sum(c for _, c in known) if known else float("nan")
+    for name, each in (scores | {"reward": total}).items():
+        out[f"{name}_sem"] = (each.std() / len(each) ** 0.5).item() if len(each) > 1 else float("nan")
+    if readings:  # pooled over all frames, so that the shares do not depend on the batches
+        names = [f.name for f in fields(readings[0])]
+        pooled = {name: torch.cat([getattr(reading, name) for reading in readings]) for name in names}
+        out["judge"] = pipeline.judge(type(readings[0])(**pooled), list(scripts))
     return out
 
 
@@ -356,7 +384,7 @@ def train(
         chunk_end = min([s for s in routing.chunk_starts(config.num_frames) if s > plan.fork] + [config.num_frames])
         stop = min(config.num_frames, chunk_end + config.global_frames)
         shape = (window.block, *pipeline.latent_shape)
-        noise = draw_noise(stop // window.block, len(sigmas), shape, generator)
+        noise = draw_noise(stop // window.block, len(sigmas), shape, generator).to(pipeline.backbone.device)
         with torch.no_grad(), acting(policies, "old"):
             made = fork(pipeline.backbone, texts, noise, plan, stop, chunk_end, sampler, config.nearest,
                         config.branch_batch or None)  # fmt: skip

@@ -39,7 +39,8 @@ def tiny_pipeline(seed=0):
         switches=world.SWITCHES,
         segments=world.segments_of,
         reward_prompts=world.resolve,
-        judge=lambda pixels, scripts: world.correctness(world.judge(pixels), scripts),
+        read=world.judge,
+        judge=world.correctness,
         sample_scripts=world.prompt_set,
         name="tiny",
     )

@@ -306,7 +306,7 @@ def test_the_gradient_is_the_mean_over_groups_of_the_closed_form(make_pipeline, 
         captured.update(gradient=[weight.grad.clone() for weight in weights], limit=limit)
         return clip(weights, limit)
 
-    run = Run(make_pipeline(), groups_per_update=2, unsafe_scale=0.5, max_grad_norm=0.7)
+    run = Run(make_pipeline(), groups_per_update=2, unsafe_scale=0.5, max_grad_norm=0.7, grad_steps=2, kl_coef=1.0)
     weights = list(adapter_weights(run.policies, "default").values())
     with torch.no_grad():  # zero B would hide half of the gradient; all three policies alike, so that the ratio stays 1
         generator = torch.Generator().manual_seed(1)
@@ -574,26 +574,29 @@ def test_bad_settings_are_refused(bad):
 
 @pytest.fixture(scope="module")
 def resumed(make_pipeline, tmp_path_factory):
-    """Four updates in one go, and two plus two through a checkpoint inside an old policy's window of three."""
+    """Five updates in one go, and three plus two through a checkpoint inside the old policy's second window of two."""
     folder = str(tmp_path_factory.mktemp("run"))
-    settings = dict(old_policy_every=3, tau=0.0, tau_groups=2, num_generations=2, output_dir=folder)
-    whole = Run(make_pipeline(), max_train_steps=4, **settings).go()
-    first = Run(make_pipeline(), max_train_steps=2, checkpointing_steps=2, **settings).go()
-    second = Run(make_pipeline(), max_train_steps=4, resume_from_checkpoint="latest", **settings)
+    settings = dict(old_policy_every=2, tau=0.0, tau_groups=1, num_generations=2, output_dir=folder)
+    whole = Run(make_pipeline(), max_train_steps=5, **settings).go()
+    first = Run(make_pipeline(), max_train_steps=3, checkpointing_steps=3, **settings).go()
+    second = Run(make_pipeline(), max_train_steps=5, resume_from_checkpoint="latest", **settings)
     return whole, first, second.go()
 
 
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(resumed):
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(resumed, make_pipeline):
     whole, first, second = resumed
-    assert [step.step for step in second.steps] == [2, 3]
+    assert [step.step for step in second.steps] == [3, 4]
     assert numbers(first.steps) + numbers(second.steps) == numbers(whole.steps)
     for name in ("default", "old", "ema"):
         assert bitwise(second.weights(name), whole.weights(name))
-    assert not bitwise(whole.weights("old"), whole.weights("default"))
-    assert whole.steps[2].log()["ratio/max_dev_first"] > 1e-5  # the checkpoint did lie inside the window
+    # the checkpoint was worth a test: inside a window whose old policy is neither the initial nor the trained one,
+    # and inside a round through the scripts
+    assert whole.steps[3].log()["ratio/max_dev_first"] > 1e-5
+    assert not bitwise(first.weights("old"), first.weights("default"))
+    assert not bitwise(first.weights("old"), Run(make_pipeline()).weights("old"))
     assert not bitwise(second.weights(), first.weights())
     state = json.loads((find_checkpoint(second.config) / "state.json").read_text())
-    assert len(state["order"]) == 2  # and inside a round through the scripts
+    assert len(state["order"]) == 2
 
 
 def test_resuming_a_finished_run_does_nothing(resumed, make_pipeline):
@@ -606,8 +609,8 @@ def test_resuming_a_finished_run_does_nothing(resumed, make_pipeline):
 def test_a_checkpoint_must_fit(resumed, make_pipeline):
     _, first, _ = resumed
     path = str(find_checkpoint(TrainConfig(output_dir=first.config.output_dir, resume_from_checkpoint="latest")))
-    with pytest.raises(ValueError, match="checkpoint-2: the saved adapter does not fit"):
-        next(Run(make_pipeline(), rank=2, max_train_steps=4, resume_from_checkpoint=path))
+    with pytest.raises(ValueError, match="checkpoint-3: the saved adapter does not fit"):
+        next(Run(make_pipeline(), rank=2, max_train_steps=5, resume_from_checkpoint=path))
 
 
 def test_only_the_newest_checkpoints_stay(make_pipeline, tmp_path):
@@ -715,7 +718,7 @@ def test_evaluation_is_the_mean_over_single_videos(make_pipeline, batch):
         pixels = pipeline.decode(generate(pipeline.backbone, Stream(), [text], noise, 9, Sampler(SIGMAS)).latents)
         (words,) = pipeline.reward_prompts(script)
         rows.append([reward(pixels, [words]).item() for reward in rewards.rewards.values()])
-        judged.append(pipeline.judge(pixels, [script]))
+        judged.append(pipeline.judge(pipeline.read(pixels), [script]))
     rows = torch.tensor(rows)
     totals = rows @ torch.tensor([1.0, 2.0, 0.5])
     for name, mean in zip(("vq", "mq", "ta"), rows.mean(0), strict=True):
@@ -725,3 +728,5 @@ def test_evaluation_is_the_mean_over_single_videos(make_pipeline, batch):
     assert got["judge"].keys() == judged[0].keys()
     for key in ("valid", "all", "distance"):
         assert_close(got["judge"][key], sum(j[key] for j in judged) / 3, atol=1e-4, rtol=0)
+    named = [j["colour"] for j in judged if j["colour"] == j["colour"]]  # nan: no words fix the colour
+    assert_close(got["judge"]["colour"], sum(named) / len(named), atol=1e-4, rtol=0)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -71,7 +71,7 @@ def loop(
     """Runs `step(i)` for i < total under a progress bar, from the last checkpoint in `folder` if there is one."""
     path, done = folder / f"training_state{rank() or ''}.pt", 0
     if path.exists():
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in (modules | optimizers).items():
             part.load_state_dict(state[name])
         generator.set_state(state["generator"])
@@ -228,6 +228,9 @@ class Clip:
     sink_text: Tensor
     old_text: Tensor  # [B, 2, words, text dim] of the two old blocks
 
+    def to(self, device) -> Clip:
+        return Clip(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
 
 def sample_clips(stories: Stories, n: int, generator: torch.Generator, start: int | None = None) -> Clip:
     """Draws clips whose noisy blocks lie inside one segment: a quarter begin the video (nothing to go by but the
@@ -350,11 +353,11 @@ def noise_levels(*size: int, generator: torch.Generator) -> Tensor:
 def first_block_loss(backbone, stories: Stories, n: int, generator: torch.Generator) -> Tensor:
     """Flow matching of first blocks alone: the hardest thing to learn (no past to go by) and the cheapest to show."""
     story = torch.randint(len(stories.rows), (n,), generator=generator)
-    x0 = stories.latents[stories.rows[story, :BLOCK].long()].float()
-    sigma = noise_levels(n, generator=generator)
-    noise = torch.randn(x0.shape, generator=generator)
+    x0 = stories.latents[stories.rows[story, :BLOCK].long()].float().to(backbone.device)
+    sigma = noise_levels(n, generator=generator).to(x0)
+    noise = torch.randn(x0.shape, generator=generator).to(x0)  # drawn on the CPU: the same on every device
     s = sigma[:, None, None, None, None]
-    v = backbone.velocity((1 - s) * x0 + s * noise, sigma, 0, stories.text[story, 0], None)
+    v = backbone.velocity((1 - s) * x0 + s * noise, sigma, 0, stories.text[story, 0].to(x0), None)
     return (v - (noise - x0)).square().mean()
 
 
@@ -371,7 +374,7 @@ def flow_matching_loss(backbone, clip: Clip, generator: torch.Generator, mask: T
     """Mean squared error of the velocity noise - x0 of the clip's noisy blocks, one noise level a block."""
     levels = noise_levels(len(clip.noisy), BLOCKS, generator=generator)
     sigma = levels.repeat_interleave(BLOCK, 1)  # [B, 12]
-    noise = torch.randn(clip.noisy.shape, generator=generator)
+    noise, sigma = torch.randn(clip.noisy.shape, generator=generator).to(clip.noisy), sigma.to(clip.noisy)
     s = sigma[:, :, None, None, None]
     x = (1 - s) * clip.noisy + s * noise
     v = teacher_forcing(backbone, clip, x, sigma, mask)
@@ -406,14 +409,15 @@ def train_teacher(config: DistillConfig, stories: Stories) -> WanBackbone:
     """Trains the many-step causal teacher by flow matching and saves its moving average under `output_dir/teacher`."""
     torch.manual_seed(config.seed + 1)
     generator = torch.Generator().manual_seed(config.seed + 1 + 1000 * rank())
-    model = WanBackbone(new_transformer())
+    model = WanBackbone(new_transformer()).to(config.device)
     ema = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
 
     def step(i: int) -> float:
         optimizer.param_groups[0]["lr"] = config.teacher_learning_rate * warm_cosine(i, config.teacher_steps, 50)
         clip = sample_clips(stories, config.teacher_batch, generator)
-        loss = flow_matching_loss(model, clip, generator, clip_mask(clip, generator, config.history_dropout))
+        mask = clip_mask(clip, generator, config.history_dropout).to(config.device)
+        loss = flow_matching_loss(model, clip.to(config.device), generator, mask)
         loss = loss + first_block_loss(model, stories, config.first_blocks, generator)
         optimizer.zero_grad()
         loss.backward()
@@ -442,7 +446,7 @@ def student_rollout(
     One random step a rollout carries gradient (Self-Forcing's exit step); the context is what the last step gave,
     detached.
     -> x0 at that step, with gradient, and final x0; both [B, 12, C, H, W]"""
-    sigmas, n_far = schedule(shift=world.SHIFT), clip.far.shape[1]
+    sigmas, n_far = schedule(shift=world.SHIFT).to(clip.far), clip.far.shape[1]
     n_clean = clip.clean.shape[1]
     exit_step = int(torch.randint(len(sigmas), (), generator=generator))
     kv, live, final = far_kv(student, clip), [], []
@@ -462,7 +466,7 @@ def student_rollout(
         seen = n_far + PAST + j * BLOCK
         may_read = torch.cat([mask[:, rows, :seen], mask.new_ones(len(mask), BLOCK, BLOCK)], 2)
         frames = clip.noisy_frames[:, j * BLOCK : (j + 1) * BLOCK]
-        x = torch.randn(clip.noisy[:, :BLOCK].shape, generator=generator)
+        x = torch.randn(clip.noisy[:, :BLOCK].shape, generator=generator).to(clip.noisy)
         for s, sigma in enumerate(sigmas):
             with torch.set_grad_enabled(s == exit_step):
                 x0 = x - sigma * student(x, sigma.expand(len(x)), frames, clip.text, kv, may_read)
@@ -470,7 +474,7 @@ def student_rollout(
                 live.append(x0)
                 x0 = x0.detach()
             if s + 1 < len(sigmas):
-                renoise = torch.randn(x.shape, generator=generator)
+                renoise = torch.randn(x.shape, generator=generator).to(x)
                 x = (1 - sigmas[s + 1]) * x0 + sigmas[s + 1] * renoise
         final.append(x0)
         if j + 1 < BLOCKS:
@@ -482,20 +486,24 @@ def dmd_loss(x0: Tensor, teacher: WanBackbone, fake: WanBackbone, clip: Clip, ma
     """Distribution matching (arXiv 2311.18828, eq. 7): the gradient with respect to x0 is fake - real, both denoised
     estimates at a random noise level, divided by the mean distance to the real one. x0 [B, 12, C, H, W] -> ()"""
     levels = shifted(0.02 + 0.96 * torch.rand(len(x0), BLOCKS, generator=generator)).repeat_interleave(BLOCK, 1)
+    levels = levels.to(x0)
     s = levels[:, :, None, None, None]
     with torch.no_grad():
-        x = (1 - s) * x0 + s * torch.randn(x0.shape, generator=generator)
+        x = (1 - s) * x0 + s * torch.randn(x0.shape, generator=generator).to(x0)
         real = x - s * teacher_forcing(teacher, clip, x, levels, mask)
         gradient = (x - s * teacher_forcing(fake, clip, x, levels, mask)) - real
         gradient = gradient / (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)
     return 0.5 * (x0 - (x0 - gradient).detach()).square().mean()
 
 
-def train_student(config: DistillConfig, stories: Stories, teacher: WanBackbone) -> WanBackbone:
-    """Distils the 4-step student from the teacher and saves its moving average under `output_dir/student`."""
+def train_student(
+    config: DistillConfig, stories: Stories, teacher: WanBackbone, initial: WanBackbone | None = None
+) -> WanBackbone:
+    """Distils the 4-step student from the teacher and saves its moving average under `output_dir/student`.
+    `initial`: what student and fake score begin as, an earlier student perhaps; default the teacher."""
     torch.manual_seed(config.seed + 2)
     generator = torch.Generator().manual_seed(config.seed + 2 + 1000 * rank())
-    student, fake, ema = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(3))
+    student, fake, ema = (copy.deepcopy(initial or teacher).to(config.device).requires_grad_(True) for _ in range(3))
     teacher.requires_grad_(False)
     ema.requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), config.student_learning_rate, betas=(0.0, 0.99))
@@ -510,7 +518,8 @@ def train_student(config: DistillConfig, stories: Stories, teacher: WanBackbone)
 
     def one_clip(clip: Clip, learn: bool) -> Tensor:
         """Rolls the student out over a clip and updates both scores; -> its blocks [B, 12, C, H, W]."""
-        mask = clip_mask(clip, generator, config.history_dropout)
+        mask = clip_mask(clip, generator, config.history_dropout).to(config.device)
+        clip = clip.to(config.device)
         live, final = student_rollout(student, clip, mask, generator)
         own = torch.cat([clip.clean[:, :PAST], final[:, :-BLOCK]], 1)  # the student's past, where the clip's was
         clip = replace(clip, clean=own, noisy=live.detach())
@@ -532,7 +541,7 @@ def train_student(config: DistillConfig, stories: Stories, teacher: WanBackbone)
         video = torch.zeros(n, 1, *LATENT)
         for start in range(0, world.SWITCHES[0] - BLOCKS * BLOCK, BLOCKS * BLOCK):  # three clips on its own past
             clip = clip_at(stories, story, zeros, zeros + start, generator, video)
-            final = one_clip(clip, learn)
+            final = one_clip(clip, learn).cpu()
             video = torch.cat([video, final], 1) if start else final
         one_clip(sample_clips(stories, n, generator), learn)  # and one on the past of a story, anywhere
         return torch.stack(losses).mean().item()
