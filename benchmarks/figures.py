@@ -59,7 +59,7 @@ def main() -> None:
     pipeline = load_pocket()
     scripts = ["a disc changes colour", "a square turns and changes colour", "a triangle wanders and changes colour"]
     script, prefix, branches, frames = most_told(pipeline, scripts, args.seeds)
-    story = viz.story_figure(prefix, branches, frames, [*(f"branch {g}" for g in range(4)), f"anchor: {script}"])
+    story = viz.story_figure(prefix, branches, frames, ["", "", "", "", script])
     shown = world.prompt_set(4, 1, seed=1_000_000)
     before = pipeline.decode(next(sample(pipeline, shown, 39)))
     load_adapter(pipeline, args.run)

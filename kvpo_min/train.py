@@ -63,7 +63,7 @@ class TrainConfig:
     max_train_steps: int = 60
     num_frames: int = 39  # length of the videos: 39 = a single prompt (short mode), 147 = four segments (long mode)
     num_segments: int = 1  # prompts a script; 1, or up to 4 in long videos
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-4
     lr_warmup_steps: int = 2
     adam_weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -78,7 +78,7 @@ class TrainConfig:
     grad_steps: int = 4  # denoising steps of the replay that carry gradient; all of them count in the energy
     tau: float = 0.0  # temperature of the Gibbs policy; 0: from the spread of the first groups' energies, then frozen
     tau_groups: int = 4  # groups that set tau
-    kl_coef: float = 0.5
+    kl_coef: float = 2.0
     clip_range_low: float = 0.1
     clip_range_high: float = 0.2
     adv_clip_max: float = 2.5
