@@ -580,7 +580,8 @@ def distill(config: DistillConfig) -> Path:
     stories = tell_stories(config.stories, encode_world(autoencoder, folder / "latents.safetensors"), config.seed + 1)
     train_student(config, stories, train_teacher(config, stories))
     if rank() == 0:
-        for part in (autoencoder, *(WanTransformer3DModel.from_pretrained(folder / n) for n in ("teacher", "student"))):
-            name = "autoencoder" if part is autoencoder else Path(part.config._name_or_path).name
+        transformers = {name: WanTransformer3DModel.from_pretrained(folder / name) for name in ("teacher", "student")}
+        for name, part in ({"autoencoder": autoencoder} | transformers).items():
+            part.register_to_config(_name_or_path=name)  # not the path of the machine that made it
             part.half().save_pretrained(folder / "weights" / name)
     return folder / "weights"
