@@ -37,7 +37,7 @@ LATENT = (8, 8, 8)  # channels, height, width
 
 @dataclass
 class DistillConfig:
-    """Sizes and rates of the three stages: the recipe found while making the weights that ship (docs/LOG.md: how they were)."""
+    """Sizes and rates: the recipe found while the weights that ship were made (docs/LOG.md tells how they were)."""
 
     output_dir: str = "pocket"  # holds autoencoder/, teacher/, student/
     seed: int = 0
