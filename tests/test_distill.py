@@ -1,6 +1,7 @@
 """The distillation: clips, masks, teacher forcing against block-by-block rollouts, the DMD gradient, resuming."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -113,7 +114,8 @@ def test_dmd_gradient_pulls_from_fake_to_real(stories):
     clip = distill.sample_clips(stories, 2, torch.Generator().manual_seed(6))
     mask = distill.clip_mask(clip, torch.Generator().manual_seed(6), 0.0)
     x0 = clip.noisy.clone().requires_grad_()
-    distill.dmd_loss(x0, teacher, fake, clip, mask, torch.Generator().manual_seed(7)).backward()
+    scores = [lambda x, s, m=m: distill.teacher_forcing(m, clip, x, s, mask) for m in (teacher, fake)]
+    distill.dmd_loss(x0, *scores, torch.Generator().manual_seed(7)).backward()
     generator = torch.Generator().manual_seed(7)
     level = distill.shifted(0.02 + 0.96 * torch.rand(2, 4, generator=generator)).repeat_interleave(3, 1)
     s = level[:, :, None, None, None]
@@ -123,8 +125,49 @@ def test_dmd_gradient_pulls_from_fake_to_real(stories):
         other = x - s * distill.teacher_forcing(fake, clip, x, level, mask)
     assert torch.nn.functional.cosine_similarity(-x0.grad.flatten(), (real - other).flatten(), dim=0) > 0.9
     same = clip.noisy.clone().requires_grad_()
-    distill.dmd_loss(same, teacher, teacher, clip, mask, torch.Generator().manual_seed(7)).backward()
+    distill.dmd_loss(same, scores[0], scores[0], torch.Generator().manual_seed(7)).backward()
     assert same.grad.abs().max() < 1e-6  # equal scores: nothing to do
+
+
+def test_guidance_of_one_is_none_and_two_doubles_what_the_words_add():
+    text = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+
+    def velocity(text):
+        return 1 + text.sum((1, 2))
+
+    assert torch.allclose(distill.guided(velocity, text, 1.0), velocity(text))
+    assert torch.allclose(distill.guided(velocity, text, 2.0) - 1, 2 * (velocity(text) - 1))
+
+
+def test_a_share_of_the_texts_is_emptied_whole():
+    text = distill.without_words(torch.ones(2000, 3, 4), 0.1, torch.Generator().manual_seed(0))
+    empty = (text == 0).all((1, 2))
+    assert 0.07 < empty.float().mean() < 0.13 and bool((text[~empty] == 1).all())
+    assert torch.equal(distill.without_words(text, 0.0, torch.Generator()), text)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
+def test_muon_takes_the_steps_of_torchs_own(shape, monkeypatch):
+    from torch.optim import _muon
+
+    source = inspect.getsource(_muon._zeropower_via_newtonschulz)  # torch's iterations, but in float32 like ours
+    exec(source.replace(".bfloat16()", ".float()"), vars(_muon).copy() | {}, scope := {})
+    monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", scope["_zeropower_via_newtonschulz"])
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for _ in range(2)] for _ in range(2))
+    optimizers = (
+        distill.Muon(ours, 0.02),
+        torch.optim.Muon(theirs, 0.02, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+    )
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(shape, generator=generator)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - 1).abs().max() > 0.01
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_a_stage_resumes_bit_for_bit(tmp_path):
@@ -152,7 +195,7 @@ def test_a_stage_resumes_bit_for_bit(tmp_path):
 def test_all_stages_run_and_leave_a_model_that_loads(tmp_path):
     config = distill.DistillConfig(
         output_dir=str(tmp_path), autoencoder_steps=2, teacher_steps=2, student_steps=5, teacher_batch=1,
-        student_batch=1, stories=5,
+        student_batch=1, student_first_blocks=2, first_blocks=2, stories=5,
     )  # fmt: skip
     latents = torch.zeros(98304, *distill.LATENT, dtype=torch.float16)
     from safetensors.torch import save_file

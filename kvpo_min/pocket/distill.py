@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kvpo_min.pocket import world
+from kvpo_min.rollout import denoise
 from kvpo_min.tve import schedule
 from kvpo_min.wan import WanBackbone
 
@@ -44,16 +45,19 @@ class DistillConfig:
     device: str = "cpu"
     autoencoder_steps: int = 2400
     autoencoder_learning_rate: float = 3e-3
-    teacher_steps: int = 1800
-    teacher_learning_rate: float = 2e-3
-    teacher_batch: int = 6  # clips a process
-    first_blocks: int = 32  # first blocks a process, besides the clips
+    teacher_steps: int = 2000
+    teacher_learning_rate: float = 2e-2  # of the matrices (Muon); a fifth of it for everything else (AdamW)
+    teacher_batch: int = 3  # clips a process
+    first_blocks: int = 64  # first blocks a process, besides the clips
+    text_dropout: float = 0.1  # share of the clips without words, so that the student's target can be guided
     history_dropout: float = 0.5  # share of the blocks that read a random past
-    student_steps: int = 60  # of four rollouts each
-    student_learning_rate: float = 5e-5
-    fake_learning_rate: float = 1e-4
+    student_steps: int = 60  # of four rollouts each, and one of first blocks
+    student_learning_rate: float = 1e-4
+    fake_learning_rate: float = 2e-4
     fake_updates: int = 2  # of the fake score, for one of the student
     student_batch: int = 4  # rollouts a process
+    student_first_blocks: int = 24  # first blocks a process
+    guidance: float = 2.0  # by the words, of the teacher's velocity that the student is led by
     ema_decay: float = 0.97  # of the student
     stories: int = 6000
     checkpointing_steps: int = 100
@@ -96,6 +100,41 @@ def warm_cosine(i: int, total: int, warmup: int) -> float:
     if i < warmup:
         return (i + 1) / warmup
     return 0.02 + 0.98 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (i - warmup) / max(1, total - warmup))).item())
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalised momentum for matrices, all of one shape in one batch, in float32. The numbers are those of
+    `torch.optim.Muon(adjust_lr_fn="match_rms_adamw", weight_decay=0)`, whose iterations run in bfloat16: on a CPU
+    without it they take longer than the step (docs/LOG.md)."""
+
+    def __init__(self, params, lr: float, momentum: float = 0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                shapes.setdefault(p.shape, []).append(p)
+            for shape, same in shapes.items():
+                update = torch.stack([p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in same])
+                for p, direction in zip(same, orthogonalised(update), strict=True):
+                    p.add_(direction, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+
+
+def orthogonalised(x: Tensor) -> Tensor:
+    """Newton-Schulz iteration (K. Jordan's coefficients): the singular values of x [N, R, C] go to about 1."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonalised(x.mT).mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x
 
 
 # ---------------------------------------------------------------------------------------------------------- autoencoder
@@ -350,14 +389,24 @@ def noise_levels(*size: int, generator: torch.Generator) -> Tensor:
     return shifted(torch.where(low, 0.25 * u, 0.25 + 0.75 * u))
 
 
-def first_block_loss(backbone, stories: Stories, n: int, generator: torch.Generator) -> Tensor:
-    """Flow matching of first blocks alone: the hardest thing to learn (no past to go by) and the cheapest to show."""
+def without_words(text: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Empties a random `share` of the texts [B, words, text dim]."""
+    return text * (torch.rand(len(text), 1, 1, generator=generator) >= share)
+
+
+def first_blocks(stories: Stories, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """First blocks alone: the hardest thing to learn (no past to go by) and the cheapest to show.
+    -> latents [n, 3, C, H, W] and words [n, words, text dim] of `n` stories"""
     story = torch.randint(len(stories.rows), (n,), generator=generator)
-    x0 = stories.latents[stories.rows[story, :BLOCK].long()].float().to(backbone.device)
-    sigma = noise_levels(n, generator=generator).to(x0)
+    return stories.latents[stories.rows[story, :BLOCK].long()].float(), stories.text[story, 0]
+
+
+def first_block_loss(backbone: WanBackbone, x0: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
+    """Flow matching of first blocks x0 [B, 3, C, H, W]."""
+    sigma = noise_levels(len(x0), generator=generator).to(x0)
     noise = torch.randn(x0.shape, generator=generator).to(x0)  # drawn on the CPU: the same on every device
     s = sigma[:, None, None, None, None]
-    v = backbone.velocity((1 - s) * x0 + s * noise, sigma, 0, stories.text[story, 0].to(x0), None)
+    v = backbone.velocity((1 - s) * x0 + s * noise, sigma, 0, text, None)
     return (v - (noise - x0)).square().mean()
 
 
@@ -411,24 +460,31 @@ def train_teacher(config: DistillConfig, stories: Stories) -> WanBackbone:
     generator = torch.Generator().manual_seed(config.seed + 1 + 1000 * rank())
     model = WanBackbone(new_transformer()).to(config.device)
     ema = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    matrices = [p for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    muon, adamw = Muon(matrices, config.teacher_learning_rate), torch.optim.AdamW(others, betas=(0.9, 0.95))
 
     def step(i: int) -> float:
-        optimizer.param_groups[0]["lr"] = config.teacher_learning_rate * warm_cosine(i, config.teacher_steps, 50)
+        rate = config.teacher_learning_rate * warm_cosine(i, config.teacher_steps, 30)
+        muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = rate, rate / 5
         clip = sample_clips(stories, config.teacher_batch, generator)
+        clip = replace(clip, text=without_words(clip.text, config.text_dropout, generator))
         mask = clip_mask(clip, generator, config.history_dropout).to(config.device)
         loss = flow_matching_loss(model, clip.to(config.device), generator, mask)
-        loss = loss + first_block_loss(model, stories, config.first_blocks, generator)
-        optimizer.zero_grad()
+        x0, text = first_blocks(stories, config.first_blocks, generator)
+        text = without_words(text, config.text_dropout, generator)
+        loss = loss + first_block_loss(model, x0.to(config.device), text.to(config.device), generator)
+        model.zero_grad()
         loss.backward()
         average_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        muon.step()
+        adamw.step()
         ema_update(ema, model, min(0.995, (1 + i) / (10 + i)))
         return loss.item()
 
     folder = Path(config.output_dir) / "teacher"
-    loop(folder, config.teacher_steps, {"model": model, "ema": ema}, {"optimizer": optimizer}, generator, step,
+    loop(folder, config.teacher_steps, {"model": model, "ema": ema}, {"muon": muon, "adamw": adamw}, generator, step,
          config.checkpointing_steps)  # fmt: skip
     if rank() == 0:
         ema.transformer.save_pretrained(folder)
@@ -482,17 +538,25 @@ def student_rollout(
     return torch.cat(live, 1), torch.cat(final, 1)
 
 
-def dmd_loss(x0: Tensor, teacher: WanBackbone, fake: WanBackbone, clip: Clip, mask: Tensor, generator) -> Tensor:
+def guided(velocity: Callable[[Tensor], Tensor], text: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598): velocity(no words) + guidance * (velocity(text) - velocity(no
+    words)). 1 is no guidance."""
+    mute = velocity(torch.zeros_like(text))
+    return mute + guidance * (velocity(text) - mute)
+
+
+def dmd_loss(x0: Tensor, real: Callable, fake: Callable, generator: torch.Generator) -> Tensor:
     """Distribution matching (arXiv 2311.18828, eq. 7): the gradient with respect to x0 is fake - real, both denoised
-    estimates at a random noise level, divided by the mean distance to the real one. x0 [B, 12, C, H, W] -> ()"""
-    levels = shifted(0.02 + 0.96 * torch.rand(len(x0), BLOCKS, generator=generator)).repeat_interleave(BLOCK, 1)
-    levels = levels.to(x0)
+    estimates at a random noise level, divided by the mean distance to the real one.
+    x0 [B, F, C, H, W]; `real`, `fake`: (noisy [B, F, ...], sigma [B, F]) -> velocity -> ()"""
+    levels = shifted(0.02 + 0.96 * torch.rand(len(x0), x0.shape[1] // BLOCK, generator=generator))
+    levels = levels.repeat_interleave(BLOCK, 1).to(x0)
     s = levels[:, :, None, None, None]
     with torch.no_grad():
         x = (1 - s) * x0 + s * torch.randn(x0.shape, generator=generator).to(x0)
-        real = x - s * teacher_forcing(teacher, clip, x, levels, mask)
-        gradient = (x - s * teacher_forcing(fake, clip, x, levels, mask)) - real
-        gradient = gradient / (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)
+        towards = x - s * real(x, levels)
+        gradient = (x - s * fake(x, levels)) - towards
+        gradient = gradient / (x0 - towards).abs().mean((1, 2, 3, 4), keepdim=True)
     return 0.5 * (x0 - (x0 - gradient).detach()).square().mean()
 
 
@@ -524,12 +588,40 @@ def train_student(
         own = torch.cat([clip.clean[:, :PAST], final[:, :-BLOCK]], 1)  # the student's past, where the clip's was
         clip = replace(clip, clean=own, noisy=live.detach())
         if learn:
-            update(student, optimizer, dmd_loss(live, teacher, fake, clip, mask, generator))
+
+            def real(x: Tensor, sigma: Tensor) -> Tensor:
+                return guided(lambda text: teacher_forcing(teacher, replace(clip, text=text), x, sigma, mask),
+                              clip.text, config.guidance)  # fmt: skip
+
+            loss = dmd_loss(live, real, lambda x, sigma: teacher_forcing(fake, clip, x, sigma, mask), generator)
+            update(student, optimizer, loss)
             ema_update(ema, student, config.ema_decay)
         for _ in range(config.fake_updates):
             losses.append(flow_matching_loss(fake, clip, generator, mask))
             update(fake, fake_optimizer, losses[-1])
         return final
+
+    def one_start(learn: bool) -> None:
+        """The same for many first blocks at once, the student's hardest."""
+        x0, text = (part.to(config.device) for part in first_blocks(stories, config.student_first_blocks, generator))
+        sigmas = schedule(shift=world.SHIFT).to(x0)
+        noise = torch.randn(len(x0), len(sigmas), *x0.shape[1:], generator=generator).to(x0)
+        exit_step = int(torch.randint(len(sigmas), (), generator=generator))
+        sigma = sigmas[exit_step].expand(len(x0))
+        with torch.no_grad():
+            _, z, _ = denoise(student, noise, sigmas, 0, text, None)
+        live = z[:, exit_step] - sigmas[exit_step] * student.velocity(z[:, exit_step], sigma, 0, text, None)
+        if learn:
+
+            def real(x: Tensor, sigma: Tensor) -> Tensor:
+                return guided(lambda text: teacher.velocity(x, sigma[:, 0], 0, text, None), text, config.guidance)
+
+            loss = dmd_loss(live, real, lambda x, sigma: fake.velocity(x, sigma[:, 0], 0, text, None), generator)
+            update(student, optimizer, loss)
+            ema_update(ema, student, config.ema_decay)
+        for _ in range(config.fake_updates):
+            losses.append(first_block_loss(fake, live.detach(), text, generator))
+            update(fake, fake_optimizer, losses[-1])
 
     losses: list[Tensor] = []
 
@@ -544,6 +636,7 @@ def train_student(
             final = one_clip(clip, learn).cpu()
             video = torch.cat([video, final], 1) if start else final
         one_clip(sample_clips(stories, n, generator), learn)  # and one on the past of a story, anywhere
+        one_start(learn)
         return torch.stack(losses).mean().item()
 
     folder = Path(config.output_dir) / "student"
