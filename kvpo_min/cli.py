@@ -1042,6 +1042,28 @@ def check_run_folder(folder: Path, model: str) -> list[Check]:
     ]
 
 
+# --------------------------------------------------------------------------------------------------------------- parity
+
+
+@dataclass
+class ParityOptions:
+    """Compares this code with the authors'"""
+
+    golden: str = "tests/golden"  # folder of recorded numbers; its README.md says what they are
+
+
+def parity_command(argv: Sequence[str]) -> int:
+    (options,) = split_options(parse_options("parity", [ParityOptions], argv), ParityOptions)
+
+    from kvpo_min.parity import parity, table
+
+    found = parity(options.golden)
+    print(table(found))
+    failed = sum(not row.ok for row in found)
+    print(f"\n{len(found) - failed} of {len(found)} comparisons within tolerance")
+    return 1 if failed else 0
+
+
 # ----------------------------------------------------------------------------------------------------------------- main
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
@@ -1051,6 +1073,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "eval": (eval_command, "Measures a model or an adapter on a prompts file: rewards, standard errors, judge."),
     "distill": (distill_command, "Makes the pocket model from nothing: autoencoder, teacher, 4-step student."),
     "doctor": (doctor, "Runs one update and prints every invariant with PASS or FAIL and the usual cause."),
+    "parity": (parity_command, "Compares this code with numbers recorded from the authors': the largest differences."),
 }
 
 

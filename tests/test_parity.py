@@ -1,24 +1,33 @@
-"""The core files reproduce the numbers recorded from the authors' implementation (tests/golden/README.md).
+"""This code reproduces the numbers recorded from the authors' implementation (tests/golden/README.md).
 
 Another set of the same layout can be checked with KVPO_GOLDEN=/path/to/folder.
 """
 
+import copy
 import json
-import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 
-from kvpo_min.chr import Window, branch_frames, chunk_starts, eligible_forks, plan_official
-from kvpo_min.grpo import anchor_advantages, branch_kl, clipped_objective, fuse, kvpo_loss, safety_scale
-from kvpo_min.tve import gibbs_entropy, gibbs_log_prob, schedule
+from kvpo_min import cli, parity
+from kvpo_min.checkpoints import wan_from_original
+from kvpo_min.chr import Window, branch_frames, plan_official
+from kvpo_min.grpo import branch_kl, clipped_objective
+from kvpo_min.rollout import replay
+from kvpo_min.tve import gibbs_log_prob, schedule
 
 GOLDEN = Path(os.environ.get("KVPO_GOLDEN") or Path(__file__).parent / "golden")
-SCHEDULE, PLANS, OBJECTIVES = (
-    json.loads((GOLDEN / f"{name}.json").read_text()) for name in ("schedule", "chr_plans", "grpo_objective")
-)
+SCHEDULE, PLANS, OBJECTIVES, CALLS, UPDATE, SHAPES = (
+    parity.read(GOLDEN / f"{name}.json")
+    for name in (
+        "schedule", "chr_plans", "grpo_objective", "causal_wan_tiny", "kvpo_update_tiny", "wan_1_3b_state_dict_shapes",
+    )
+)  # fmt: skip
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def close(actual, expected):
@@ -26,69 +35,253 @@ def close(actual, expected):
     torch.testing.assert_close(torch.as_tensor(actual, dtype=torch.float32), expected, rtol=1e-5, atol=1e-6)
 
 
+def tensors(name):
+    return parity.read(GOLDEN / f"{name}.safetensors")
+
+
+def run_calls(info):
+    backbone = parity.new_backbone(info["config"], tensors("causal_wan_tiny"))
+    return parity.call_pairs(backbone, info, tensors("causal_wan_tiny_io"))
+
+
+def run_update(info):
+    shift, recorded = SCHEDULE["shift"], tensors("kvpo_update_tiny")
+    return parity.update_pairs(CALLS["config"], tensors("causal_wan_tiny"), info, recorded, shift)
+
+
+def gaps(pairs, measure):
+    """Largest difference of every name before the "/"."""
+    return {row.compared.split(" (")[0]: row.difference for row in parity.rows("", [pairs], measure, 0)}
+
+
+@pytest.fixture(scope="module")
+def update():
+    return run_update(UPDATE)
+
+
+# ------------------------------------------------------------------------------------ schedule, plans and the objective
+
+
 def test_schedule():
     sigma = schedule(len(SCHEDULE["sigmas"]), SCHEDULE["shift"])
     torch.testing.assert_close(sigma, torch.tensor(SCHEDULE["sigmas"]), rtol=0, atol=1e-6)
     torch.testing.assert_close(1000 * sigma, torch.tensor(SCHEDULE["warped_timesteps"]), rtol=1e-6, atol=0)
+    level = parity.sigma_at_int_timestep(sigma, SCHEDULE["shift"])
+    torch.testing.assert_close(level, torch.tensor(SCHEDULE["sigmas_after_int_cast"]), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", PLANS, ids=lambda case: f"s{case['sample_idx']}-c{case['seed_context']}")
 def test_chr_plan(case):
-    c, expected = case["config"], case["plan"]
-    # Their local size and their m count the block being denoised, ours count past frames.
-    window = Window(c["sink"], c["local"] - c["sink"] - c["fpb"], c["fpb"], c["local"] + c["slice"])
-    nearest = c["m"] - c["fpb"]
-    layout = dict(first_chunks=c["within"], first=c["chunk"], rest=c["minnew"])
+    for name, (ours, theirs) in parity.plan_pairs(case).items():
+        assert torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs)), name
 
-    forks = eligible_forks(c["total"], window, nearest, c["P"], **layout, gap=window.block)
-    assert len(forks) == expected["eligible_blocks_count"]
-    assert chunk_starts(c["total"], c["chunk"], c["minnew"]) == [x["start_frame"] for x in expected["chunks"]]
-
-    seeds = case["base_seed"], case["sample_idx"], case["seed_context"]
-    plan = plan_official(*seeds, c["total"], window, nearest, c["P"], c["K"], **layout)
-    assert plan.fork == expected["perturb_block_abs_frame"]
-    assert plan.fork + window.block * plan.n_blocks == expected["perturb_block_end_frame"]
-    assert plan.pool == range(expected["stable_older_frame_start"], expected["stable_older_frame_end"])
-    assert plan.routes.tolist() == [b["selected_older_frame_indices"] for b in expected["branch_plans"]]
-
-    frames = branch_frames(plan.routes, plan.fork, window, nearest)
+    c = case["config"]
+    window, nearest = parity.window_of(c["local"], c["sink"], c["m"], c["fpb"], c["local"] + c["slice"])
+    routes = parity.planned_routes(case["plan"])
+    frames = branch_frames(routes, case["plan"]["perturb_block_abs_frame"], window, nearest)
     assert frames.shape == (c["K"], c["local"] - c["fpb"])  # a full window: nothing was drawn that would be read twice
 
 
 @pytest.mark.parametrize("case", OBJECTIVES, ids=lambda case: f"G{case['G']}-{case['fusion_mode']}-kl{case['kl_coef']}")
 def test_objective(case):
-    signals = {}
-    for name in ("local", "global"):
-        rewards = {k: torch.tensor(v) for k, v in case[f"{name}_rewards"].items()}
-        signals[name] = anchor_advantages(rewards, case[f"{name}_anchor"], case["weights"])
-        close(signals[name], case[f"adv_{name}"])
+    pairs = parity.objective_pairs(case)
+    for ours, theirs in pairs.values():
+        close(torch.as_tensor(ours).detach(), theirs)
+    assert sum(case[rule]["grad_log_score"] is not None for rule in ("mechanism_1", "mechanism_2")) >= 1
 
-    weights = case["fusion_local_weight"], case["fusion_global_weight"]
-    A = fuse(signals["local"], signals["global"], *weights, case["fusion_mode"], case["adv_clip"])
-    close(A, case["adv_fused"])
-
-    log_p_old, log_p_init = (gibbs_log_prob(-torch.tensor(case[f"log_score_{who}"]), 1.0) for who in ("old", "init"))
-    checked_gradients = 0
-    for mechanism, unsafe in (("mechanism_1", 0.0), ("mechanism_2", 0.5)):
-        expected, scale = case[mechanism], safety_scale(case["safe"], unsafe)
-        log_score = torch.tensor(case["log_score_theta"], requires_grad=True)
-        log_p = gibbs_log_prob(-log_score, 1.0)
-        loss = kvpo_loss(log_p, log_p_old, log_p_init, A, case["clip_low"], case["clip_high"], case["kl_coef"], scale)
-        loss.total.backward()
-        close(loss.total.detach(), expected["total_loss"])
-        close(loss.ratio, expected["ratio"])
-        close(loss.clip_fraction if scale else 0.0, expected["clip_fraction"])  # theirs reports 0 for a skipped update
-        close(gibbs_entropy(log_p.detach()), loss.entropy)
-        if expected["loss_scale"] is not None:
-            close(scale, expected["loss_scale"])
-        if expected["entropy"] is not None:  # theirs is that of pi * scale, which does not sum to 1 when unsafe
-            close(scale * (loss.entropy - math.log(scale)), expected["entropy"])
-        if expected["grad_log_score"] is not None:
-            close(log_score.grad, expected["grad_log_score"])
-            checked_gradients += 1
-        else:
-            assert scale == 0 and not log_score.grad.any()  # theirs skips the update instead
-    assert checked_gradients >= 1
-
+    log_p, log_p_old, log_p_init = (
+        gibbs_log_prob(-torch.tensor(case[f"log_score_{who}"]), 1.0) for who in ("theta", "old", "init")
+    )
+    A, expected = torch.tensor(case["adv_fused"]), case["mechanism_2"]
     policy, _, _ = clipped_objective(log_p, log_p_old, A, case["clip_low"], case["clip_high"])
-    close((policy + case["kl_coef"] * branch_kl(log_p, log_p_init)) * scale, case["mechanism_2"]["total_loss"])
+    scale = 1.0 if case["safe"] else 0.5
+    close((policy + case["kl_coef"] * branch_kl(log_p, log_p_init)) * scale, expected["total_loss"])
+
+
+# ---------------------------------------------------------------------------------------------------- the causal Wan
+
+
+def test_every_call_of_the_causal_wan():
+    pairs = run_calls(CALLS)
+    assert len(pairs) == len(CALLS["calls"])
+    assert sum("routed" in name for name in pairs) == sum(call["routed"] for call in CALLS["calls"]) > 0
+    for name, (ours, theirs) in pairs.items():
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_other_routed_frames_are_seen():
+    """Control: with frames that were not read, routed blocks differ, and nothing before them does."""
+    info, routed = copy.deepcopy(CALLS), CALLS["routed_frames"]
+    first = next(call["start_frame"] for call in CALLS["calls"] if call["routed"])
+    nearest = CALLS["m_nearest_frames"] - tensors("causal_wan_tiny_io")[CALLS["calls"][0]["input"]].shape[1]
+    sink = CALLS["config"]["sink_size"]
+    resident = range(max(sink, first - (CALLS["kv_capacity_frames"] - sink)), first - nearest)
+    others = [f for f in resident if f not in routed]
+    info["routed_frames"] = sorted((others + routed)[: len(routed)])
+    pairs = run_calls(info)
+    before = [pair for pair, call in zip(pairs.values(), CALLS["calls"], strict=True) if call["start_frame"] < first]
+    assert parity.difference(before, "absolute") < 1e-4
+    assert gaps(pairs, "absolute")["velocities of routed blocks"] > 1e-3
+
+
+def test_the_released_keys_fit_the_stock_model():
+    """Nothing is missing and nothing is left over, with shapes, by the loader's own strictness."""
+    with torch.device("meta"):
+        model = WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=12, attention_head_dim=128, in_channels=16, out_channels=16,
+            text_dim=4096, freq_dim=256, ffn_dim=8960, num_layers=30, cross_attn_norm=True,
+        )  # fmt: skip
+        weights = wan_from_original({key: torch.empty(shape) for key, shape in SHAPES.items()})
+    assert len(weights) == len(SHAPES)
+    model.load_state_dict(weights, strict=True, assign=True)
+    assert all(theirs == ours for ours, theirs in parity.key_pairs(SHAPES).values())
+
+    fewer = {key: shape for key, shape in SHAPES.items() if key != "head.modulation"}
+    more = SHAPES | {"blocks.0.cross_attn.k_img.weight": [1536, 1536]}
+    assert [ours for ours, _ in parity.key_pairs(fewer).values()] == [0, 1]
+    assert [ours for ours, _ in parity.key_pairs(more).values()] == [1, 0]
+
+
+# ------------------------------------------------------------------------------------------------------- the update
+
+
+def test_routes_of_the_update():
+    for name, (ours, theirs) in parity.route_pairs(UPDATE).items():
+        assert torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs)), name
+
+
+ROLLOUT = ("prefix", "videos of the branches", "video of the anchor", "noisy inputs", "clean predictions")
+
+
+def test_prefix_branches_anchor_and_trajectories(update):
+    found = gaps({name: update[name] for name in ROLLOUT}, "relative")
+    assert max(found.values()) < 1e-4, found
+
+
+def test_scores_ratio_loss_and_gradients(update):
+    floors = [name.removeprefix("sigma_floor_") for name in UPDATE["expected"]]
+    kinds = {name.split("/")[0] for name in update} - set(ROLLOUT)
+    assert {f"log scores, {who} policy" for who in ("old", "initial", "changed")} | {"ratio", "loss"} <= kinds
+    recorded = {key.split("/", 1)[1] for key in tensors("kvpo_update_tiny") if key.startswith("grad_floor")}
+    assert {kind.removeprefix("gradient of ") for kind in kinds if kind.startswith("gradient")} == recorded
+    for kind in kinds:
+        for floor in floors:
+            ((_, gap),) = gaps({kind: update[f"{kind}/{floor}"]}, "relative").items()
+            assert gap < 1e-4, f"{kind} at floor {floor}: {gap}"
+
+
+def test_reading_the_frames_as_planned_is_seen():
+    """Control: where the cache had rolled these are the planned frames, else some that were not read either."""
+    info, (window, nearest) = copy.deepcopy(UPDATE), parity.update_window(UPDATE)
+    planned, read = (torch.tensor(x) for x in (parity.planned_routes(UPDATE["plan"]).tolist(), UPDATE["branch_frames"]))
+    if planned.equal(read):
+        planned = (read - window.sink + 1) % (UPDATE["fork_frame"] - nearest - window.sink) + window.sink
+    info["branch_frames"] = planned.sort(1).values.tolist()
+    if parity.planned_routes(UPDATE["plan"]).equal(planned):
+        for plan, frames in zip(info["plan"]["branch_plans"], read.tolist(), strict=True):
+            plan["selected_older_frame_indices"] = frames  # or they would count as a plan, and be moved
+    found = gaps(run_update(info), "relative")
+    assert found["prefix"] < 1e-4 and found["video of the anchor"] < 1e-4
+    assert found["videos of the branches"] > 1e-3 and found["log scores, old policy"] > 1e-3
+
+
+def test_another_context_of_the_replay_is_seen(monkeypatch):
+    """Control: our default context gives other scores than the authors'."""
+    monkeypatch.setattr(parity, "replay", lambda *args, context: replay(*args, context="stored"))
+    found = gaps(run_update(UPDATE), "relative")
+    assert found["videos of the branches"] < 1e-4 < found["log scores, changed policy"]
+
+
+def test_the_exact_sigma_is_seen(update, monkeypatch):
+    """Control: below the floor of 1 the authors' look-up at int(timestep) counts, where it is another level."""
+    sigma = torch.tensor(SCHEDULE["sigmas"])
+    level = parity.sigma_at_int_timestep(sigma, SCHEDULE["shift"])
+    monkeypatch.setattr(parity, "sigma_at_int_timestep", lambda sigma, shift: sigma)
+    exact = run_update(UPDATE)
+    for floor in (name.removeprefix("sigma_floor_") for name in UPDATE["expected"]):
+        counts = ((level.clamp(min=float(floor)) / sigma.clamp(min=float(floor))) - 1).abs().max() > 5e-4
+        name = f"log scores, changed policy/{floor}"
+        theirs, ours = (parity.difference([pairs[name]], "relative") for pairs in (update, exact))
+        assert ours > 10 * theirs if counts else ours < 1e-4, floor
+
+
+@pytest.mark.parametrize(
+    "fork, planned, read",
+    [
+        (39, [21, 25, 28, 31, 34], [24, 28, 31, 34, 37]),  # both seen in the authors' code with a cache of 33 frames
+        (42, [24, 28, 31, 34, 37], [27, 31, 34, 37, 40]),
+        (21, [3, 7, 10, 13, 16], [3, 7, 10, 13, 16]),
+        (24, [6, 8, 10, 13, 19], [6, 8, 10, 13, 19]),
+        (30, [3, 8, 10, 13, 25], [3, 8, 10, 13, 25]),  # the cache is full, but nothing has left it yet
+    ],
+)
+def test_frames_are_read_late_once_the_cache_has_rolled(fork, planned, read):
+    assert parity.frames_read(torch.tensor([planned]), fork, Window()).tolist() == [read]
+
+
+def test_a_late_frame_lies_before_the_nearest_ones():
+    for seed in range(20):
+        plan = plan_official(seed, 0, 0, total=147, window=Window(), nearest=1, n_blocks=5, n_branches=8)
+        late = parity.frames_read(plan.routes, plan.fork, Window())
+        assert branch_frames(late, plan.fork, Window(), 1).shape == (8, 9)
+
+
+def test_changed_weights():
+    weights = {"blocks.0.ffn.2.weight": torch.ones(2), "blocks.0.ffn.2.bias": torch.ones(2)}
+    out = parity.changed(weights, "theta = weights with every '*.ffn.2.weight' x 1.02.")
+    assert out["blocks.0.ffn.2.weight"].tolist() == pytest.approx([1.02, 1.02])
+    assert out["blocks.0.ffn.2.bias"] is weights["blocks.0.ffn.2.bias"]
+    for rule in ("theta = weights", "every '*.ffn.7.weight' x 2"):
+        with pytest.raises(ValueError, match="theta_rule must name weights and factors"):
+            parity.changed(weights, rule)
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def test_difference():
+    nan = float("nan")
+    assert parity.difference([([1.0, 2.0], [1.0, 4.0]), (3.0, 2.5)], "absolute") == 2
+    assert parity.difference([([1.0, 2.0], [1.0, 4.0])], "relative") == 0.5
+    assert parity.difference([([1, 2, 3], [1, 4, 5])], "count") == 2
+    assert parity.difference([([1, 2], [1, 2, 3])], "count") == float("inf")
+    assert not parity.Row("", "", "absolute", parity.difference([([nan, 0.0], [0.0, 0.0])], "absolute"), 1.0).ok
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Path(shutil.copytree(GOLDEN, tmp_path / "golden", copy_function=shutil.copyfile))
+
+
+def test_the_table(capsys):
+    assert cli.main(["parity", "--golden", str(GOLDEN)]) == 0
+    out = capsys.readouterr().out
+    for name in parity.FILES:
+        assert name.split(".")[0].removesuffix("_io") in out
+    assert " NO " not in out and out.splitlines()[-1].endswith("comparisons within tolerance")
+
+
+def test_a_difference_is_reported_and_fails(folder, capsys):
+    (folder / "schedule.json").write_text(json.dumps(SCHEDULE | {"sigmas": [s + 1e-3 for s in SCHEDULE["sigmas"]]}))
+    assert cli.main(["parity", "--golden", str(folder)]) == 1
+    wrong = [line for line in capsys.readouterr().out.splitlines() if " NO " in line]
+    assert len(wrong) == 1 and "schedule.json" in wrong[0] and "1.0e-03" in wrong[0]
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder, capsys):
+    def message():
+        assert cli.main(["parity", "--golden", str(folder)]) == 2
+        out, err = capsys.readouterr()
+        assert not out and len(err.splitlines()) == 1
+        return err
+
+    (folder / "schedule.json").write_text(json.dumps({"shift": 5.0}))
+    assert "another layout than tests/golden: 'denoising_step_list' is not there" in message()
+    (folder / "kvpo_update_tiny.safetensors").write_bytes(b"not tensors")
+    assert "kvpo_update_tiny.safetensors is damaged" in message()
+    (folder / "schedule.json").write_text("{")
+    assert "schedule.json is damaged" in message()
+    (folder / "schedule.json").unlink()
+    assert "lacks schedule.json" in message()
+    shutil.rmtree(folder)
+    assert f"there is no folder {folder}" in message()

@@ -1,0 +1,295 @@
+"""The pipeline of a real Wan model: what `pocket.load_pocket` is to the pocket model.
+
+1. Text: every prompt goes through umT5 once; the result is kept as safetensors beside the prompts file, and the encoder
+   (10.6 GiB) is freed before the transformer is loaded.
+2. Transformer: `checkpoints.load_transformer`, frozen in bfloat16; latents, noise levels, LoRA and optimizer stay in
+   float32, and matrix products run in bfloat16 (autocast). The authors hold LoRA and optimizer in bfloat16 too
+   (trainer/kvpo.py:342-346), where small steps vanish.
+3. Video: `AutoencoderKLWan`, frame by frame with its causal cache, one video at a time, outside any graph.
+
+A script is its prompts joined by " | ", as in the pocket world.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvpo_min.checkpoints import fetch, first_line, from_folder, load_transformer
+from kvpo_min.train import Pipeline
+from kvpo_min.tve import schedule
+from kvpo_min.wan import WanBackbone
+
+SWITCHES = (39, 75, 111)  # configs/train_kvpo_longlive.yaml:42
+BETWEEN = " | "  # between the prompts of a script
+TEXT_LEN = 512  # tokens; what is missing is zero, and is read like any other (authors: wan_wrapper.py:102-116)
+
+
+@dataclass
+class WanOptions:
+    """The real model, which `model` names: a diffusers folder, a checkpoint, or either on the Hub"""
+
+    lora: str = ""  # released LoRA that is merged into the model before training: file, folder, or on the Hub
+    components: str = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"  # diffusers folder with vae/, text_encoder/ and tokenizer/
+    height: int = 480  # of the videos, in pixels
+    width: int = 832  # of the videos, in pixels
+    device: str = "cuda"
+    dtype: str = "bfloat16"  # of the frozen weights and the matrix products: bfloat16 or float32
+    gradient_checkpointing: bool = False  # keep only each layer's inputs for the backward pass: less memory, slower
+
+    def __post_init__(self):
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"dtype must be bfloat16 or float32, got {self.dtype!r}")
+        if min(self.height, self.width) < 16 or self.height % 16 or self.width % 16:
+            raise ValueError(f"height and width must be multiples of 16 (a token), got {self.height} x {self.width}")
+
+
+class MixedBackbone(WanBackbone):
+    """Frozen weights and matrix products in `dtype`; latents, noise levels and velocities in float32."""
+
+    def __init__(self, transformer, dtype: torch.dtype):
+        super().__init__(transformer)
+        self.dtype = dtype
+
+    def forward(self, x, sigma, frames, text, kv=None, mask=None, written=None) -> Tensor:
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return super().forward(x.float(), sigma, frames, text, kv, mask, written).float()
+
+    def encode(self, x0: Tensor, start: int, text: Tensor, kv: Tensor | None) -> Tensor:
+        return super().encode(x0, start, text, kv).to(self.dtype)  # autocast leaves normalised keys in float32
+
+
+def load_wan(model: str, texts: Sequence[str], cache: str | Path, options: WanOptions | None = None) -> Pipeline:
+    """The pipeline of a real model. `texts`: every prompt that will be asked for; `cache`: the file that holds their
+    encodings (`text_cache`), extended where it lacks some. Raises ValueError naming what cannot be loaded."""
+    from diffusers import AutoencoderKLWan
+
+    options = options or WanOptions()
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    if not texts:
+        raise ValueError("name the texts that will be asked for: the text encoder does not stay loaded")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch finds no GPU here; give --device cpu, or another machine")
+    embed = encode_texts(texts, cache, options.components, device, dtype)
+    transformer = load_transformer(model, options.lora or None, dtype).to(device)
+    if options.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    vae = from_folder(AutoencoderKLWan, component(options.components, "vae"), dtype=dtype).to(device)
+    check_parts(transformer.config, vae.config, embed(list(texts[:1])).shape[-1])
+    scale = vae.config.scale_factor_spatial
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Tensor:
+        """[N, T, C, H, W] -> [N, T, 3, H', W'] in [0, 1] on the CPU: of the four pixel frames of a latent frame the
+        last, so 4 frames a second at equal distances, one a latent frame. Rewards are means over frames (HPSv3) or
+        read 2 a second (VideoAlign)."""
+        videos = [[p[:, -1:].cpu() for p in decode_stream(vae, video.split(1, 1))] for video in latents.split(1)]
+        return torch.cat([torch.cat(frames, 1) for frames in videos])
+
+    def segments(script: str) -> list[str]:
+        return script.split(BETWEEN)
+
+    return Pipeline(
+        backbone=MixedBackbone(transformer, dtype),
+        decode=decode,
+        embed=embed,
+        sigmas=schedule(4, 5.0).to(device),
+        latent_shape=(vae.config.z_dim, options.height // scale, options.width // scale),
+        switches=SWITCHES,
+        segments=segments,
+        reward_prompts=segments,
+        name=Path(model).name,
+    )
+
+
+def component(components: str, name: str) -> Path:
+    """The folder of one component, local or from the Hub."""
+    return fetch(components, [f"{name}/*"]) / name
+
+
+def check_parts(transformer, vae, text_dim: int) -> None:
+    """Raises ValueError when transformer, autoencoder and text encoder (their configs) are of different models."""
+    if vae.is_residual or vae.patch_size:
+        raise ValueError("the autoencoder is Wan2.2's; expected that of Wan2.1")
+    if transformer.in_channels != vae.z_dim or transformer.out_channels != vae.z_dim:
+        raise ValueError(
+            f"the transformer turns {transformer.in_channels} channels into {transformer.out_channels}, the "
+            f"autoencoder has {vae.z_dim}: `model` must be a text-to-video model and `components` must belong to it"
+        )
+    if transformer.text_dim != text_dim:
+        raise ValueError(f"the transformer reads text of {transformer.text_dim} numbers, the encoder gives {text_dim}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- video
+
+
+@torch.no_grad()
+def decode_stream(vae, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Decodes a video block by block, as `vae.decode` would at once. blocks [N, F, C, H, W] of normalised latents
+    (the transformer's) -> [N, 4 F, 3, 8 H, 8 W] in [0, 1], the first block 4 F - 3 frames. Between blocks only the
+    causal convolutions' last inputs are kept."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+    mean, std = (torch.tensor(v, device=vae.device)[:, None, None] for v in (vae.config.latents_mean,
+                                                                            vae.config.latents_std))  # fmt: skip
+    cache = [None] * sum(isinstance(m, WanCausalConv3d) for m in vae.decoder.modules())
+    for block in blocks:
+        z = (block.to(mean) * std + mean).to(vae.dtype)
+        z = vae.post_quant_conv(z.transpose(1, 2))
+        frames = [vae.decoder(frame, feat_cache=cache, feat_idx=[0]) for frame in z.split(1, 2)]  # [N, 3, 1 or 4, ...]
+        yield (torch.cat(frames, 2).transpose(1, 2).float() / 2 + 0.5).clamp(0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------- text
+
+
+def text_cache(prompts: str | Path) -> Path:
+    """Where the encodings of a prompts file are kept."""
+    return Path(f"{prompts}.umt5.safetensors")
+
+
+def encode_texts(
+    texts: Sequence[str], cache: str | Path, components: str, device="cpu", dtype=torch.bfloat16, batch: int = 8
+) -> Callable[[list[str]], Tensor]:
+    """Encodes the texts that `cache` lacks (cut at 512 tokens), adds them to it and frees the encoder.
+    -> embed: texts -> [B, 512, D] float32 on `device`. Raises ValueError for a damaged cache or encoder."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    cache = Path(cache)
+
+    def key(text: str) -> str:
+        return hashlib.sha256(f"{components}\n{text}".encode()).hexdigest()
+
+    def read(keys: Iterable[str] | None = None) -> dict[str, Tensor]:
+        try:
+            with safe_open(cache, framework="pt") as file:
+                return {k: file.get_tensor(k) for k in (file.keys() if keys is None else keys)}
+        except Exception as error:  # a damaged header raises its own kinds
+            raise ValueError(
+                f"{cache} holds no encoded prompts ({first_line(error)}); delete it, and it will be made again"
+            ) from None
+
+    known = read() if cache.exists() else {}
+    missing = [text for text in dict.fromkeys(texts) if key(text) not in known]
+    if missing:
+        encode = text_encoder(components, device, dtype)
+        for begin in range(0, len(missing), batch):
+            part = missing[begin : begin + batch]
+            known |= {key(text): rows for text, rows in zip(part, encode(part), strict=True)}
+        del encode  # the only reference to the encoder
+        if torch.device(device).type == "cuda":
+            torch.cuda.empty_cache()
+        aside = cache.with_name(cache.name + ".aside")
+        save_file(known, aside)
+        os.replace(aside, cache)
+    there = set(known)
+    del known  # a megabyte a prompt: read from the file when asked for
+
+    def embed(texts: list[str]) -> Tensor:
+        if unknown := [text for text in texts if key(text) not in there]:
+            raise ValueError(f"{cache} lacks {unknown[0][:60]!r}: the encoder is freed, so name every text beforehand")
+        found = read([key(text) for text in texts])
+        rows = [found[key(text)].float() for text in texts]  # [tokens, D]
+        return torch.stack([torch.nn.functional.pad(r, (0, 0, 0, TEXT_LEN - len(r))) for r in rows]).to(device)
+
+    return embed
+
+
+def text_encoder(components: str, device, dtype) -> Callable[[list[str]], list[Tensor]]:
+    """umT5 as Wan uses it: texts -> one [tokens, D] each, on the CPU, without padding."""
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    folder = component(components, "tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # missing, damaged, or of a kind that transformers does not know
+        raise ValueError(f"{folder} cannot be loaded as a tokenizer: {first_line(error)}") from None
+    model = from_folder(UMT5EncoderModel, component(components, "text_encoder"), dtype=dtype).to(device)
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> list[Tensor]:
+        tokens = tokenizer(
+            [prompt_clean(text) for text in texts], padding="max_length", max_length=TEXT_LEN, truncation=True,
+            return_attention_mask=True, return_tensors="pt",
+        ).to(device)  # fmt: skip
+        hidden = model(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        return [rows[:n].cpu().clone() for rows, n in zip(hidden, tokens.attention_mask.sum(1), strict=True)]
+
+    return encode
+
+
+# -------------------------------------------------------------------------------------------------------------- prompts
+
+
+def read_prompts(path: str | Path, num_segments: int) -> list[str]:
+    """Scripts from LongLive's prompt files: lines `n,[p1],[p2],...` (brackets may nest; `0` stands for none), .jsonl
+    with a list `prompts`, or plain lines `p1 | p2 | ...`. As the authors do (utils/prompt_sequences.py), scripts are
+    cut to `num_segments` prompts and shorter ones left out, here with a warning. Raises ValueError naming a bad
+    line."""
+    path = Path(path)
+    try:
+        lines = [(n, line.strip()) for n, line in enumerate(path.read_text("utf-8").splitlines(), 1) if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file in UTF-8") from None
+    numbered = any(re.match(r"\d+,\s*\[", line) for _, line in lines)
+    scripts, short = [], []
+    for n, line in lines:
+        try:
+            if path.suffix == ".jsonl":
+                prompts = json_prompts(line)
+            else:
+                prompts = bracketed(line) if numbered else [p.strip() for p in line.split(BETWEEN)]
+            if any(BETWEEN in prompt for prompt in prompts):
+                raise ValueError(f"{BETWEEN!r} separates the prompts of a script: take it out of the prompt")
+        except ValueError as error:
+            raise ValueError(f"{path}, line {n}: {error}") from None
+        if len(prompts) < num_segments:
+            short.append(n)
+        else:
+            scripts.append(BETWEEN.join(prompts[:num_segments]))
+    if not scripts:
+        raise ValueError(f"{path} has no script of {num_segments} prompts")
+    if short:
+        warnings.warn(
+            f"{path}: {len(short)} of {len(lines)} lines have fewer than {num_segments} prompts and are left out, the "
+            f"first is line {short[0]}", stacklevel=2,
+        )  # fmt: skip
+    return scripts
+
+
+def json_prompts(line: str) -> list[str]:
+    try:
+        prompts = json.loads(line)["prompts"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        prompts = None
+    if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f'expected {{"prompts": ["...", "..."]}}, got {line[:60]!r}')
+    return [p.strip() for p in prompts if p.strip()]
+
+
+def bracketed(line: str) -> list[str]:
+    """`n,[p1],[p2],...` -> its n prompts"""
+    number, _, rest = line.partition(",")
+    prompts, depth, begin = [], 0, 0
+    for k, character in enumerate(rest):
+        if character == "[":
+            begin = begin if depth else k + 1
+            depth += 1
+        elif character == "]":
+            depth -= 1
+            if depth == 0:
+                prompts.append(rest[begin:k].strip())
+    if depth or not number.strip().isdigit() or int(number) != len(prompts) or not all(prompts):
+        raise ValueError(f"expected 'n,[prompt],[prompt],...' with n prompts, got {line[:60]!r}")
+    return prompts

@@ -1,0 +1,280 @@
+"""Learned rewards: HPSv3 and VideoAlign in processes of their own, CLIP and PickScore in this one.
+
+HPSv3 and VideoAlign pin versions of transformers that do not fit ours. So each runs in its own environment (`envs/`)
+as a worker (`reward_workers/`), and `WorkerReward` talks to it in lines of JSON:
+
+    to its stdin:     {"id": 7, "videos": "/tmp/.../videos.npy", "prompts": ["...", ...], "fps": 16, "component": "mq"}
+    from its stdout:  {"id": 7, "scores": [0.31, ...]}   or   {"id": 7, "error": "what went wrong"}
+
+`videos.npy` holds uint8 [N, F, 3, H, W], uncompressed: what both models read after rounding to a picture. Anything that
+speaks these lines is a reward.
+
+What the authors score (rewards/scorers/video/hpsv3.py and videoalign.py of their repository): VQ is the mean of HPSv3
+over all frames; MQ is VideoAlign's motion quality of the video in shades of grey; TA is VideoAlign's text
+alignment.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import queue
+import shlex
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvpo_min.rewards import check_videos
+
+WORKERS = Path(__file__).parent / "reward_workers"
+FPS = 16  # frames a second of Wan2.1's videos
+
+
+class RewardError(RuntimeError):
+    """A reward model failed: its worker died, was silent for too long, or gave no usable scores. Training can skip the
+    update and go on; the next call starts the worker anew."""
+
+
+class WorkerReward:
+    """A reward model in a process of its own: `reward(videos [N, F, 3, H, W] in [0, 1], prompts) -> [N]`, higher is
+    better.
+
+    command: how to start the worker, words or one shell-like line. It starts with the first call, serves all later
+    ones and ends with `close()`, with this object or with this process.
+    timeout: seconds to wait for an answer; the first one includes loading the model.
+    component: which of the worker's scores, where it has several. `part` makes more rewards on the same process.
+
+    Raises RewardError, naming the command, when the worker cannot be started, dies (with the last lines of its
+    stderr), says nothing for `timeout` seconds, reports an error, or answers anything but N finite numbers.
+    """
+
+    def __init__(self, command: Sequence[str] | str, timeout: float = 600.0, component: str = ""):
+        words = shlex.split(command) if isinstance(command, str) else [str(word) for word in command]
+        if not words or not timeout > 0:
+            raise ValueError(f"a worker needs a command and a timeout above 0, got {command!r} and {timeout}")
+        self.worker, self.timeout, self.component = _Worker(words), timeout, component
+
+    def part(self, component: str) -> WorkerReward:
+        """Another score of the same worker; both share the process."""
+        other = WorkerReward(self.worker.command, self.timeout, component)
+        other.worker = self.worker
+        return other
+
+    @torch.no_grad()
+    def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor:
+        import numpy as np
+
+        check_videos(videos, prompts)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the worker may live on this GPU, and cannot use what we merely keep in reserve
+        with tempfile.TemporaryDirectory(prefix="kvpo-reward-") as folder:
+            path = Path(folder, "videos.npy")
+            np.save(path, to_uint8(videos))
+            request = {"videos": str(path), "prompts": list(prompts), "fps": FPS, "component": self.component}
+            scores = self.worker.ask(request, self.timeout)
+        number = (int, float)
+        good = isinstance(scores, list) and len(scores) == len(videos)
+        if not good or not all(type(s) in number and math.isfinite(s) for s in scores):
+            raise self.worker.error(f"must give {len(videos)} finite scores, got {scores}")
+        return torch.tensor(scores, dtype=torch.float32, device=videos.device)
+
+    def close(self) -> None:
+        """Ends the worker. A later call would start it again."""
+        self.worker.close()
+
+
+def to_uint8(videos: Tensor):
+    """[..., 3, H, W] in [0, 1] -> numpy uint8 of the same shape, on the CPU."""
+    return (videos.detach().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+
+
+class _Worker:
+    """The process behind one or more `WorkerReward`s."""
+
+    def __init__(self, command: list[str]):
+        self.command = command
+        self.process: subprocess.Popen | None = None
+        self.ids = itertools.count()
+
+    def ask(self, request: dict, timeout: float):
+        """Sends one request and returns the "scores" of its answer, unchecked. Other lines on stdout are skipped."""
+        if self.process is None:
+            self.start()
+        number = next(self.ids)
+        line = (json.dumps({"id": number, **request}) + "\n").encode()
+        # from a thread, since a worker that does not read would block us; if it is dead, stdout's end says so
+        threading.Thread(target=_send, args=(self.process.stdin.fileno(), line), daemon=True).start()
+        deadline, noise = time.monotonic() + timeout, deque(maxlen=5)
+        while True:
+            try:
+                line = self.lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise self.error(f"gave no answer within {timeout:g} s{_quote('it printed', noise)}") from None
+            if line is None:
+                code = _exit_code(self.process)
+                raise self.error(f"died ({code}){_quote('it printed', noise)}")
+            if not line.lstrip().startswith("{"):  # libraries print what they like
+                noise.append(line)
+                continue
+            try:
+                answer = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise self.error(f"must answer in JSON ({error}), got {line[:500]!r}") from None
+            if answer.get("id", number) != number:  # of a request that was interrupted
+                continue
+            if "error" in answer:
+                raise self.error(f"reports: {answer['error']}", keep=True)
+            return answer.get("scores", answer)
+
+    def start(self) -> None:
+        pipe = subprocess.PIPE
+        try:  # in a session of its own: Ctrl-C does not reach it, and its children end with it
+            self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+        except OSError as error:
+            message = f"reward worker `{shlex.join(self.command)}` cannot be started: {error}; see envs/ for how to"
+            raise RewardError(f"{message} make its environment") from error
+        self.lines: queue.Queue[str | None] = queue.Queue()
+        self.stderr: deque[str] = deque(maxlen=20)
+        streams = ((self.process.stdout, self.lines.put, True), (self.process.stderr, self.stderr.append, False))
+        readers = [threading.Thread(target=_read, args=args, daemon=True) for args in streams]
+        for reader in readers:
+            reader.start()
+        self.stderr_reader = readers[1]
+        self.finalizer = weakref.finalize(self, _end, self.process)  # also when this process exits
+
+    def error(self, what: str, keep: bool = False) -> RewardError:
+        """The error to raise. Unless `keep`, the worker is ended: whatever it says later belongs to nobody."""
+        if not keep:
+            self.close()
+            self.stderr_reader.join(timeout=5)  # its last words
+        last = list(self.stderr)
+        return RewardError(f"reward worker `{shlex.join(self.command)}` {what}{_quote('its stderr ends', last)}")
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process = None
+            self.finalizer()
+
+
+def _send(pipe: int, line: bytes) -> None:
+    try:
+        while line:
+            line = line[os.write(pipe, line) :]
+    except OSError:  # it is gone, or was closed meanwhile
+        pass
+
+
+def _read(stream, put, mark_end: bool) -> None:
+    with stream:
+        for line in iter(stream.readline, b""):
+            put(line.decode(errors="replace").rstrip("\n"))
+    if mark_end:
+        put(None)
+
+
+def _quote(label: str, lines) -> str:
+    return f"; {label}:\n  " + "\n  ".join(lines) if lines else ""
+
+
+def _exit_code(process: subprocess.Popen) -> str:
+    try:
+        return f"exit code {process.wait(timeout=5)}"
+    except subprocess.TimeoutExpired:  # it closed its stdout and lives on
+        return "it closed its stdout"
+
+
+def _end(process: subprocess.Popen, patience: float = 1.0) -> None:
+    """Asks the process to end by closing its stdin, then kills it and its children."""
+    process.stdin.close()
+    try:
+        process.wait(timeout=patience)
+    except subprocess.TimeoutExpired:
+        pass
+    try:
+        os.killpg(process.pid, signal.SIGKILL)  # it leads its session
+    except (ProcessLookupError, PermissionError):
+        pass
+    process.wait()
+
+
+def hpsv3_reward(python: str, *options: str, timeout: float = 1800.0) -> WorkerReward:
+    """HPSv3 (VQ). `python`: that of its environment (envs/hpsv3.txt); `options`: see reward_workers/hpsv3.py."""
+    return WorkerReward([python, str(WORKERS / "hpsv3.py"), *options], timeout)
+
+
+def videoalign_rewards(python: str, *options: str, timeout: float = 1800.0) -> dict[str, WorkerReward]:
+    """VideoAlign's {"vq", "mq", "ta"} from one process; mq looks at the video in shades of grey, as the authors do.
+    `python`: that of its environment (envs/videoalign.txt); `options`: see reward_workers/videoalign.py."""
+    vq = WorkerReward([python, str(WORKERS / "videoalign.py"), *options], timeout, "vq")
+    return {"vq": vq, "mq": vq.part("mq"), "ta": vq.part("ta")}
+
+
+def even_frames(count: int, n: int) -> list[int]:
+    """`n` of `count` frames, evenly spread, both ends included; the middle one for n = 1; all if there are fewer."""
+    if n >= count:
+        return list(range(count))
+    return [count // 2] if n == 1 else [round(i * (count - 1) / (n - 1)) for i in range(n)]
+
+
+class ClipReward:
+    """CLIP score: mean over frames of the cosine between the picture's and the prompt's embedding, in [-1, 1].
+
+    `reward(videos [N, F, 3, H, W] in [0, 1], prompts) -> [N]`. folder_or_id: a folder or Hub repository with a
+    `CLIPModel`; processor: where its tokenizer and image processor are, if not there. Pictures are resized and cropped
+    at the centre as that processor says; words beyond its text length (77 tokens) are not read. `frames` of each video
+    are looked at. `device` holds the model.
+    """
+
+    def __init__(
+        self, folder_or_id: str | Path = "openai/clip-vit-large-patch14", processor: str | Path | None = None,
+        frames: int = 8, device: str | torch.device = "cpu",
+    ):  # fmt: skip
+        from transformers import CLIPModel, CLIPProcessor
+
+        if frames < 1:
+            raise ValueError(f"frames must be at least 1, got {frames}")
+        self.model = CLIPModel.from_pretrained(folder_or_id).to(device).eval().requires_grad_(False)
+        self.processor = CLIPProcessor.from_pretrained(processor or folder_or_id)
+        self.frames, self.scale = frames, 1.0
+
+    @torch.no_grad()
+    def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor:
+        from PIL import Image
+
+        check_videos(videos, prompts)
+        picked = to_uint8(videos[:, even_frames(videos.shape[1], self.frames)])  # [N, f, 3, H, W]
+        length = self.model.config.text_config.max_position_embeddings
+        scores = []
+        for frames, prompt in zip(picked, prompts, strict=True):
+            pictures = [Image.fromarray(frame.transpose(1, 2, 0)) for frame in frames]
+            inputs = self.processor(
+                text=[prompt], images=pictures, truncation=True, max_length=length, return_tensors="pt"
+            )
+            inputs = {key: inputs[key].to(self.model.device) for key in ("input_ids", "attention_mask", "pixel_values")}
+            out = self.model(**inputs)  # its embeddings have length 1
+            scores.append((out.image_embeds @ out.text_embeds[0]).mean())
+        return (self.scale * torch.stack(scores)).float().to(videos.device)
+
+
+class PickScoreReward(ClipReward):
+    """PickScore (Kirstain et al. 2023): a CLIP-H trained on human choices. The cosine times the model's own scale,
+    divided by 26 so that scores lie near 1 (flow_grpo's convention). Otherwise as `ClipReward`."""
+
+    def __init__(
+        self, folder_or_id: str | Path = "yuvalkirstain/PickScore_v1",
+        processor: str | Path | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        frames: int = 8, device: str | torch.device = "cpu",
+    ):  # fmt: skip
+        super().__init__(folder_or_id, processor, frames, device)
+        self.scale = self.model.logit_scale.exp().item() / 26

@@ -1,0 +1,326 @@
+"""The pipeline of a real model, on small random components that these tests write."""
+
+import gc
+import json
+import math
+import weakref
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from safetensors import safe_open
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from kvpo_min import real
+from kvpo_min.cli import RunOptions, parse_options, split_options
+from kvpo_min.real import WanOptions, decode_stream, encode_texts, load_wan, read_prompts, text_cache
+from kvpo_min.rewards import Mixture
+from kvpo_min.train import TrainConfig, add_policies, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORDS = "a red blue disc square moves left right it turns slowly".split()
+TEXTS = ["a red disc moves left", "it  turns   blue", "a square"]
+CONFIG = Path(__file__).parent.parent / "configs" / "longlive_single_gpu.yaml"
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_tokenizer():
+    tokenizer = Tokenizer(models.WordLevel({w: k for k, w in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    names = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """transformer, vae, text encoder and tokenizer with random weights; 16 channels, text of 32 numbers"""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformer = WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
+            text_dim=32, freq_dim=32, ffn_dim=48, num_layers=2, rope_max_seq_len=160,
+        )  # fmt: skip
+        vae = AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+        encoder = UMT5EncoderModel(
+            UMT5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=2, pad_token_id=0)
+        )
+    return dict(transformer=transformer.eval(), vae=vae.eval(), text_encoder=encoder.eval(), tokenizer=tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def folder(parts, tmp_path_factory):
+    """A diffusers folder of all parts."""
+    folder = tmp_path_factory.mktemp("wan")
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(folder):
+    return WanOptions(components=str(folder), height=32, width=32, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def loaded(folder, options, tmp_path):
+    def load(**changes):
+        return load_wan(str(folder), TEXTS, tmp_path / "prompts.safetensors", replace(options, **changes))
+
+    return load
+
+
+# ----------------------------------------------------------------------------------------------------------------- text
+
+
+def test_text_is_what_the_diffusers_pipeline_encodes(parts, folder, tmp_path):
+    pipe = WanPipeline(parts["tokenizer"], parts["text_encoder"], None, None)
+    expected, _ = pipe.encode_prompt(TEXTS, do_classifier_free_guidance=False, max_sequence_length=512)
+    embed = encode_texts(TEXTS, tmp_path / "cache", str(folder), dtype=torch.float32, batch=2)
+    assert_close(embed(TEXTS), expected, rtol=0, atol=1e-6)
+    assert embed(TEXTS[1:2]).shape == (1, 512, 32) and not embed(TEXTS[1:2])[0, 4:].any()  # 3 words and the end
+    assert_close(embed([TEXTS[2], TEXTS[0]]), expected[[2, 0]], rtol=0, atol=1e-6)
+
+
+def test_texts_are_encoded_once_and_the_encoder_is_freed(folder, tmp_path, monkeypatch):
+    made, encoded = [], []
+    from_folder, text_encoder = real.from_folder, real.text_encoder
+    monkeypatch.setattr(
+        real, "from_folder", lambda *a, **k: [m := from_folder(*a, **k), made.append(weakref.ref(m))][0]
+    )
+
+    def counting(*args):
+        encode = text_encoder(*args)
+        return lambda texts: [encode(texts), encoded.extend(texts)][0]
+
+    monkeypatch.setattr(real, "text_encoder", counting)
+    cache = text_cache(tmp_path / "prompts.txt")
+    assert cache == tmp_path / "prompts.txt.umt5.safetensors"
+    first = encode_texts(TEXTS[:2] * 2, cache, str(folder))(TEXTS[:1])
+    gc.collect()
+    assert encoded == TEXTS[:2] and len(made) == 1 and made[0]() is None
+    encode_texts(TEXTS[:2], cache, str(folder))
+    assert len(made) == 1  # nothing was missing, so the encoder was not even loaded
+    embed = encode_texts(TEXTS, cache, str(folder))
+    assert encoded == TEXTS and len(made) == 2
+    assert_close(embed(TEXTS[:1]), first, rtol=0, atol=0)
+    other = tmp_path / "other"
+    other.symlink_to(folder)
+    encode_texts(TEXTS[:1], cache, str(other))
+    assert encoded == [*TEXTS, TEXTS[0]]  # another encoder's name: not the same encoding
+    with safe_open(cache, framework="pt") as file:
+        assert len(list(file.keys())) == 4
+    assert [path.name for path in tmp_path.iterdir() if "prompts" in path.name] == [cache.name]  # nothing left aside
+
+
+def test_text_errors(folder, tmp_path):
+    cache = tmp_path / "cache.safetensors"
+    embed = encode_texts(TEXTS, cache, str(folder))
+    with pytest.raises(ValueError, match="lacks 'a blue disc'"):
+        embed(["a blue disc"])
+    cache.write_bytes(cache.read_bytes()[:40])
+    with pytest.raises(ValueError, match="cache.safetensors.*delete it"):
+        encode_texts(TEXTS, cache, str(folder))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="tokenizer cannot be loaded"):
+        encode_texts(TEXTS, tmp_path / "new", str(tmp_path / "empty"))
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "tokenizer").symlink_to(folder / "tokenizer")
+    with pytest.raises(ValueError, match="text_encoder holds no UMT5EncoderModel"):
+        encode_texts(TEXTS, tmp_path / "new", str(tmp_path / "half"))
+    assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------- video
+
+
+def whole(vae, latents):
+    """diffusers' own decode, with the normalisation of `WanPipeline` channel by channel -> pixels in [0, 1]"""
+    z = latents.transpose(1, 2).clone()
+    for c, (mean, std) in enumerate(zip(vae.config.latents_mean, vae.config.latents_std, strict=True)):
+        z[:, c] = z[:, c] / (1.0 / std) + mean
+    with torch.no_grad():
+        return vae.decode(z, return_dict=False)[0].transpose(1, 2) / 2 + 0.5
+
+
+@pytest.mark.parametrize("blocks", [[1, 3, 3], [3, 4], [7], [1] * 7])
+def test_streamed_decoding_is_the_full_decoding(blocks, parts):
+    latents = draw(2, 7, 16, 4, 4)
+    pieces = list(decode_stream(parts["vae"], latents.split(blocks, 1)))
+    assert [p.shape[1] for p in pieces] == [4 * blocks[0] - 3, *(4 * n for n in blocks[1:])]
+    assert_close(torch.cat(pieces, 1), whole(parts["vae"], latents), rtol=0, atol=1e-5)
+
+
+def test_two_streams_do_not_disturb_each_other(parts):
+    one, two = draw(1, 4, 16, 4, 4), draw(1, 4, 16, 4, 4, seed=1)
+    streams = [decode_stream(parts["vae"], x.split(2, 1)) for x in (one, two)]
+    pieces = list(zip(*streams, strict=True))
+    for k, x in enumerate((one, two)):
+        assert_close(torch.cat([p[k] for p in pieces], 1), whole(parts["vae"], x), rtol=0, atol=1e-5)
+
+
+def test_rewards_get_one_pixel_frame_a_latent_frame(loaded, parts):
+    pipeline, latents = loaded(), draw(2, 5, 16, 4, 4)
+    pixels = pipeline.decode(latents)
+    assert pixels.shape == (2, 5, 3, 32, 32) and pixels.device.type == "cpu"
+    assert_close(pixels, whole(parts["vae"], latents)[:, ::4], rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- pipeline
+
+
+def test_pipeline_of_a_folder(loaded, parts):
+    pipeline = loaded()
+    assert_close(pipeline.sigmas, torch.tensor([1.0, 0.9375, 5 / 6, 0.625]))
+    assert pipeline.latent_shape == (16, 4, 4) and pipeline.switches == (39, 75, 111)
+    assert pipeline.segments("a | b | c") == pipeline.reward_prompts("a | b | c") == ["a", "b", "c"]
+    x, text = draw(1, 3, 16, 4, 4), pipeline.embed(TEXTS[:1])
+    v = pipeline.backbone.velocity(x, torch.tensor([0.625]), 0, text, None)
+    with torch.no_grad():
+        stock = parts["transformer"](x.transpose(1, 2), torch.tensor([625.0]), text, return_dict=False)[0]
+    assert_close(v, stock.transpose(1, 2), rtol=0, atol=1e-5)
+
+
+def test_bfloat16_keeps_levels_and_latents_exact(loaded):
+    exact, mixed = loaded().backbone, loaded(dtype="bfloat16").backbone
+    assert mixed.transformer.proj_out.weight.dtype == torch.bfloat16
+    seen = []
+    mixed.transformer.condition_embedder.timesteps_proj.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    x, text = draw(2, 3, 16, 4, 4), loaded().embed(TEXTS[:1])
+    history = mixed.encode(x, 0, text, None)
+    assert history.dtype == torch.bfloat16  # half the memory
+    kv = history.flatten(3, 4)
+    for sigma in (1.0, 0.9375, 0.625):
+        v = mixed.velocity(x, torch.full((2,), sigma), 3, text, kv)
+        wanted = exact.velocity(x, torch.full((2,), sigma), 3, text, kv.float())
+        assert v.dtype == torch.float32 and (v - wanted).norm() < 0.03 * wanted.norm()
+    assert [t.tolist() for t in seen[1:]] == [[1000.0] * 2, [937.5] * 2, [625.0] * 2]  # bfloat16 would read 936
+
+
+def test_gradient_checkpointing_changes_nothing(loaded):
+    gradients = []
+    for on in (False, True):
+        pipeline = loaded(gradient_checkpointing=on)
+        assert pipeline.backbone.transformer.is_gradient_checkpointing == on
+        policies = add_policies(pipeline, TrainConfig(rank=2, lora_alpha=2))
+        with torch.no_grad():
+            for k, (name, weight) in enumerate(sorted(policies.named_parameters())):
+                if "lora_" in name:
+                    weight.copy_(0.1 * draw(*weight.shape, seed=k))
+        x, text = draw(1, 3, 16, 4, 4), pipeline.embed(TEXTS[:1])
+        kv = pipeline.backbone.encode(x, 0, text, None).flatten(3, 4)
+        pipeline.backbone.velocity(x, torch.tensor([0.9375]), 3, text, kv).square().mean().backward()
+        gradients.append({n: p.grad for n, p in policies.named_parameters() if p.grad is not None})
+    assert gradients[0] and any(g.abs().max() > 1e-6 for g in gradients[0].values())
+    assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-8)
+
+
+def test_one_update_in_bfloat16(loaded, tmp_path):
+    pipeline = loaded(dtype="bfloat16", gradient_checkpointing=True)
+    rewards = Mixture({"vq": lambda videos, prompts: videos.mean((1, 2, 3, 4))}, {"vq": 1.0})
+    config = TrainConfig(
+        output_dir=str(tmp_path / "run"), max_train_steps=1, num_frames=39, rank=2, lora_alpha=2, num_generations=2,
+        perturb_num_blocks=2, tau=1e-4, branch_batch=1, replay_batch=8, unsafe_scale=0.5, grad_steps=1, kl_coef=10.0,
+    )  # fmt: skip
+    policies = add_policies(pipeline, config)
+    loras = {name: weight for name, weight in policies.named_parameters() if "lora_" in name}
+    assert loras and all(weight.dtype == torch.float32 for weight in loras.values())
+    before = {name: weight.detach().clone() for name, weight in loras.items() if ".default." in name}
+    (step,) = train(pipeline, TEXTS[:1], rewards, config, policies)
+    (group,) = step.groups
+    assert math.isfinite(step.grad_norm) and step.grad_norm > 0 and group.videos.shape[2:] == (3, 32, 32)
+    assert_close(group.ratio, torch.ones(2))
+    assert any(not torch.equal(loras[name], weight) for name, weight in before.items())
+
+
+def test_components_that_do_not_belong_together(folder, options, parts, tmp_path):
+    small = WanTransformer3DModel.from_config({**parts["transformer"].config, "in_channels": 8})
+    small.save_pretrained(tmp_path / "eight" / "transformer")
+    with pytest.raises(ValueError, match="8 channels into 16, the autoencoder has 16"):
+        load_wan(str(tmp_path / "eight"), TEXTS, tmp_path / "cache", options)
+    wide = WanTransformer3DModel.from_config({**parts["transformer"].config, "text_dim": 48})
+    wide.save_pretrained(tmp_path / "wide" / "transformer")
+    with pytest.raises(ValueError, match="text of 48 numbers, the encoder gives 32"):
+        load_wan(str(tmp_path / "wide"), TEXTS, tmp_path / "cache", options)
+    other = AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, is_residual=True)
+    other.save_pretrained(tmp_path / "wan22" / "vae")
+    for part in ("text_encoder", "tokenizer"):
+        (tmp_path / "wan22" / part).symlink_to(folder / part)
+    with pytest.raises(ValueError, match="Wan2.2"):
+        load_wan(str(folder), TEXTS, tmp_path / "cache", replace(options, components=str(tmp_path / "wan22")))
+    with pytest.raises(ValueError, match="name the texts"):
+        load_wan(str(folder), [], tmp_path / "cache", options)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no GPU"):
+            load_wan(str(folder), TEXTS, tmp_path / "cache", replace(options, device="cuda"))
+
+
+def test_options_are_checked():
+    for bad in ({"dtype": "float16"}, {"height": 481}, {"width": 0}):
+        with pytest.raises(ValueError, match="bfloat16 or float32" if "dtype" in bad else "multiples of 16"):
+            WanOptions(**bad)
+
+
+# -------------------------------------------------------------------------------------------------------------- prompts
+
+
+def test_prompt_files(tmp_path):
+    listed, lines, plain = (tmp_path / name for name in ("a.jsonl", "b.txt", "c.txt"))
+    listed.write_text(json.dumps({"prompts": ["a, b", " it [x] ", "c"]}) + "\n\n" + json.dumps({"prompts": ["d", "e"]}))
+    lines.write_text("3,[a, b],[it [x]],[c]\n2, [d], [e]\n")
+    plain.write_text("a, b | it [x] | c\nd | e\n")
+    for path in (listed, lines, plain):
+        assert read_prompts(path, 2) == ["a, b | it [x]", "d | e"]
+        with pytest.warns(UserWarning, match=r"1 of 2 lines have fewer than 3 prompts .* first is line [23]$"):
+            assert read_prompts(path, 3) == ["a, b | it [x] | c"]
+        with pytest.raises(ValueError, match="no script of 4 prompts"):
+            read_prompts(path, 4)
+    lines.write_text("1,[a]\n0\n0,\n")  # `0`: the authors' tool found no scene in that line
+    with pytest.warns(UserWarning, match="2 of 3"):
+        assert read_prompts(lines, 1) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "name, line",
+    [("a.txt", "3,[a],[b]"), ("a.txt", "2,[a],[b"), ("a.txt", "2,[a]],[b]"), ("a.txt", "[a],[b]"), ("a.txt", "a | b"),
+     ("a.txt", "2,[a],[]"), ("a.txt", "2,[a],[b | c]"), ("a.jsonl", '{"prompts": "a"}'),
+     ("a.jsonl", '{"prompts": [1]}'), ("a.jsonl", '["a"]'), ("a.jsonl", '{"prompts": ["a"'),
+     ("a.jsonl", '{"text": []}')],
+)  # fmt: skip
+def test_bad_line_is_refused_with_its_number(name, line, tmp_path):
+    good = '{"prompts": ["a", "b"]}' if name.endswith("jsonl") else "2,[a],[b]"
+    (tmp_path / name).write_text(f"{good}\n\n{line}\n{good}\n")
+    with pytest.raises(ValueError, match=rf"{name}, line 3: "):
+        read_prompts(tmp_path / name, 1)
+
+
+def test_prompt_file_that_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(ValueError, match="a.txt is not a text file"):
+        read_prompts(tmp_path / "a.txt", 1)
+
+
+# --------------------------------------------------------------------------------------------------------------- config
+
+
+def test_config_is_the_authors(monkeypatch):
+    values = parse_options("train", [TrainConfig, RunOptions, WanOptions], ["--config", str(CONFIG)])
+    config, run, wan = split_options(values, TrainConfig, RunOptions, WanOptions)
+    authors = dict(  # their configs/train_kvpo_longlive.yaml
+        num_frames=147, num_segments=4, num_generations=8, perturb_num_blocks=5, grad_steps=2, adv_clip_max=2.5,
+        clip_range_low=0.1, clip_range_high=0.2, kl_coef=10.0, local_weight=1.0, global_weight=0.5, rank=256,
+        lora_alpha=256, learning_rate=1e-5, adam_weight_decay=0.01, max_grad_norm=1.0, ema_decay=0.999, seed=42,
+        max_train_steps=2 * 1500, lr_warmup_steps=2 * 5, old_policy_every=2, nearest=4 - 3, unsafe_scale=0.5,
+    )  # fmt: skip
+    assert asdict(config) | authors == asdict(config)
+    assert (config.branch_batch, config.replay_batch) == (1, 1)
+    assert wan == WanOptions(lora="checkpoints/longlive/models/lora.pt", gradient_checkpointing=True)
+    assert run.model.endswith("longlive_base.pt") and run.prompts.endswith(".txt")
