@@ -66,11 +66,13 @@ class KVHistory:
             columns = [self.frames[f] for f in frames.tolist()]
             b = max(c.shape[2] for c in columns)
             return torch.cat([c.expand(-1, -1, b, -1, -1, -1) for c in columns], 3)
-        rows = []
-        for g, row in enumerate(frames.tolist()):
-            picked = [self.frames[f] for f in row]
-            rows.append(torch.cat([p[:, :, min(g, p.shape[2] - 1)] for p in picked], 2))
-        return torch.stack(rows, 2)
+        n_layers, two, _, tokens, *rest = self.frames[int(frames[0, 0])].shape
+        out = self.frames[int(frames[0, 0])].new_empty(n_layers, two, len(frames), frames.shape[1], tokens, *rest)
+        for g, row in enumerate(frames.tolist()):  # copied once, into place: it is the largest tensor of a rollout
+            for i, f in enumerate(row):
+                kv = self.frames[f]
+                out[:, :, g, i] = kv[:, :, min(g, kv.shape[2] - 1)]
+        return out.flatten(3, 4)
 
 
 @dataclass(frozen=True)
@@ -157,11 +159,13 @@ def generate(
     sampler: Sampler,
     reads: Callable[[int], Tensor] | None = None,
     record: Callable[[int, Tensor, Tensor], None] | None = None,
+    routed_end: int | None = None,
 ) -> Stream:
     """Continues a video up to frame `stop`. Memory does not grow with the video's keys and values.
 
     texts: one [B or 1, L, D] a segment; noise [B or 1, blocks of the whole video, S, F, C, H, W]; `reads(start)`
-    gives the frames a block reads (default `ordinary_frames`); `record(start, z, x0)` sees every block's trajectory.
+    gives the frames a block reads (default `ordinary_frames`); `record(start, z, x0)` sees every block's
+    trajectory. From `routed_end` on only ordinary frames are read, so fewer stay resident.
     Raises ValueError when the noise ends before `stop` or `stop` cuts a block.
     """
     window = sampler.window
@@ -170,10 +174,13 @@ def generate(
             f"cannot generate up to frame {stop}: it must be a multiple of {window.block}, and there is noise for "
             f"{noise.shape[1] * window.block} frames"
         )
+    # without routing: the sink, and what a prompt switch reads, the last 12 frames and the 6 before them
+    unrouted = min(window.history, 2 * (window.sink + window.past) + window.block)
     for start in range(stream.frame, stop, window.block):
         segment = segment_at(start, sampler.switches)
         if segment != stream.segment:
             stream = switch_prompt(backbone, stream, texts[segment], sampler, segment)
+        kv = None  # freed before the next ones are gathered
         kv = stream.history.read(reads(start) if reads else ordinary_frames(start, window))
         block_noise = noise[:, start // window.block]
         if kv is not None:
@@ -182,9 +189,12 @@ def generate(
         x0, z, predictions = denoise(backbone, block_noise, sampler.sigmas, start, texts[segment], kv, sampler.eta)
         if record is not None:
             record(start, z, predictions)
-        history = stream.history.append(start, backbone.encode(x0, start, texts[segment], kv))
-        history = history.keep(window.sink, window.history - window.sink)
-        stream = Stream((*stream.x0, x0), history, start + window.block, segment)
+        # frames that no later block can read go before the new ones come
+        routed = routed_end is None or start + window.block < routed_end
+        newest = (window.history if routed else unrouted) - window.sink - window.block
+        stream = replace(stream, history=stream.history.keep(window.sink, newest))
+        own = backbone.encode(x0, start, texts[segment], kv)
+        stream = Stream((*stream.x0, x0), stream.history.append(start, own), start + window.block, segment)
     return stream
 
 
@@ -242,8 +252,9 @@ def fork(
                 trail.append((z, x0))
 
         own = noise if len(noise) == 1 else noise[members]
-        stream = generate(backbone, prefix, texts, own, stop, sampler, reads, record)
+        stream = generate(backbone, prefix, texts, own, stop, sampler, reads, record, routed_end)
         videos.append(stream.latents)
+        del stream  # its history, before the next branches make theirs
         recorded.append([torch.stack(part, 1) for part in zip(*trail, strict=True)])  # [b, B, S, F, C, H, W]
     z, x0 = (torch.cat(part) for part in zip(*recorded, strict=True))
     return Rollout(prefix, torch.cat(videos), Trajectory(z, x0, sampler.sigmas), plan, texts[segment])
@@ -292,7 +303,6 @@ def _velocities(backbone, z, sampler, start, text, contexts, grad_steps, replay_
     """z [G, B, S, F, C, H, W], contexts: kv of each block -> velocities like z; one batch with and one without
     gradient."""
     g, n_blocks, n_steps = z.shape[:3]
-    kv = torch.stack(contexts, 3)  # [layers, 2, G, B, past tokens, heads, D]
     starts = start + sampler.window.block * torch.arange(n_blocks)
     parts = []
     for steps, with_grad in ((range(grad_steps), True), (range(grad_steps, n_steps), False)):
@@ -304,6 +314,9 @@ def _velocities(backbone, z, sampler, start, text, contexts, grad_steps, replay_
         with torch.set_grad_enabled(with_grad and torch.is_grad_enabled()):
             for i in index.split(replay_batch or len(index)):
                 x, sigma = z[i[:, 0], i[:, 1], i[:, 2]], sampler.sigmas[i[:, 2]]
-                out.append(backbone.velocity(x, sigma, starts[i[:, 1]], text, kv[:, :, i[:, 0], i[:, 1]]))
+                read = [contexts[b][:, :, g] for g, b in i[:, :2].tolist()]
+                one = (i[:, :2] == i[:1, :2]).all()  # steps of one branch and block share their context
+                kv = read[0][:, :, None] if one else torch.stack(read, 2)
+                out.append(backbone.velocity(x, sigma, starts[i[:, 1]], text, kv))
         parts.append(torch.cat(out).unflatten(0, (g, n_blocks, len(s))))
     return torch.cat(parts, 2)

@@ -421,6 +421,7 @@ def train(
             advantages = [anchor_advantages(b, a, rewards.weights) for b, a in zip(branches, anchors, strict=True)]
             A = fuse(advantages[0], advantages[1] if rest.shape[1] else None,
                      config.local_weight, config.global_weight, clamp=config.adv_clip_max)  # fmt: skip
+            A = A.to(pipeline.backbone.device)  # pixels and scores may live on the CPU
             safe = any(branch_is_safe(b, a, rewards.weights) for b, a in zip(branches, anchors, strict=True))
 
             with torch.no_grad(), acting(policies, "initial"):

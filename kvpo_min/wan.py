@@ -51,6 +51,7 @@ class CausalProcessor:
         q = rotate(attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)), call)  # [B, tokens, heads, D]
         k = rotate(attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1)), call)
         v = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
+        q, k = q.type_as(v), k.type_as(v)  # autocast on a GPU leaves the norms, and so queries and keys, in float32
         if call.written is not None:
             call.written.append(torch.stack([k, v]))
         if call.kv is not None:
