@@ -195,7 +195,7 @@ def test_a_stage_resumes_bit_for_bit(tmp_path):
 def test_all_stages_run_and_leave_a_model_that_loads(tmp_path):
     config = distill.DistillConfig(
         output_dir=str(tmp_path), autoencoder_steps=2, teacher_steps=2, student_steps=5, teacher_batch=1,
-        student_batch=1, student_first_blocks=2, first_blocks=2, stories=5,
+        student_batch=1, student_first_blocks=2, first_blocks=2, switch_blocks=2, stories=5,
     )  # fmt: skip
     latents = torch.zeros(98304, *distill.LATENT, dtype=torch.float16)
     from safetensors.torch import save_file

@@ -494,7 +494,7 @@ def test_motion_of_paths_made_by_hand():
     def read(path):
         return [MOTIONS[m] for m in world.motion_of(torch.tensor(path)[None])[0].tolist()]
 
-    corner = [[10, 10], [10, 12], [10, 14], [12, 14], [14, 14], [14, 14], [14, 14]]
+    corner = [[10, 10], [10, 14], [10, 18], [14, 18], [18, 18], [18, 18], [18, 18]]
     assert read(corner) == ["right", "right", "right", "down", "down", "rest", "rest"]  # the corner, frame 2: sideways
     assert read([[10, 10]]) == ["rest"]
     assert read([[10, 10], [8, 10]]) == ["up", "up"]

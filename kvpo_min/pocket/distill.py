@@ -45,20 +45,21 @@ class DistillConfig:
     device: str = "cpu"
     autoencoder_steps: int = 2400
     autoencoder_learning_rate: float = 3e-3
-    teacher_steps: int = 2000
+    teacher_steps: int = 2400
     teacher_learning_rate: float = 2e-2  # of the matrices (Muon); a fifth of it for everything else (AdamW)
-    teacher_batch: int = 3  # clips a process
-    first_blocks: int = 64  # first blocks a process, besides the clips
+    teacher_batch: int = 2  # clips a process
+    first_blocks: int = 48  # first blocks a process, besides the clips
+    switch_blocks: int = 40  # blocks at a change of the words a process, besides the clips
     text_dropout: float = 0.1  # share of the clips without words, so that the student's target can be guided
     history_dropout: float = 0.5  # share of the blocks that read a random past
-    student_steps: int = 60  # of four rollouts each, and one of first blocks
+    student_steps: int = 24  # of four rollouts each, and one of first blocks
     student_learning_rate: float = 1e-4
     fake_learning_rate: float = 2e-4
     fake_updates: int = 2  # of the fake score, for one of the student
     student_batch: int = 4  # rollouts a process
-    student_first_blocks: int = 24  # first blocks a process
-    guidance: float = 2.0  # by the words, of the teacher's velocity that the student is led by
-    ema_decay: float = 0.97  # of the student
+    student_first_blocks: int = 32  # first blocks a process
+    guidance: float = 3.0  # by the words, of the teacher's velocity that the student is led by
+    ema_decay: float = 0.9  # of the student
     stories: int = 6000
     checkpointing_steps: int = 100
 
@@ -273,7 +274,8 @@ class Clip:
 
 def sample_clips(stories: Stories, n: int, generator: torch.Generator, start: int | None = None) -> Clip:
     """Draws clips whose noisy blocks lie inside one segment: a quarter begin the video (nothing to go by but the
-    words, the hardest case), a quarter lie elsewhere in the first 39 frames. `start` fixes the first frame."""
+    words, the hardest case), a quarter lie elsewhere in the first 39 frames, a quarter begin with new words (where the
+    past does not say what comes next: what words mean is learned there). `start` fixes the first frame."""
     story = torch.randint(len(stories.rows), (n,), generator=generator)
     borders = torch.tensor([0, *world.SWITCHES, STORY_FRAMES])
     segment = torch.randint(1, 4, (n,), generator=generator)
@@ -282,6 +284,7 @@ def sample_clips(stories: Stories, n: int, generator: torch.Generator, start: in
     room = (borders[segment + 1] - borders[segment] - BLOCKS * BLOCK) // BLOCK + 1
     first = borders[segment] + BLOCK * (torch.rand(n, generator=generator) * room).long()
     first[early < 0.25] = 0
+    first[early > 0.75] = borders[segment[early > 0.75]]
     if start is not None:
         first, segment = torch.full_like(first, start), torch.full_like(segment, world.segment_at(start, 4))
     return clip_at(stories, story, segment, first, generator)
@@ -401,12 +404,36 @@ def first_blocks(stories: Stories, n: int, generator: torch.Generator) -> tuple[
     return stories.latents[stories.rows[story, :BLOCK].long()].float(), stories.text[story, 0]
 
 
-def first_block_loss(backbone: WanBackbone, x0: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
-    """Flow matching of first blocks x0 [B, 3, C, H, W]."""
+def switch_blocks(stories: Stories, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """The first blocks under new words, each with the sink and the 6 frames before it: what words change is learned
+    here, and in long clips such blocks are rare.
+    -> past [n, 9, C, H, W], block [n, 3, C, H, W], words of the sink and of the block [n, words, text dim], frame"""
+    several = (stories.segments > 1).nonzero()[:, 0]
+    story = several[torch.randint(len(several), (n,), generator=generator)]
+    segment = int(torch.randint(1, len(world.SWITCHES) + 1, (), generator=generator))
+    start = world.SWITCHES[segment - 1]
+    frames = torch.cat([torch.arange(SINK), start + torch.arange(-PAST, BLOCK)])
+    latents = stories.latents[stories.rows[story][:, frames].long()].float()
+    past, x0 = latents.split([SINK + PAST, BLOCK], 1)
+    return past, x0, stories.text[story, 0], stories.text[story, segment], start
+
+
+def encode_past(backbone: WanBackbone, past: Tensor, sink_text: Tensor, text: Tensor, start: int) -> Tensor:
+    """Keys and values of the 9 frames of `past`: the sink under its words, the rest under the new ones, as after a
+    prompt switch. -> [layers, 2, B, 9 * tokens, heads, D]"""
+    kv = backbone.encode(past[:, :SINK], 0, sink_text, None).flatten(3, 4)
+    for begin in range(SINK, past.shape[1], BLOCK):
+        here = start - past.shape[1] + begin
+        kv = torch.cat([kv, backbone.encode(past[:, begin : begin + BLOCK], here, text, kv).flatten(3, 4)], 3)
+    return kv
+
+
+def block_loss(backbone, x0: Tensor, text: Tensor, generator: torch.Generator, start: int = 0, kv=None) -> Tensor:
+    """Flow matching of single blocks x0 [B, 3, C, H, W] that begin at frame `start` and read `kv`."""
     sigma = noise_levels(len(x0), generator=generator).to(x0)
     noise = torch.randn(x0.shape, generator=generator).to(x0)  # drawn on the CPU: the same on every device
     s = sigma[:, None, None, None, None]
-    v = backbone.velocity((1 - s) * x0 + s * noise, sigma, 0, text, None)
+    v = backbone.velocity((1 - s) * x0 + s * noise, sigma, start, text, kv)
     return (v - (noise - x0)).square().mean()
 
 
@@ -473,7 +500,12 @@ def train_teacher(config: DistillConfig, stories: Stories) -> WanBackbone:
         loss = flow_matching_loss(model, clip.to(config.device), generator, mask)
         x0, text = first_blocks(stories, config.first_blocks, generator)
         text = without_words(text, config.text_dropout, generator)
-        loss = loss + first_block_loss(model, x0.to(config.device), text.to(config.device), generator)
+        loss = loss + block_loss(model, x0.to(config.device), text.to(config.device), generator)
+        *parts, start = switch_blocks(stories, config.switch_blocks, generator)
+        parts[3] = without_words(parts[3], config.text_dropout, generator)
+        past, x0, sink_text, text = (part.to(config.device) for part in parts)
+        kv = encode_past(model, past, sink_text, text, start)
+        loss = loss + block_loss(model, x0, text, generator, start, kv)
         model.zero_grad()
         loss.backward()
         average_gradients(model)
@@ -620,7 +652,7 @@ def train_student(
             update(student, optimizer, loss)
             ema_update(ema, student, config.ema_decay)
         for _ in range(config.fake_updates):
-            losses.append(first_block_loss(fake, live.detach(), text, generator))
+            losses.append(block_loss(fake, live.detach(), text, generator))
             update(fake, fake_optimizer, losses[-1])
 
     losses: list[Tensor] = []
