@@ -129,6 +129,28 @@ def test_dmd_gradient_pulls_from_fake_to_real(stories):
     assert same.grad.abs().max() < 1e-6  # equal scores: nothing to do
 
 
+def test_a_block_at_a_switch_is_the_first_noisy_block_of_a_clip_there(stories):
+    """Encoding block by block against teacher forcing's one masked forward, and the right frames and words."""
+    backbone, n = tiny_backbone(), 3
+    past, x0, sink_text, text, start = distill.switch_blocks(stories, n, torch.Generator().manual_seed(1))
+    draws = torch.Generator().manual_seed(1)
+    several = (stories.segments > 1).nonzero()[:, 0]
+    story = several[torch.randint(len(several), (n,), generator=draws)]
+    segment = torch.full((n,), world.SWITCHES.index(start) + 1)
+    clip = distill.clip_at(stories, story, segment, torch.full((n,), start), torch.Generator().manual_seed(2))
+    assert torch.equal(x0, clip.noisy[:, :3]) and torch.equal(text, clip.text)
+    assert torch.equal(past[:, 3:], clip.clean[:, :6]) and torch.equal(past[:, :3], clip.far[:, :3])
+
+    sigma, noisy = torch.full((n, 12), 0.7), torch.randn(clip.noisy.shape, generator=draws)
+    with torch.no_grad():
+        mask = distill.clip_mask(clip, torch.Generator(), 0.0)
+        at_once = distill.teacher_forcing(backbone, clip, noisy, sigma, mask)[:, :3]
+        kv = distill.encode_past(backbone, past, sink_text, text, start)
+        alone = backbone.velocity(noisy[:, :3], sigma[:, 0], start, text, kv)
+        wrong = backbone.velocity(noisy[:, :3], sigma[:, 0], start, sink_text, kv)
+    assert (at_once - alone).abs().max() < 1e-5 < (at_once - wrong).abs().max()
+
+
 def test_guidance_of_one_is_none_and_two_doubles_what_the_words_add():
     text = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
 
