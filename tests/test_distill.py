@@ -151,6 +151,32 @@ def test_a_block_at_a_switch_is_the_first_noisy_block_of_a_clip_there(stories):
     assert (at_once - alone).abs().max() < 1e-5 < (at_once - wrong).abs().max()
 
 
+def test_a_turned_block_goes_where_its_words_say_whatever_its_past_did():
+    """Places are read back from a table whose rows hold their own numbers; the words by their embedding."""
+    table = torch.arange(98304.0)[:, None, None, None]
+    stories = distill.Stories(table, torch.zeros(1, 3), torch.zeros(1), torch.ones(1))
+    named = [(c, s) for c in ("", *world.COLOURS) for s in world.SHAPES]
+    verbs = [*(f"moves {d}" for d in world.DIRECTIONS), "rests"]
+    texts = [" ".join(f"a {c} {s} {verb}".split()) for c, s in named for verb in verbs]
+    generator, starts, disagree = torch.Generator().manual_seed(0), set(), 0
+    for _ in range(12):
+        past, x0, words, start = distill.turned_blocks(stories, 8, generator)
+        rows = torch.cat([past, x0], 1).flatten(1).long()  # [8, T]
+        place = 2 * torch.stack([rows // 32 % 32, rows % 32], 2)
+        motion = world.motion_of(place)  # [8, T]
+        found = [texts[int((world.embed(texts) - w).square().sum((1, 2)).argmin())] for w in words]
+        told = torch.tensor([world.expected(text, 1)["motion"][0] for text in found])
+        shape = torch.tensor([world.expected(text, 1)["shape"][0] for text in found])
+        colour = torch.tensor([world.expected(text, 1)["colour"][0] for text in found])
+        assert torch.equal(motion[:, start + 1 :], told[:, None].expand(-1, 2))
+        assert torch.equal(rows // (2 * 6 * 2 * 32 * 32), shape[:, None].expand_as(rows))
+        seen = rows // (2 * 32 * 32) % 6
+        assert ((seen == colour[:, None]) | (colour == world.OPEN)[:, None]).all()
+        starts.add(start)
+        disagree += (motion[:, 0] != told).sum().item()
+    assert starts == {3, 6, 9} and 48 < disagree < 96  # four in five of 96
+
+
 def test_guidance_of_one_is_none_and_two_doubles_what_the_words_add():
     text = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -217,7 +243,7 @@ def test_a_stage_resumes_bit_for_bit(tmp_path):
 def test_all_stages_run_and_leave_a_model_that_loads(tmp_path):
     config = distill.DistillConfig(
         output_dir=str(tmp_path), autoencoder_steps=2, teacher_steps=2, student_steps=5, teacher_batch=1,
-        student_batch=1, student_first_blocks=2, first_blocks=2, switch_blocks=2, stories=5,
+        student_batch=1, student_first_blocks=2, first_blocks=2, switch_blocks=2, turned_blocks=2, stories=5,
     )  # fmt: skip
     latents = torch.zeros(98304, *distill.LATENT, dtype=torch.float16)
     from safetensors.torch import save_file

@@ -4,7 +4,8 @@ rollouts.
 1. `train_autoencoder`: diffusers `AutoencoderTiny`, 64x64 RGB -> latents [8, 8, 8], trained on clean frames of the
    world.
 2. `train_teacher`: flow matching by teacher forcing (a clean and a noisy copy of a clip in one sequence under a block
-   mask), with more of the two kinds of block that are rare in clips: the first of a video, the first under new words.
+   mask), with more of the kinds of block that are rare in clips: the first of a video, the first under new words, and
+   one whose past goes another way than the words say.
 3. `train_student`: distribution matching (DMD) on the student's own rollouts: real score = teacher, guided by the
    words; fake score = a copy that is trained on the student's samples (Self-Forcing, arXiv 2506.08009; DMD2, arXiv
    2405.14867).
@@ -50,7 +51,8 @@ class DistillConfig:
     teacher_learning_rate: float = 2e-2  # of the matrices (Muon); a fifth of it for everything else (AdamW)
     teacher_batch: int = 2  # clips a process
     first_blocks: int = 48  # first blocks a process, besides the clips
-    switch_blocks: int = 40  # blocks at a change of the words a process, besides the clips
+    switch_blocks: int = 24  # blocks at a change of the words a process, besides the clips
+    turned_blocks: int = 32  # blocks whose past goes another way than the words say a process, besides the clips
     text_dropout: float = 0.1  # share of the clips without words, so that the student's target can be guided
     history_dropout: float = 0.5  # share of the blocks that read a random past
     student_steps: int = 24  # of four rollouts each, and one of first blocks
@@ -419,9 +421,32 @@ def switch_blocks(stories: Stories, n: int, generator: torch.Generator) -> tuple
     return past, x0, stories.text[story, 0], stories.text[story, segment], start
 
 
+def turned_blocks(stories: Stories, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Second, third or fourth blocks whose past went any way, while they go the way that the words say. No story shows
+    it, but a model's own video does once its first block went wrong: the words win.
+    -> past [n, 3 to 9, C, H, W], block [n, 3, C, H, W], words [n, words, text dim], frame"""
+
+    def draw(high: int) -> Tensor:
+        return torch.randint(high, (n,), generator=generator)
+
+    start = BLOCK * int(torch.randint(1, (SINK + PAST) // BLOCK + 1, (), generator=generator))
+    look = [draw(high) for high in (len(world.SHAPES), len(world.RADII), len(world.COLOURS), len(world.BACKGROUNDS))]
+    was, will, speed = draw(5), draw(5), torch.tensor(world.SPEEDS)[draw(len(world.SPEEDS))]
+    heading = torch.where(torch.arange(start + BLOCK) < start, was[:, None], will[:, None])  # [n, T]
+    steps = torch.tensor([*world.DIRECTIONS.values(), (0, 0)])[heading] * speed[:, None, None]  # [n, T, 2]
+    place = (2 * torch.stack([draw(32), draw(32)], 1)[:, None] + steps.cumsum(1)) % world.SIZE
+    states = torch.cat([torch.stack(look, 1)[:, None].expand(-1, start + BLOCK, -1), place], 2)  # [n, T, 6]
+    verbs = [*(f"moves {name}" for name in world.DIRECTIONS), "rests"]
+    shapes, colours, named = world.SHAPES, list(world.COLOURS), draw(2)
+    words = zip(look[0].tolist(), look[2].tolist(), named.tolist(), will.tolist(), strict=True)
+    texts = [" ".join(f"a {colours[c] if name else ''} {shapes[k]} {verbs[way]}".split()) for k, c, name, way in words]
+    past, x0 = stories.latents[state_row(states)].float().split([start, BLOCK], 1)
+    return past, x0, world.embed(texts), start
+
+
 def encode_past(backbone: WanBackbone, past: Tensor, sink_text: Tensor, text: Tensor, start: int) -> Tensor:
-    """Keys and values of the 9 frames of `past`: the sink under its words, the rest under the new ones, as after a
-    prompt switch. -> [layers, 2, B, 9 * tokens, heads, D]"""
+    """Keys and values of the frames of `past`, the last of which lies before `start`: the sink under its words, the
+    rest under the new ones, as after a prompt switch. -> [layers, 2, B, frames * tokens, heads, D]"""
     kv = backbone.encode(past[:, :SINK], 0, sink_text, None).flatten(3, 4)
     for begin in range(SINK, past.shape[1], BLOCK):
         here = start - past.shape[1] + begin
@@ -506,6 +531,11 @@ def train_teacher(config: DistillConfig, stories: Stories) -> WanBackbone:
         parts[3] = without_words(parts[3], config.text_dropout, generator)
         past, x0, sink_text, text = (part.to(config.device) for part in parts)
         kv = encode_past(model, past, sink_text, text, start)
+        loss = loss + block_loss(model, x0, text, generator, start, kv)
+        *parts, start = turned_blocks(stories, config.turned_blocks, generator)
+        past, x0, text = (part.to(config.device) for part in parts)
+        text = without_words(text, config.text_dropout, generator)
+        kv = encode_past(model, past, text, text, start)
         loss = loss + block_loss(model, x0, text, generator, start, kv)
         model.zero_grad()
         loss.backward()
