@@ -63,7 +63,7 @@ class TrainConfig:
     max_train_steps: int = 60
     num_frames: int = 39  # length of the videos: 39 = a single prompt (short mode), 147 = four segments (long mode)
     num_segments: int = 1  # prompts a script; 1, or up to 4 in long videos
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-3
     lr_warmup_steps: int = 2
     adam_weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -73,12 +73,12 @@ class TrainConfig:
     num_generations: int = 8  # branches G
     groups_per_update: int = 1  # scripts whose gradients are averaged in one update
     old_policy_every: int = 1  # updates between refreshes of the policy that makes the rollouts
-    nearest: int = 1  # nearest past frames that every branch keeps; the other slots of the window are routed
+    nearest: int = 2  # nearest past frames that every branch keeps; the other slots of the window are routed
     perturb_num_blocks: int = 5  # routed blocks after the fork
     grad_steps: int = 4  # denoising steps of the replay that carry gradient; all of them count in the energy
     tau: float = 0.0  # temperature of the Gibbs policy; 0: from the spread of the first groups' energies, then frozen
     tau_groups: int = 4  # groups that set tau
-    kl_coef: float = 2.0
+    kl_coef: float = 1.0
     clip_range_low: float = 0.1
     clip_range_high: float = 0.2
     adv_clip_max: float = 2.5
