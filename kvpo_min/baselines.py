@@ -1,0 +1,547 @@
+"""What a user would pick instead of KVPO, on the same fork, with the same rewards: Best-of-N, reward-weighted
+regression, Flow-GRPO, DanceGRPO, CM-GRPO, Neighbor GRPO / AR-CoPO, DiffusionNFT.
+
+All but Best-of-N are two independent choices, so `update` takes both as arguments:
+
+- exploration, what makes the branches of a group differ (`explore`): "fresh" noise from the fork on, the "initial"
+  noise of the forked blocks, the "consistency" noise of their re-noising steps, "routing" of the history (KVPO);
+- policy, what a branch's probability is (`policy_loss`): the "gaussian" step of a stochastic sampler, the "distance" of
+  the anchor's prediction from the branch's, the "energy" of the branch's own replay (KVPO), the "nft" contrast.
+
+| exploration | gaussian | distance | energy | nft |
+|---|---|---|---|---|
+| fresh | CM-GRPO, Flow-GRPO | refused | refused | DiffusionNFT, Astrolabe |
+| initial | refused | Neighbor GRPO, AR-CoPO | refused | yes |
+| consistency | CM-GRPO, DanceGRPO | yes | refused | yes |
+| routing | refused | yes (the paper's ablation) | KVPO | yes |
+
+Why six cells are refused says `REFUSED`. Symbols: G branches, B blocks, S steps; v = noise - x0,
+z = (1 - sigma) x0 + sigma noise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from kvpo_min import chr as routing
+from kvpo_min.astrolabe import contrast, noised, positive_share
+from kvpo_min.chr import Plan, ordinary_frames
+from kvpo_min.grpo import clipped_objective
+from kvpo_min.rewards import Mixture
+from kvpo_min.rollout import (
+    KVHistory,
+    Rollout,
+    Sampler,
+    Stream,
+    draw_noise,
+    fork,
+    generate,
+    replay,
+    segment_at,
+    switch_prompt,
+)
+from kvpo_min.train import score
+from kvpo_min.tve import (
+    Trajectory,
+    calibrate_tau,
+    gibbs_log_prob,
+    step_energies,
+    trajectory_energy,
+    velocity_to_x0,
+)
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # x, v, sigma, next sigma -> mean, std
+
+EXPLORATIONS = ("fresh", "initial", "consistency", "routing")
+POLICIES = ("gaussian", "distance", "energy", "nft")
+_SELF = (
+    "the branch was made under the very history it is replayed under, so at equal weights its energy is 0 and so is "
+    "the gradient: nothing is ever learned"
+)
+REFUSED = {
+    ("initial", "gaussian"): "all branches share the noise of every step, so the group's mean reward takes away just "
+    "the effect that the log-probability of a step would be credited for; the initial noise itself is no action of the "
+    "policy, its density does not depend on the weights",
+    ("routing", "gaussian"): "the branches were drawn under a routed history, both log-probabilities are taken under "
+    "the ordinary one, so their quotient is not an importance ratio",
+    ("fresh", "distance"): "distances are between neighbours, made by a noise strength below 1; between independent "
+    "videos they measure the noise, and pulling the anchor towards them blurs it",
+    ("fresh", "energy"): _SELF,
+    ("initial", "energy"): _SELF,
+    ("consistency", "energy"): _SELF,
+}
+
+
+def check_cell(exploration: str, policy: str) -> None:
+    """ValueError, with the reason, for a cell of the grid that makes no sense or does not exist."""
+    if exploration not in EXPLORATIONS or policy not in POLICIES:
+        raise ValueError(f"exploration must be one of {EXPLORATIONS} and policy one of {POLICIES}, "
+                         f"got {exploration!r} and {policy!r}")  # fmt: skip
+    if reason := REFUSED.get((exploration, policy)):
+        raise ValueError(f"exploration {exploration!r} with policy {policy!r} makes no sense: {reason}")
+
+
+# ---------------------------------------------------------------------------------------------------------- exploration
+
+
+def explore(
+    kind: str, plan: Plan, noise: Tensor, generator: torch.Generator, block: int = 3, strength: float = 0.5
+) -> tuple[Tensor, Plan]:
+    """What `rollout.fork` is given so that its branches differ by `kind` alone: noise [G + 1 or 1, blocks, S, F, C, H,
+    W] and the plan. noise [1, ...] is the anchor's; it stays as it is for the last row and before the fork.
+
+    fresh: all noise from the fork on is each branch's own.
+    initial: eps = sqrt(1 - s^2) eps* + s delta for the initial noise of the plan's n_blocks blocks (Neighbor GRPO,
+      arXiv 2511.16955, s 0.3; AR-CoPO, 2603.17461, one pivot block, s 0.5). `strength` s in (0, 1).
+    consistency: the re-noising of those blocks, mixed likewise; s = 1 is the sampler's own randomness (CM-GRPO).
+    routing: nothing but the plan (KVPO). `strength` is not used by fresh and routing.
+    """
+    if kind not in EXPLORATIONS:
+        raise ValueError(f"exploration must be one of {EXPLORATIONS}, got {kind!r}")
+    if len(noise) != 1:
+        raise ValueError(f"expected the anchor's noise [1, blocks, S, F, C, H, W], got {list(noise.shape)}")
+    if kind == "routing":
+        return noise, plan
+    if kind == "initial" and not 0 < strength < 1 or not 0 < strength <= 1:
+        raise ValueError(f"strength must lie in (0, 1), or be 1 for consistency noise, got {strength}")
+    n_branches, first = len(plan.routes), plan.fork // block
+    out = noise.repeat(n_branches + 1, *[1] * (noise.ndim - 1))
+    last = noise.shape[1] if kind == "fresh" else first + plan.n_blocks
+    steps = {"fresh": slice(None), "initial": slice(0, 1), "consistency": slice(1, None)}[kind]
+    s = 1.0 if kind == "fresh" else strength
+    shared = out[:-1, first:last, steps]
+    delta = torch.randn(shared.shape, generator=generator).to(noise)
+    out[:-1, first:last, steps] = (1 - s**2) ** 0.5 * shared + s * delta
+    return out, replace(plan, n_blocks=0)  # nothing is routed
+
+
+# -------------------------------------------------------------------------------------------------------------- kernels
+
+
+def consistency_kernel(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
+    """CM-GRPO (RAVEN, arXiv 2605.15190): the distilled sampler is already a Gaussian policy,
+    N((1 - sigma') x0_hat, sigma'^2); no noise is added to what it does anyway."""
+    return (1 - sigma_next) * (x - sigma * v), sigma_next
+
+
+def flow_sde_kernel(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, a: float = 0.7) -> tuple[Tensor, Tensor]:
+    """Flow-GRPO (arXiv 2505.05470): the ODE made an SDE of the same marginals, s = a sqrt(sigma / (1 - sigma)),
+    mean = x (1 + s^2 dt / (2 sigma)) + v (1 + s^2 (1 - sigma) / (2 sigma)) dt, std = s sqrt(-dt), dt = sigma' - sigma.
+    At sigma = 1 the root takes the next level, as its code does (sd3_sde_with_logprob.py)."""
+    dt = sigma_next - sigma
+    s = a * (sigma / (1 - torch.where(sigma == 1, sigma_next, sigma))).sqrt()
+    mean = x * (1 + s**2 / (2 * sigma) * dt) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
+    return mean, s * (-dt).sqrt()
+
+
+def dance_kernel(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float = 0.3) -> tuple[Tensor, Tensor]:
+    """DanceGRPO (arXiv 2505.07818): mean = x + v dsigma - eta^2 score dsigma / 2 with the score
+    -(x - (1 - sigma) x0_hat) / sigma^2, std = eta sqrt(sigma - sigma')."""
+    d = sigma_next - sigma
+    score_ = -(x - (1 - sigma) * (x - sigma * v)) / sigma**2
+    return x + v * d - 0.5 * eta**2 * score_ * d, eta * (-d).sqrt()
+
+
+def gaussian_log_prob(trajectory: Trajectory, v: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor, Tensor]:
+    """log N(z[s + 1]; mean(z[s], v[s]), std^2) of every step but the last, which draws nothing in a few-step sampler.
+
+    v like trajectory.z [G, B, S, F, C, H, W] -> log p [G, B, S - 1], a MEAN over the elements of a block as in the
+    Flow-GRPO and DanceGRPO codes (why their clip is 1e-4), mean [G, B, S - 1, F, C, H, W] and std [S - 1, 1, 1, 1, 1].
+    """
+    sigma = trajectory.sigma[:, None, None, None, None]
+    mean, std = kernel(trajectory.z[:, :, :-1], v[:, :, :-1], sigma[:-1], sigma[1:])
+    squared = ((trajectory.z[:, :, 1:] - mean) / std).square()
+    return (-0.5 * squared - std.log() - 0.5 * math.log(2 * math.pi)).mean((-4, -3, -2, -1)), mean, std
+
+
+@torch.no_grad()
+def sde_fork(
+    backbone, texts: Sequence[Tensor], noise: Tensor, plan: Plan, stop: int, sampler: Sampler, kernel: Kernel,
+    prefix: Stream | None = None,
+) -> Rollout:  # fmt: skip
+    """Like `rollout.fork` without routing, but every step is drawn from `kernel`: z' = mean + std * noise. The last
+    step gives x0_hat and no noise: at sigma .625 what Flow-GRPO leaves there (std .71) would be left in the video.
+    noise [G + 1, ...]; the prefix is made by the ordinary sampler. With `consistency_kernel` it is `fork`."""
+    window, segment = sampler.window, segment_at(plan.fork, sampler.switches)
+    if any(plan.fork < switch < stop for switch in sampler.switches):
+        raise ValueError(f"the prompt switches inside {plan.fork}..{stop}, {sampler.switches}: stop at the switch")
+    prefix = generate(backbone, prefix or Stream(), texts, noise[-1:], plan.fork, sampler)
+    if segment != prefix.segment:
+        prefix = switch_prompt(backbone, prefix, texts[segment], sampler, segment)
+    history, text, recorded = prefix.history, texts[segment], []
+    for start in range(plan.fork, stop, window.block):
+        kv = history.read(ordinary_frames(start, window))
+        eps, trail = noise[:, start // window.block], []
+        x = eps[:, 0]
+        for s, sigma in enumerate(sampler.sigmas):
+            v = backbone.velocity(x, sigma.expand(len(x)), start, text, kv)
+            trail.append((x, x - sigma * v))
+            if s + 1 < len(sampler.sigmas):
+                mean, std = kernel(x, v, sigma, sampler.sigmas[s + 1])
+                x = mean + std * eps[:, s + 1]
+        recorded.append([torch.stack(part, 1) for part in zip(*trail, strict=True)])
+        x0 = trail[-1][1]
+        history = history.append(start, backbone.encode(x0, start, text, kv))
+        history = history.keep(window.sink, window.history - window.sink)
+    z, x0 = (torch.stack(part, 1) for part in zip(*recorded, strict=True))  # [G + 1, B, S, F, C, H, W]
+    videos = torch.cat([*[b.expand(len(z), -1, -1, -1, -1) for b in prefix.x0], x0[:, :, -1].flatten(1, 2)], 1)
+    return Rollout(prefix, videos, Trajectory(z, x0, sampler.sigmas), plan, text)
+
+
+# ----------------------------------------------------------------------------------------------------------- advantages
+
+
+def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
+    """A [G] = (r - mean) / (std + eps), GRPO's (arXiv 2402.03300); population standard deviation."""
+    return (rewards - rewards.mean()) / (rewards.std(correction=0) + eps)
+
+
+def quasi_norm_advantages(A: Tensor, p: float = 0.8) -> Tensor:
+    """Neighbor GRPO's reweighting against flat rewards: A_i / (sum_k |A_k|^p)^(1/p) (arXiv 2511.16955); 0 stays 0.
+    With p = 2 it is the standardised advantage over sqrt(G)."""
+    return A / A.abs().pow(p).sum().pow(1 / p).clamp(min=1e-12)
+
+
+def best_and_worst(A: Tensor, n: int) -> Tensor:
+    """DanceGRPO's selection: indices [n] of the n / 2 best and the n / 2 worst branches."""
+    if n % 2 or not 2 <= n <= len(A):
+        raise ValueError(f"n must be even and between 2 and G = {len(A)}, got {n}")
+    order = A.argsort()
+    return torch.cat([order[: n // 2], order[-(n // 2) :]])
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+
+
+def flow_grpo_loss(
+    trajectory: Trajectory, v: Tensor, v_old: Tensor, A: Tensor, kernel: Kernel = flow_sde_kernel,
+    clip: float = 1e-4, v_ref: Tensor | None = None, kl_weight: float = 0.0, steps: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
+    """PPO on the steps of a stochastic sampler: Flow-GRPO, DanceGRPO and CM-GRPO differ by `kernel` only.
+
+    trajectory, v, v_old [G, B, S, ...]; A [G]. -mean over branches, blocks and `steps` (default all but the last) of
+    min(rho A, clip(rho) A) + kl_weight * mean((mean - mean_ref)^2 / (2 std^2)), the exact KL of two Gaussians of one
+    variance, per element (the code of Flow-GRPO leaves out dt). DanceGRPO: a random 60% of the steps, no KL.
+    """
+    steps = list(range(len(trajectory.sigma) - 1)) if steps is None else list(steps)
+    if not steps or not all(0 <= s < len(trajectory.sigma) - 1 for s in steps):
+        raise ValueError(f"steps must be among 0..{len(trajectory.sigma) - 2} (the last has no noise), got {steps}")
+    log_p, mean, std = gaussian_log_prob(trajectory, v, kernel)
+    with torch.no_grad():
+        log_p_old = gaussian_log_prob(trajectory, v_old, kernel)[0]
+    each = A[:, None, None].expand_as(log_p)
+    loss = clipped_objective(log_p[:, :, steps], log_p_old[:, :, steps], each[:, :, steps], clip, clip)[0]
+    if kl_weight:
+        if v_ref is None:
+            raise ValueError("kl_weight needs v_ref, the reference policy's velocities")
+        mean_ref = gaussian_log_prob(trajectory, v_ref.detach(), kernel)[1]
+        loss = loss + kl_weight * ((mean - mean_ref) / std).square()[:, :, steps].mean() / 2
+    return loss
+
+
+def cm_grpo_regression(trajectory: Trajectory, v: Tensor, A: Tensor, A_max: float = 5.0) -> Tensor:
+    """CM-GRPO as its authors write it, a regression with a fixed target whose gradient is the policy gradient:
+    |x0_hat - sg(x0_hat + A (1 - s) / (2 s^2) (x' - (1 - s) x0_hat))|^2, s the next level (RAVEN, arXiv 2605.15190).
+    Its gradient is that of -A log N(x'; (1 - s) x0_hat, s^2), mean over elements.
+    trajectory, v [G, B, S, ...]; A [G]"""
+    sigma = trajectory.sigma[:, None, None, None, None]
+    x0 = velocity_to_x0(trajectory.z, v, trajectory.sigma)[:, :, :-1]
+    s = sigma[1:]
+    A = A.clamp(-A_max, A_max)[:, None, None, None, None, None, None]
+    target = (x0 + A * (1 - s) / (2 * s**2) * (trajectory.z[:, :, 1:] - (1 - s) * x0)).detach()
+    return (x0 - target).square().mean()
+
+
+def distance_log_prob(anchor_x0: Tensor, candidates_x0: Tensor, tau: float) -> Tensor:
+    """log pi(i) = log_softmax over candidates of -mean squared distance / tau; [G, B, S, a].
+
+    anchor_x0 [a, B, S, F, C, H, W] are predictions of the policy at hand, candidates_x0 [G, ...] of the one that made
+    them (AR-CoPO, arXiv 2603.17461: clean predictions for consistency samplers). An anchor that is itself a candidate
+    has distance 0 there and nearly all the mass unless tau is of the order of the distances."""
+    d = (candidates_x0[:, None] - anchor_x0[None]).square().mean((-4, -3, -2, -1))  # [G, a, B, S]
+    return gibbs_log_prob(d.permute(1, 2, 3, 0), tau).permute(3, 1, 2, 0)
+
+
+def neighbor_loss(
+    anchor: Trajectory, v: Tensor, v_old: Tensor, candidates: Tensor, A: Tensor, tau: float, clip: float = 0.2
+) -> Tensor:
+    """Neighbor GRPO (arXiv 2511.16955) and AR-CoPO: one prediction, the anchor's, is pulled towards good candidates and
+    away from bad ones. PPO on the distance softmax, per block, step and anchor. anchor, v, v_old [a, B, S, ...];
+    candidates: their x0_hat [G, B, S, ...]; A [G]."""
+    log_p, log_p_old = (
+        distance_log_prob(velocity_to_x0(anchor.z, u, anchor.sigma), candidates, tau) for u in (v, v_old.detach())
+    )
+    return clipped_objective(log_p, log_p_old, A[:, None, None, None].expand_as(log_p), clip, clip)[0]
+
+
+def energy_loss(trajectory: Trajectory, v: Tensor, v_old: Tensor, A: Tensor, tau: float, clip: float = 0.2) -> Tensor:
+    """KVPO's: PPO on the Gibbs policy of the branches' own replay (tve.py, grpo.py). trajectory, v, v_old [G, ...]"""
+    log_p, log_p_old = (
+        gibbs_log_prob(trajectory_energy(step_energies(u, trajectory.velocity)), tau) for u in (v, v_old.detach())
+    )
+    return clipped_objective(log_p, log_p_old, A, clip / 2, clip)[0]
+
+
+def rwr_loss(v: Tensor, target: Tensor, A: Tensor, tau: float = 1.0, w_max: float = 20.0) -> Tensor:
+    """Reward-weighted regression (Lee et al., arXiv 2302.12192): flow matching on the model's own clips, weighted by
+    w = min(exp(A / tau), w_max), normalised to mean 1. No clip is pushed away. v, target = eps - x0 [G, ...]; A [G].
+    As plain flow matching it can undo the distillation (blur): watch the sharpness."""
+    w = (A / tau).exp().clamp(max=w_max)
+    return ((w / w.mean()) * (v - target).square().mean(tuple(range(1, v.ndim)))).mean()
+
+
+def diffusion_nft_loss(
+    z: Tensor, sigma: Tensor, v: Tensor, v_old: Tensor, x0: Tensor, A: Tensor, beta: float = 1.0, clip: float = 5.0
+) -> Tensor:
+    """DiffusionNFT (arXiv 2509.16117, its code): the contrast of clean predictions x0+- = z - sigma v+-, each squared
+    residual over its own mean absolute residual w+- (detached, floor 1e-5), over beta, times the advantage clip.
+
+    z, v, v_old, x0 [G, ...]; sigma (); A [G]. At v = v_old its gradient is clip / (beta w) times that of
+    `astrolabe.contrast(..., weight=sigma^2)`."""
+    r, dims = positive_share(A, clip), tuple(range(1, v.ndim))
+    v_old, total = v_old.detach(), 0.0
+    for share, u in ((r, (1 - beta) * v_old + beta * v), (1 - r, (1 + beta) * v_old - beta * v)):
+        residual = z - sigma * u - x0
+        w = residual.detach().double().abs().mean(dims).clamp(min=1e-5).to(residual)
+        total = total + share * residual.square().mean(dims) / (beta * w)
+    return clip * total.mean()
+
+
+# ------------------------------------------------------------------------------------------------------------ Best-of-N
+
+
+def pick(stream: Stream, g: int) -> Stream:
+    """Video g of a batch under way, as a stream of its own."""
+
+    def row(t: Tensor, dim: int) -> Tensor:
+        return t if t.shape[dim] == 1 else t.narrow(dim, g, 1).clone()
+
+    history = KVHistory({f: row(kv, 2) for f, kv in stream.history.frames.items()})
+    return replace(stream, x0=tuple(row(x, 0) for x in stream.x0), history=history)
+
+
+def best_of_n(
+    backbone, texts: Sequence[Tensor], noise: Tensor, borders: Sequence[int], sampler: Sampler,
+    judge: Callable[[Tensor, int], Tensor],
+) -> tuple[Stream, list[int], list[Tensor]]:  # fmt: skip
+    """No training: N candidates, the best is kept. One border, the video's end: Best-of-N of whole videos. Several, the
+    chunks' ends: the best chunk is kept and all N candidates of the next one go on from it.
+
+    noise [N, blocks, S, F, C, H, W]; judge(latents [N, frames, C, H, W] of the chunk, its first frame) -> [N], higher
+    is better. -> the video, the winners' numbers and all rewards [N], one a chunk. The reward of the winner overstates
+    what was gained (it was chosen for it): report a held-out one too."""
+    stream, winners, rewards = Stream(), [], []
+    for begin, end in zip([0, *borders], borders, strict=False):
+        if end <= begin:
+            raise ValueError(f"borders must ascend from above 0, got {list(borders)}")
+        tried = generate(backbone, stream, texts, noise, end, sampler)
+        r = judge(tried.latents[:, begin:], begin)
+        if r.shape != (len(noise),) or not r.isfinite().all():
+            raise ValueError(f"judge must give {len(noise)} finite numbers, got {r.tolist()}")
+        winners.append(int(r.argmax()))
+        rewards.append(r)
+        stream = pick(tried, winners[-1])
+    return stream, winners, rewards
+
+
+# ------------------------------------------------------------------------------------------------------------- one loop
+
+
+@dataclass(frozen=True)
+class Method:
+    """A cell of the grid and its numbers."""
+
+    exploration: str
+    policy: str
+    kernel: Kernel = consistency_kernel  # gaussian: the sampler of the branches; another one replaces the ordinary
+    clip: float = 0.2
+    strength: float = 0.5  # of initial or consistency noise
+    pivot_blocks: int | None = None  # blocks that differ; None: as many as the caller's plan routes
+    beta: float = 1.0  # nft
+    adaptive: bool = False  # nft: DiffusionNFT's own weights instead of Astrolabe's contrast
+    regression: bool = False  # gaussian: CM-GRPO's regression instead of PPO
+    quasi_norm: float | None = None  # Neighbor GRPO's p
+    keep: int | None = None  # DanceGRPO: train on this many branches, the best and worst
+    step_share: float = 1.0  # DanceGRPO: share of the noisy steps trained on
+
+    def __post_init__(self):
+        check_cell(self.exploration, self.policy)
+        if self.kernel is not consistency_kernel and (self.policy != "gaussian" or self.regression):
+            raise ValueError("another kernel than the sampler's own is for policy 'gaussian', without regression")
+        for name, policy in (("adaptive", "nft"), ("regression", "gaussian"), ("quasi_norm", "distance")):
+            if getattr(self, name) and self.policy != policy:
+                raise ValueError(f"{name} belongs to policy {policy!r}, got {self.policy!r}")
+        if not 0 < self.step_share <= 1:
+            raise ValueError(f"step_share must lie in (0, 1], got {self.step_share}")
+
+
+# As the papers have them, but without a KL term. "kvpo" and "astrolabe" are the bare cells, for the grid: the methods
+# with their anchor, safety rule, KL and reference are train.py and astrolabe.py.
+METHODS = {
+    "kvpo": Method("routing", "energy"),
+    "cm_grpo": Method("consistency", "gaussian", strength=1.0, regression=True),
+    "flow_grpo": Method("fresh", "gaussian", kernel=flow_sde_kernel, clip=1e-4),
+    "dance_grpo": Method("consistency", "gaussian", kernel=dance_kernel, clip=1e-4, strength=1.0, step_share=0.6),
+    "neighbor_grpo": Method("initial", "distance", strength=0.3, quasi_norm=0.8),
+    "ar_copo": Method("initial", "distance", strength=0.5, pivot_blocks=1),
+    "diffusion_nft": Method("fresh", "nft", adaptive=True),
+    "astrolabe": Method("fresh", "nft"),
+}
+
+
+@dataclass
+class State:
+    """What goes on from update to update: the temperature, set by the first groups and then frozen."""
+
+    tau: float = 0.0
+    first: list[Tensor] = field(default_factory=list)
+
+
+def replay_points(method: Method, rollout: Rollout, sampler: Sampler, generator: torch.Generator):
+    """Where the policy is asked for velocities -> Rollout and Sampler for `replay`, and how many rows.
+    gaussian, energy: the branches' own steps; distance: the anchor's; nft: the branches' clean ends at one noise level.
+    """
+    trajectory, G = rollout.trajectory, len(rollout.trajectory.z) - 1
+    if method.policy == "distance":
+        return replace(rollout, trajectory=trajectory[G:]), sampler, 1
+    if method.policy == "nft":
+        level = sampler.sigmas[int(torch.randint(len(sampler.sigmas), (1,), generator=generator))]
+        eps = torch.randn(trajectory.x0[:G, :, 0].shape, generator=generator).to(trajectory.x0)
+        return *noised(rollout, sampler, level, eps), G
+    return rollout, sampler, G
+
+
+def log_scores(method: Method, rollout: Rollout, at: Rollout, v: Tensor) -> Tensor:
+    """Energies or distances, one row for each softmax over the G branches: what tau is calibrated on. [n, G]"""
+    if method.policy == "energy":
+        return trajectory_energy(step_energies(v, at.trajectory.velocity[: len(v)]))[None]
+    x0 = velocity_to_x0(at.trajectory.z, v, at.trajectory.sigma)
+    d = (rollout.trajectory.x0[: len(rollout.trajectory.x0) - 1] - x0).square().mean((-4, -3, -2, -1))  # [G, B, S]
+    return d.flatten(1).T
+
+
+def policy_loss(
+    method: Method, rollout: Rollout, at: Rollout, v: Tensor, v_old: Tensor, A: Tensor, tau: float = 0.0,
+    steps: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
+    """The loss () of a recorded group. rollout: from `fork` or `sde_fork`, anchor last; at: from `replay_points`;
+    v, v_old: velocities there, of the policy and of the one that made the rollout; A [G]; tau for distance and energy.
+    """
+    check_cell(method.exploration, method.policy)
+    n, chosen = len(rollout.trajectory.z) - 1, slice(None)
+    if A.shape != (n,):
+        raise ValueError(f"A must be [G] with G = {n} branches, got {list(A.shape)}")
+    if method.quasi_norm:
+        A = quasi_norm_advantages(A, method.quasi_norm)
+    if method.policy == "distance":
+        return neighbor_loss(at.trajectory, v, v_old, rollout.trajectory.x0[:-1], A, tau, method.clip)
+    if method.keep:
+        chosen = best_and_worst(A, method.keep)
+    trajectory, v, v_old, A = at.trajectory[:n][chosen], v[chosen], v_old[chosen], A[chosen]
+    if method.policy == "gaussian" and method.regression:
+        return cm_grpo_regression(trajectory, v, A)
+    if method.policy == "gaussian":
+        return flow_grpo_loss(trajectory, v, v_old, A, method.kernel, method.clip, steps=steps)
+    if method.policy == "energy":
+        return energy_loss(trajectory, v, v_old, A, tau, method.clip)
+    if method.adaptive:
+        return diffusion_nft_loss(trajectory.z, trajectory.sigma[0], v, v_old, trajectory.x0, A, method.beta)
+    return contrast(v, v_old, trajectory.velocity, positive_share(A), method.beta)
+
+
+def update(
+    pipeline, script: str, rewards: Mixture, method: Method, optimizer, generator: torch.Generator, state: State,
+    num_frames: int = 39, num_generations: int = 8, n_blocks: int = 5, nearest: int = 1, inner_steps: int = 1,
+    tau_groups: int = 4, max_grad_norm: float = 1.0,
+) -> dict:  # fmt: skip
+    """One update of whatever weights the optimizer holds: fork, reward of the fork's chunk, replay, loss, step.
+
+    The policy that makes the rollout is the one at hand, so `inner_steps` > 1 is where clipping acts. The first
+    `tau_groups` groups of a softmax policy set its temperature and are not trained on. -> numbers for a log; "forwards"
+    are generator passes (one block of one video at one level, or its encoding), the budget of a fair comparison.
+    """
+    backbone, sigmas, window = pipeline.backbone, pipeline.sigmas, routing.Window()
+    texts = [pipeline.embed([text]) for text in pipeline.segments(script)]
+    sampler = Sampler(sigmas, window, switches=pipeline.switches[: len(texts) - 1])
+    plan = routing.plan(num_frames, window, nearest, n_blocks, num_generations, generator)
+    plan = replace(plan, n_blocks=method.pivot_blocks or plan.n_blocks)
+    chunk_end = min([s for s in routing.chunk_starts(num_frames) if s > plan.fork] + [num_frames])
+    # blocks that the loss sees: those whose noise is the branch's own; routing acts on to the end of the chunk
+    whole = method.pivot_blocks is None and method.exploration in ("fresh", "routing")
+    recorded = chunk_end if whole else plan.fork + plan.n_blocks * window.block
+    noise = draw_noise(chunk_end // window.block, len(sigmas), (window.block, *pipeline.latent_shape), generator)
+    noise, plan = explore(method.exploration, plan, noise, generator, window.block, method.strength)
+    noise = noise.to(backbone.device)
+    with counted(backbone) as counts:
+        with torch.no_grad():
+            if method.kernel is consistency_kernel:
+                made = fork(backbone, texts, noise, plan, chunk_end, recorded, sampler, nearest)
+            else:
+                made = sde_fork(backbone, texts, noise, plan, chunk_end, sampler, method.kernel)
+                n, path = (recorded - plan.fork) // window.block, made.trajectory
+                made = replace(made, trajectory=Trajectory(path.z[:, :n], path.x0[:, :n], path.sigma))
+            pixels = pipeline.decode(made.videos[:, plan.fork - chunk_end :])
+        each = score(pipeline, rewards, pixels, [script] * len(pixels), plan.fork)
+        total = rewards.total(each)
+        A = group_advantages(total[:-1]).to(backbone.device)
+        log = {"reward": total[:-1].mean().item(), "reward_std": total[:-1].std().item(),
+               "anchor_reward": total[-1].item(), "trained": 0.0}  # fmt: skip
+        at, level, rows = replay_points(method, made, sampler, generator)
+        n_steps = len(level.sigmas)
+        grad_steps = n_steps - 1 if method.policy == "gaussian" else n_steps
+        steps = None
+        if method.step_share < 1:
+            many = max(1, round(method.step_share * (n_steps - 1)))
+            steps = torch.randperm(n_steps - 1, generator=generator)[:many].tolist()
+        softmax = method.policy in ("distance", "energy")
+        if softmax and not state.tau:
+            with torch.no_grad():
+                state.first.append(log_scores(method, made, at, replay(backbone, at, level, branches=rows)))
+            if len(state.first) == tau_groups:
+                spread = torch.cat(state.first)
+                state.tau = calibrate_tau(spread[spread.std(1) > 1e-12])  # steps before the branches part say nothing
+            return log | {"tau": state.tau, "forwards": sum(counts.values())}
+        v_old = None
+        weights = [w for group in optimizer.param_groups for w in group["params"]]
+        for _ in range(inner_steps):
+            v = replay(backbone, at, level, grad_steps, branches=rows)
+            v_old = v.detach() if v_old is None else v_old
+            loss = policy_loss(method, made, at, v, v_old, A, state.tau, steps)
+            if not loss.isfinite():
+                raise FloatingPointError(f"the loss is {loss.item()}; lower the learning rate")
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(weights, max_grad_norm).item()
+            optimizer.step()
+    return log | {"trained": 1.0, "loss": loss.item(), "grad_norm": grad_norm, "tau": state.tau,
+                  "forwards": sum(counts.values())}  # fmt: skip
+
+
+@contextlib.contextmanager
+def counted(backbone) -> Iterator[dict[str, int]]:
+    """Counts generator passes while it lasts: {"velocity": rows, "encode": rows}."""
+    counts = {"velocity": 0, "encode": 0}
+
+    def counting(name: str):
+        call = getattr(backbone, name)
+
+        def wrapped(x, *args, **kwargs):
+            counts[name] += len(x)
+            return call(x, *args, **kwargs)
+
+        return wrapped
+
+    held = {name: counting(name) for name in counts}
+    for name, call in held.items():
+        object.__setattr__(backbone, name, call)
+    try:
+        yield counts
+    finally:
+        for name in counts:
+            object.__delattr__(backbone, name)

@@ -1,0 +1,494 @@
+"""The other methods against torch.distributions, naive loops and closed forms; the grid and why cells are refused."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+from torch.testing import assert_close
+
+from kvpo_min import baselines
+from kvpo_min.astrolabe import noised
+from kvpo_min.baselines import (
+    EXPLORATIONS,
+    METHODS,
+    POLICIES,
+    REFUSED,
+    Method,
+    State,
+    best_and_worst,
+    best_of_n,
+    check_cell,
+    cm_grpo_regression,
+    consistency_kernel,
+    counted,
+    dance_kernel,
+    diffusion_nft_loss,
+    distance_log_prob,
+    energy_loss,
+    explore,
+    flow_grpo_loss,
+    flow_sde_kernel,
+    gaussian_log_prob,
+    group_advantages,
+    neighbor_loss,
+    policy_loss,
+    quasi_norm_advantages,
+    replay_points,
+    rwr_loss,
+    sde_fork,
+    update,
+)
+from kvpo_min.chr import Plan, uniform_routes
+from kvpo_min.pocket import world
+from kvpo_min.rewards import Mixture
+from kvpo_min.rollout import Sampler, Stream, draw_noise, fork, generate, replay
+from kvpo_min.tve import Trajectory, schedule, step_energies, velocity_to_x0
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIGMAS = schedule()
+SHAPE = (3, 8, 4, 4)
+WORDS = world.embed(["a red disc moves left"])
+PLAIN = Sampler(SIGMAS)
+CLOSE = dict(atol=1e-5, rtol=0)
+KERNELS = (consistency_kernel, flow_sde_kernel, dance_kernel)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+PLAN = Plan(12, range(3, 11), uniform_routes(range(3, 11), 5, 3, seeded(1)), 2)  # 3 branches, 2 routed blocks
+
+
+@pytest.fixture(scope="module")
+def backbone(make_backbone):
+    return make_backbone()
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return draw_noise(6, 4, SHAPE, seeded(5))
+
+
+def trajectory_of(kernel, G=3, B=2, seed=0, dtype=torch.float64):
+    """A trajectory drawn from a kernel with velocities out of thin air. -> it, and the velocities"""
+    v = torch.randn(G, B, 4, 1, 2, 3, 3, generator=seeded(seed), dtype=dtype)
+    eps = torch.randn(v.shape, generator=seeded(seed + 1), dtype=dtype)
+    sigma, z = SIGMAS.to(dtype), [eps[:, :, 0]]
+    for s in range(3):
+        mean, std = kernel(z[-1], v[:, :, s], sigma[s], sigma[s + 1])
+        z.append(mean + std * eps[:, :, s + 1])
+    z = torch.stack(z, 2)
+    return Trajectory(z, velocity_to_x0(z, v, sigma), sigma), v
+
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_log_probabilities_are_those_of_torch(kernel):
+    trajectory, v = trajectory_of(kernel)
+    other = v + 0.1
+    for u in (v, other):
+        log_p, mean, std = gaussian_log_prob(trajectory, u, kernel)
+        assert log_p.shape == (3, 2, 3) and mean.shape == (3, 2, 3, 1, 2, 3, 3)
+        for g in range(3):
+            for b in range(2):
+                for s in range(3):
+                    m, d = kernel(trajectory.z[g, b, s], u[g, b, s], trajectory.sigma[s], trajectory.sigma[s + 1])
+                    want = Normal(m, d).log_prob(trajectory.z[g, b, s + 1]).mean()
+                    assert_close(log_p[g, b, s], want)
+    assert (gaussian_log_prob(trajectory, v, kernel)[0] - log_p).abs().min() > 1e-6
+
+
+def test_how_much_noise_each_kernel_injects():
+    """Standard deviations of the steps of the 4-step schedule, and what the formulas would leave in the last latent."""
+    x = torch.zeros(())
+    levels = [*SIGMAS, torch.zeros(())]
+    stds = {k: [k(x, x, a, b)[1].item() for a, b in zip(levels, levels[1:], strict=False)] for k in KERNELS}
+    assert stds[flow_sde_kernel] == pytest.approx([0.700, 0.875, 0.714, 0.714], abs=6e-4)
+    assert stds[dance_kernel] == pytest.approx([0.075, 0.097, 0.137, 0.237], abs=6e-4)
+    assert stds[consistency_kernel] == pytest.approx([0.9375, 0.8333, 0.625, 0.0], abs=6e-4)
+
+
+@pytest.mark.parametrize("kernel", [flow_sde_kernel, dance_kernel])
+def test_sde_kernels_keep_the_marginals(kernel):
+    """For x0 ~ N(0, 1) the exact velocity is linear in x; a short step keeps the variance of the forward process."""
+    one = torch.ones((), dtype=torch.float64)
+    errors = []
+    for dt in (1e-2, 1e-3):
+        sigma = torch.tensor(0.7, dtype=torch.float64)
+        var = (1 - sigma) ** 2 + sigma**2
+        slope = (sigma - (1 - sigma)) / var  # E[eps - x0 | x] = slope * x
+        mean, std = kernel(one, slope * one, sigma, sigma - dt)
+        after = mean**2 * var + std**2
+        errors.append(abs(after - ((1 - sigma + dt) ** 2 + (sigma - dt) ** 2)) / dt)
+    assert errors[1] < 0.2 * errors[0] and errors[1] < 0.01  # second order in dt
+    wrong = kernel(one, -slope * one, sigma, sigma - dt)[0] ** 2 * var + std**2
+    assert abs(wrong - ((1 - sigma + dt) ** 2 + (sigma - dt) ** 2)) / dt > 0.1
+
+
+def test_sde_fork_with_the_samplers_own_kernel_is_fork(backbone, noise):
+    z, plan = explore("fresh", PLAN, noise, seeded(2))
+    want = fork(backbone, [WORDS], z, plan, 18, 18, PLAIN, 1)
+    got = sde_fork(backbone, [WORDS], z, plan, 18, PLAIN, consistency_kernel)
+    assert_close(got.videos, want.videos, **CLOSE)
+    assert_close(got.trajectory.z, want.trajectory.z, **CLOSE)
+    assert_close(got.trajectory.x0, want.trajectory.x0, **CLOSE)
+    assert got.prefix.frame == 12 and got.text is want.text
+
+
+@pytest.mark.parametrize("kernel", [flow_sde_kernel, dance_kernel])
+def test_sde_fork_draws_from_its_kernel(backbone, noise, kernel):
+    z, plan = explore("fresh", PLAN, noise, seeded(2))
+    made = sde_fork(backbone, [WORDS], z, plan, 18, PLAIN, kernel)
+    assert_close(made.videos[:, 12:], made.trajectory.x0[:, :, -1].flatten(1, 2))  # the last step adds no noise
+    v = replay(backbone, made, PLAIN, branches=4)
+    _, mean, std = gaussian_log_prob(made.trajectory, v, kernel)
+    eps = z[:, 4:, 1:]  # blocks 4 and 5
+    assert_close((made.trajectory.z[:, :, 1:] - mean) / std, eps, atol=2e-4, rtol=0)
+    # the ordinary sampler, given the noise that would have led to the same points, makes the same videos
+    same = z.clone()
+    s = SIGMAS[1:, None, None, None, None]
+    same[:, 4:, 1:] = (made.trajectory.z[:, :, 1:] - (1 - s) * made.trajectory.x0[:, :, :-1]) / s
+    assert_close(fork(backbone, [WORDS], same, plan, 18, 18, PLAIN, 1).videos, made.videos, **CLOSE)
+    with pytest.raises(ValueError, match="switches inside"):
+        sde_fork(backbone, [WORDS, WORDS], z, plan, 18, replace(PLAIN, switches=(15,)), kernel)
+
+
+# ------------------------------------------------------------------------------------------------------- exploration
+
+
+@pytest.mark.parametrize("kind", EXPLORATIONS)
+def test_exploration_changes_what_it_says(kind, noise):
+    z, plan = explore(kind, PLAN, noise, seeded(2), strength=0.5)
+    if kind == "routing":
+        assert z is noise and plan is PLAN
+        return
+    assert z.shape == (4, 6, 4, *SHAPE) and plan.n_blocks == 0 and torch.equal(z[-1:], noise)
+    changed = (z[:-1] != noise).flatten(3).any(3)  # [G, blocks, S]
+    want = torch.zeros(6, 4, dtype=torch.bool)
+    want[4:, {"fresh": slice(None), "initial": slice(0, 1), "consistency": slice(1, None)}[kind]] = True
+    assert torch.equal(changed, want.expand(3, -1, -1))
+    fresh = z[:-1, 4:, 1 if kind == "consistency" else 0]
+    assert abs(fresh.std() - 1) < 0.05
+    along = (fresh * noise[:, 4:, 1 if kind == "consistency" else 0]).mean()
+    assert along == pytest.approx(0.0 if kind == "fresh" else math.sqrt(0.75), abs=0.1)
+    assert (fresh[0] - fresh[1]).abs().max() > 0.5
+
+
+def test_pivot_block_alone(noise):
+    z, _ = explore("initial", replace(PLAN, n_blocks=1), noise, seeded(2))
+    changed = (z[:-1] != noise).flatten(3).any(3).any(0)
+    assert changed.nonzero().tolist() == [[4, 0]]
+
+
+def test_exploration_refuses(noise):
+    for kind, strength in (("initial", 1.0), ("initial", 0.0), ("consistency", 1.5)):
+        with pytest.raises(ValueError, match="strength"):
+            explore(kind, PLAN, noise, seeded(), strength=strength)
+    explore("consistency", PLAN, noise, seeded(), strength=1.0)
+    with pytest.raises(ValueError, match="anchor's noise"):
+        explore("fresh", PLAN, noise.repeat(2, 1, 1, 1, 1, 1, 1), seeded())
+    with pytest.raises(ValueError, match="exploration must be"):
+        explore("temperature", PLAN, noise, seeded())
+
+
+# -------------------------------------------------------------------------------------------------------- the grid
+
+
+def test_the_grid():
+    allowed = {(e, p) for e in EXPLORATIONS for p in POLICIES} - set(REFUSED)
+    assert len(allowed) == 10 and len(REFUSED) == 6
+    for cell in allowed:
+        check_cell(*cell)
+        Method(*cell)
+    for (exploration, policy), reason in REFUSED.items():
+        with pytest.raises(ValueError, match="makes no sense") as error:
+            Method(exploration, policy)
+        assert reason in str(error.value)
+    with pytest.raises(ValueError, match="one of"):
+        check_cell("routing", "ppo")
+
+
+@pytest.mark.parametrize("kind", ["fresh", "initial", "consistency"])
+def test_why_energies_need_routing(backbone, noise, kind):
+    """Branches made by noise explain themselves: no energy, hence no gradient. Routed ones do not."""
+    z, plan = explore(kind, PLAN, noise, seeded(2))
+    made = fork(backbone, [WORDS], z, plan, 18, 18, PLAIN, 1)
+    energies = step_energies(replay(backbone, made, PLAIN), made.trajectory.velocity[:-1])
+    assert energies.max() < 1e-10
+    routed = fork(backbone, [WORDS], noise, PLAN, 18, 18, PLAIN, 1)
+    energies = step_energies(replay(backbone, routed, PLAIN), routed.trajectory.velocity[:-1])
+    assert energies.min() > 1e-7
+
+
+def test_options_belong_to_their_policy():
+    for options in (dict(adaptive=True), dict(quasi_norm=0.8), dict(regression=True), dict(kernel=dance_kernel)):
+        with pytest.raises(ValueError, match="polic"):
+            Method("routing", "energy", **options)
+
+
+# ------------------------------------------------------------------------------------------------------- advantages
+
+
+def test_advantages_by_hand():
+    r = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    A = group_advantages(r, 0.0)
+    assert_close(A, (r - 3) / math.sqrt((4 + 1 + 0 + 9) / 4))
+    assert_close(quasi_norm_advantages(A, 2.0), A / math.sqrt(4))  # at p = 2: standardised over sqrt(G)
+    assert quasi_norm_advantages(torch.zeros(4)).tolist() == [0.0] * 4
+    p = 0.8
+    assert_close(quasi_norm_advantages(A, p), A / sum(abs(a) ** p for a in A.tolist()) ** (1 / p))
+    assert sorted(best_and_worst(torch.tensor([0.1, -3.0, 2.0, 0.0, 5.0, -1.0]), 4).tolist()) == [1, 2, 4, 5]
+    with pytest.raises(ValueError, match="even"):
+        best_and_worst(A, 3)
+
+
+# ----------------------------------------------------------------------------------------------------------- losses
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_policy_gradient_at_ratio_1(kernel):
+    trajectory, v_old = trajectory_of(kernel)
+    A, v = torch.tensor([1.0, -0.5, 0.2], dtype=torch.float64), v_old.clone().requires_grad_()
+    got = torch.autograd.grad(flow_grpo_loss(trajectory, v, v_old, A, kernel), v)[0]
+    mean, std = kernel(trajectory.z[:, :, :-1], v[:, :, :-1], *[t[:, None, None, None, None] for t in
+                       (trajectory.sigma[:-1], trajectory.sigma[1:])])  # fmt: skip
+    log_p = Normal(mean, std).log_prob(trajectory.z[:, :, 1:]).mean((-4, -3, -2, -1))
+    want = torch.autograd.grad(-(A[:, None, None] * log_p).mean(), v)[0]
+    assert_close(got, want)
+    assert want.abs().max() > 1e-4 and got[:, :, -1].abs().max() == 0  # the last step is left out
+    first = torch.autograd.grad(flow_grpo_loss(trajectory, v, v_old, A, kernel, steps=[1]), v)[0]
+    assert_close(first[:, :, 1], 3 * got[:, :, 1])
+    assert first[:, :, [0, 2, 3]].abs().max() == 0
+    for steps in ([3], []):
+        with pytest.raises(ValueError, match="the last has no noise"):
+            flow_grpo_loss(trajectory, v, v_old, A, kernel, steps=steps)
+
+
+def test_clipping_of_the_step_ratio():
+    trajectory, v_old = trajectory_of(consistency_kernel)
+    A = torch.ones(3, dtype=torch.float64)
+    mean_eps = (trajectory.z[:, :, 1:] - gaussian_log_prob(trajectory, v_old, consistency_kernel)[1]).mean()
+    v = (v_old - 0.3 * mean_eps.sign()).requires_grad_()  # any move: what leaves the range has no gradient
+    wide = torch.autograd.grad(flow_grpo_loss(trajectory, v, v_old, A, consistency_kernel, clip=10.0), v)[0]
+    narrow = torch.autograd.grad(flow_grpo_loss(trajectory, v, v_old, A, consistency_kernel, clip=1e-6), v)[0]
+    ratio = (gaussian_log_prob(trajectory, v, consistency_kernel)[0]
+             - gaussian_log_prob(trajectory, v_old, consistency_kernel)[0]).exp()  # fmt: skip
+    grown = ratio > 1 + 1e-6
+    assert grown.any() and (~grown).any()
+    assert narrow[:, :, :3][grown].abs().max() == 0
+    assert_close(narrow[:, :, :3][~grown], wide[:, :, :3][~grown])
+
+
+def test_kl_of_a_step_is_that_of_torch():
+    trajectory, v = trajectory_of(flow_sde_kernel)
+    A, v_ref = torch.zeros(3, dtype=torch.float64), v + 0.2
+    got = flow_grpo_loss(trajectory, v, v, A, v_ref=v_ref, kl_weight=1.0)
+    levels = [t[:, None, None, None, None] for t in (trajectory.sigma[:-1], trajectory.sigma[1:])]
+    p, q = (Normal(*flow_sde_kernel(trajectory.z[:, :, :-1], u[:, :, :-1], *levels)) for u in (v, v_ref))
+    assert_close(got, kl_divergence(p, q).mean())
+    with pytest.raises(ValueError, match="v_ref"):
+        flow_grpo_loss(trajectory, v, v, A, kl_weight=1.0)
+
+
+def test_cm_grpo_regression_has_the_gradient_of_its_kernel():
+    trajectory, v_old = trajectory_of(consistency_kernel)
+    A, v = torch.tensor([1.0, -0.5, 0.2], dtype=torch.float64), v_old.clone().requires_grad_()
+    regression = torch.autograd.grad(cm_grpo_regression(trajectory, v, A), v)[0]
+    ppo = torch.autograd.grad(flow_grpo_loss(trajectory, v, v_old, A, consistency_kernel), v)[0]
+    assert_close(regression, ppo)
+    capped = torch.autograd.grad(cm_grpo_regression(trajectory, v, 100 * A, A_max=2.0), v)[0]
+    assert_close(capped, torch.autograd.grad(cm_grpo_regression(trajectory, v, torch.tensor([2.0, -2.0, 2.0])), v)[0])
+
+
+def test_neighbor_grpo_against_a_loop():
+    candidates = torch.randn(5, 1, 4, *SHAPE, generator=seeded(1), dtype=torch.float64)
+    z = torch.randn(1, 1, 4, *SHAPE, generator=seeded(2), dtype=torch.float64)
+    anchor = Trajectory(z, z, SIGMAS.double())
+    v = torch.randn(z.shape, generator=seeded(3), dtype=torch.float64).requires_grad_()
+    A, tau = torch.tensor([2.0, -1.0, 0.0, 0.5, -1.5], dtype=torch.float64), 0.3
+    got = torch.autograd.grad(neighbor_loss(anchor, v, v, candidates, A, tau), v)[0]
+    x0 = (z - SIGMAS.double()[:, None, None, None, None] * v.detach()).requires_grad_()
+    loss = 0.0
+    for s in range(4):
+        d = torch.stack([(candidates[i, 0, s] - x0[0, 0, s]).square().mean() for i in range(5)])
+        p = torch.softmax(-d.detach() / tau, 0)
+        assert_close(distance_log_prob(x0, candidates, tau)[:, 0, s, 0].exp(), p)
+        loss = loss + ((A - p * A.sum()) / (5 * tau) * d).sum() / 4  # the closed form of grpo.py at ratio 1
+    want = torch.autograd.grad(loss, x0)[0] * -SIGMAS.double()[:, None, None, None, None]
+    assert_close(got, want)
+    # an anchor that is itself a candidate takes all the mass unless tau is of the order of the distances
+    own = distance_log_prob(candidates[:1], candidates, 0.01)[:, 0, 0, 0].exp()
+    assert own[0] > 0.999
+    assert distance_log_prob(candidates[:1], candidates, 2.0)[0, 0, 0, 0].exp() < 0.5
+
+
+def test_energy_loss_is_kvpos():
+    trajectory, _ = trajectory_of(consistency_kernel, G=4)
+    v_old = trajectory.velocity + 0.1 * torch.randn(trajectory.z.shape, generator=seeded(9), dtype=torch.float64)
+    A, tau = torch.tensor([1.0, -1.0, 0.5, 0.2], dtype=torch.float64), 0.01
+    v = v_old.clone().requires_grad_()
+    got = torch.autograd.grad(energy_loss(trajectory, v, v_old, A, tau), v)[0]
+    E = step_energies(v, trajectory.velocity).sum((1, 2))
+    p = torch.softmax(-E.detach() / tau, 0)
+    want = torch.autograd.grad(((A - p * A.sum()) / (4 * tau) * E).sum(), v)[0]
+    assert_close(got, want)
+
+
+def test_reward_weighted_regression_by_hand():
+    v, u = torch.randn(2, 3, 2, 2, generator=seeded(4))
+    A = torch.tensor([0.0, 1.0, 9.0])
+    w = torch.tensor([1.0, math.e, 20.0])  # the last is cut
+    want = sum(w[g] / w.mean() * (v[g] - u[g]).square().mean() for g in range(3)) / 3
+    assert_close(rwr_loss(v, u, A), want)
+    assert_close(rwr_loss(v, u, A, tau=1e6), (v - u).square().mean(), **CLOSE)  # hot: plain flow matching
+
+
+def test_diffusion_nft_against_a_loop():
+    eps, x0, v, v_old = torch.randn(4, 3, 2, 2, generator=seeded(6), dtype=torch.float64)
+    sigma, beta, A = torch.tensor(0.8333, dtype=torch.float64), 0.1, torch.tensor([-7.0, 1.0, 3.0]).double()
+    z, want = (1 - sigma) * x0 + sigma * eps, 0.0
+    for g in range(3):
+        r = min(max(A[g].item(), -5), 5) / 10 + 0.5
+        for share, u in ((r, beta * v[g] + (1 - beta) * v_old[g]), (1 - r, (1 + beta) * v_old[g] - beta * v[g])):
+            miss = z[g] - sigma * u - x0[g]
+            want += 5 * share * (miss**2 / miss.abs().mean()).mean() / beta / 3
+    assert_close(diffusion_nft_loss(z, sigma, v, v_old, x0, A, beta), want)
+
+
+# -------------------------------------------------------------------------------------------------------- Best-of-N
+
+
+def brightness(latents, start):
+    return latents.mean((1, 2, 3, 4))
+
+
+def test_best_of_n_videos(backbone):
+    noise = draw_noise(6, 4, SHAPE, seeded(7), batch=4)
+    video, (winner,), (rewards,) = best_of_n(backbone, [WORDS], noise, [18], PLAIN, brightness)
+    singles = [generate(backbone, Stream(), [WORDS], noise[i : i + 1], 18, PLAIN).latents for i in range(4)]
+    scores = torch.cat([brightness(x, 0) for x in singles])
+    assert_close(rewards, scores, **CLOSE)
+    assert winner == scores.argmax() and video.latents.shape[0] == 1
+    assert_close(video.latents, singles[winner], **CLOSE)
+
+
+def test_best_of_n_chunks(backbone):
+    noise = draw_noise(6, 4, SHAPE, seeded(7), batch=3)
+    seen = []
+
+    def judge(latents, start):
+        seen.append((start, latents.shape[1]))
+        return brightness(latents, start)
+
+    video, winners, rewards = best_of_n(backbone, [WORDS], noise, [6, 15, 18], PLAIN, judge)
+    assert seen == [(0, 6), (6, 9), (15, 3)] and len(winners) == len(rewards) == 3
+    # naive: the winners' noise, chunk by chunk, in a single video
+    joined = torch.cat([noise[w : w + 1, a:b] for w, a, b in zip(winners, (0, 2, 5), (2, 5, 6), strict=True)], 1)
+    assert_close(video.latents, generate(backbone, Stream(), [WORDS], joined, 18, PLAIN).latents, **CLOSE)
+    assert winners == [int(r.argmax()) for r in rewards]
+    with pytest.raises(ValueError, match="ascend"):
+        best_of_n(backbone, [WORDS], noise, [6, 6], PLAIN, brightness)
+    with pytest.raises(ValueError, match="finite"):
+        best_of_n(backbone, [WORDS], noise, [6], PLAIN, lambda x, start: x.mean((1, 2, 3, 4)) / 0)
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+
+REWARDS = Mixture({"vq": lambda videos, prompts: videos[:, :, 0].mean((1, 2, 3))}, {"vq": 1.0})
+SMALL = dict(num_frames=21, num_generations=3, n_blocks=2, tau_groups=1)
+
+
+def trainable(pipeline):
+    weights = [pipeline.backbone.transformer.proj_out.weight, pipeline.backbone.transformer.blocks[0].attn1.to_q.weight]
+    for weight in weights:
+        weight.requires_grad_(True)
+    return weights
+
+
+def run(make_pipeline, method, n, **options):
+    pipeline = make_pipeline()
+    weights = trainable(pipeline)
+    before = [w.detach().clone() for w in weights]
+    optimizer, generator, state = torch.optim.SGD(weights, lr=1e-2), seeded(3), State()
+    script = world.prompt_set(1, 1, seed=7)[0]
+    sizes = SMALL | options
+    logs = [update(pipeline, script, REWARDS, method, optimizer, generator, state, **sizes) for _ in range(n)]
+    return logs, max((a - b).abs().max().item() for a, b in zip(before, weights, strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_takes_a_step(make_pipeline, name):
+    method = METHODS[name]
+    softmax = method.policy in ("distance", "energy")
+    logs, moved = run(make_pipeline, method, 2 if softmax else 1)
+    if softmax:  # the first group sets the temperature and trains nothing
+        assert logs[0]["trained"] == 0 and logs[0]["tau"] > 0 and "loss" not in logs[0]
+        assert logs[1]["tau"] == logs[0]["tau"]
+    assert logs[-1]["trained"] == 1 and math.isfinite(logs[-1]["loss"]) and logs[-1]["grad_norm"] > 0 and moved > 0
+
+
+def test_every_allowed_cell_takes_a_step(make_pipeline):
+    for exploration in EXPLORATIONS:
+        for policy in POLICIES:
+            if (exploration, policy) not in REFUSED:
+                logs, moved = run(make_pipeline, Method(exploration, policy), 2)
+                assert logs[-1]["trained"] == 1 and moved > 0, (exploration, policy)
+
+
+def test_forward_passes_are_counted(make_pipeline, backbone, noise):
+    with counted(backbone) as counts:
+        made = fork(backbone, [WORDS], noise, PLAN, 18, 18, PLAIN, 1)
+        assert counts == {"velocity": 4 * 4 + 2 * 4 * 4, "encode": 4 + 2 * 4}
+        replay(backbone, made, PLAIN)
+    assert counts == {"velocity": 48 + 3 * 2 * 4, "encode": 12 + 3}
+    fork(backbone, [WORDS], noise, PLAN, 18, 18, PLAIN, 1)
+    assert counts["encode"] == 15 and "velocity" not in vars(backbone)  # nothing is left behind
+    (log,), _ = run(make_pipeline, METHODS["astrolabe"], 1)
+    # fork at 12 or 15 of 21 frames, 4 rows; prefix 5 passes a block, then 4 + 1; replay at one level of 3 rows
+    fork_blocks = [(f // 3, 7 - f // 3) for f in (12, 15)]
+    assert log["forwards"] in [5 * p + 20 * b + 3 * b + 3 * (b - 1) for p, b in fork_blocks]
+
+
+@pytest.mark.parametrize("name, blocks", [("cm_grpo", 2), ("dance_grpo", 2), ("ar_copo", 1), ("flow_grpo", 0)])
+def test_the_loss_sees_the_blocks_that_differ(make_pipeline, monkeypatch, name, blocks):
+    """With noise in 2 blocks (AR-CoPO: one), of up to 3 in the chunk; fresh noise reaches its end."""
+    seen, loss = [], baselines.policy_loss
+    monkeypatch.setattr(baselines, "policy_loss", lambda *a: seen.append(a[2].trajectory.z.shape[1]) or loss(*a))
+    fork_at, plan = [], baselines.routing.plan
+    monkeypatch.setattr(baselines.routing, "plan", lambda *a: fork_at.append(plan(*a)) or fork_at[-1])
+    run(make_pipeline, METHODS[name], 2 if name == "ar_copo" else 1)  # its first group sets tau
+    assert seen == [blocks or (21 - fork_at[-1].fork) // 3]
+
+
+def test_more_steps_on_one_group_are_clipped(make_pipeline, monkeypatch):
+    seen, loss = [], baselines.policy_loss
+    monkeypatch.setattr(baselines, "policy_loss", lambda *a: seen.append((a[3], a[4])) or loss(*a))
+    run(make_pipeline, METHODS["cm_grpo"], 1, inner_steps=3)
+    assert len(seen) == 3
+    assert torch.equal(seen[0][0].detach(), seen[0][1])  # ratio 1 at first
+    assert all(torch.equal(old, seen[0][1]) for _, old in seen)  # the old policy stays
+    assert (seen[2][0] - seen[0][0]).abs().max() > 0
+
+
+def test_policy_loss_of_a_recorded_group(backbone, noise):
+    """What each policy is asked at, and that it refuses advantages of another size."""
+    z, plan = explore("initial", PLAN, noise, seeded(2))
+    made = fork(backbone, [WORDS], z, plan, 18, 18, PLAIN, 1)
+    at, level, rows = replay_points(Method("initial", "distance"), made, PLAIN, seeded())
+    assert rows == 1 and torch.equal(at.trajectory.z, made.trajectory.z[-1:]) and level is PLAIN
+    at, level, rows = replay_points(Method("initial", "nft"), made, PLAIN, seeded())
+    assert rows == 3 and at.trajectory.z.shape == (3, 2, 1, *SHAPE) and level.sigmas[0] in SIGMAS
+    v = replay(backbone, at, level, branches=3)
+    A = torch.tensor([1.0, 0.0, -1.0])
+    assert policy_loss(Method("initial", "nft"), made, at, v, v, A) > 0
+    with pytest.raises(ValueError, match="G = 3"):
+        policy_loss(Method("initial", "nft"), made, at, v, v, A[:2])
+    clean, _ = noised(made, PLAIN, SIGMAS[3], torch.zeros(3, 2, *SHAPE))
+    assert_close(clean.trajectory.z[:, :, 0], (1 - SIGMAS[3]) * made.trajectory.x0[:3, :, -1])
