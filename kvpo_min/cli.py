@@ -39,6 +39,7 @@ class RunOptions:
     """Data, reward and bookkeeping of a run"""
 
     prompts: str = ""  # file with one training script a line; empty: 256 scripts drawn with the run's seed
+    event: str = ""  # words that every drawn script must hold, such as 'changes colour', which leaves a colour open
     eval_prompts: int = 32  # held-out scripts, drawn with a seed of their own, on which before and after are measured
     vq: float = 1.0  # weight of visual quality in the reward
     mq: float = 1.0  # weight of motion quality
@@ -432,13 +433,14 @@ def run_prompts(config, options: RunOptions) -> tuple[list[str], list[str]]:
         raise ValueError(f"num_segments must be 1 to {len(SWITCHES) + 1}, got {config.num_segments}")
     if not options.prompts and config.seed == EVAL_SEED:
         raise ValueError(f"seed {EVAL_SEED} draws the held-out prompts; take another one for training")
-    scripts = read_scripts(options.prompts) if options.prompts else prompt_set(256, config.num_segments, config.seed)
+    drawn = (config.num_segments, config.seed, options.event)
+    scripts = read_scripts(options.prompts) if options.prompts else prompt_set(256, *drawn)
     if count_segments(scripts) != config.num_segments:
         raise ValueError(
             f"num_segments is {config.num_segments}, but the scripts have {count_segments(scripts)} segments, "
             f"like '{scripts[0]}'"
         )
-    return scripts, prompt_set(options.eval_prompts, config.num_segments, EVAL_SEED)
+    return scripts, prompt_set(options.eval_prompts, config.num_segments, EVAL_SEED, options.event)
 
 
 def check_geometry(config) -> None:
@@ -692,7 +694,7 @@ on purpose, so videos whose words leave the colour open are expected to drift to
 def demo(argv: Sequence[str]) -> int:
     from kvpo_min.train import TrainConfig
 
-    values = parse_options("demo", [TrainConfig, RunOptions], argv, {"output_dir": "kvpo_demo"})
+    values = parse_options("demo", [TrainConfig, RunOptions], argv, {"output_dir": "kvpo_demo", "event": "changes colour"})
     return run(*split_options(values, TrainConfig, RunOptions))
 
 

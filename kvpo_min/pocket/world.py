@@ -215,10 +215,16 @@ def sample_script(generator: torch.Generator, n_segments: int = 1) -> str:
     return " | ".join(texts)
 
 
-def prompt_set(n: int, n_segments: int, seed: int) -> list[str]:
-    """`n` scripts drawn from `seed`; the sets used for training and for evaluation differ in their seeds."""
-    generator = torch.Generator().manual_seed(seed)
-    return [sample_script(generator, n_segments) for _ in range(n)]
+def prompt_set(n: int, n_segments: int, seed: int, event: str = "") -> list[str]:
+    """`n` scripts drawn from `seed`; the sets used for training and for evaluation differ in their seeds. `event`: only
+    scripts that hold these words, such as "changes colour". Raises ValueError when 1,000 in a row do not."""
+    generator, scripts, missed = torch.Generator().manual_seed(seed), [], 0
+    while len(scripts) < n:
+        script = sample_script(generator, n_segments)
+        scripts, missed = ([*scripts, script], 0) if event in script else (scripts, missed + 1)
+        if missed == 1000:
+            raise ValueError(f"no script of {n_segments} segments holds '{event}': take 'changes colour' or 'turns'")
+    return scripts
 
 
 # -------------------------------------------------------------------------------------------------------------- stories
