@@ -258,8 +258,8 @@ def test_summary_is_what_a_stranger_measures_with_peft(finished, model):
     from peft import PeftModel
 
     summary = json.loads((finished / "summary.json").read_text())
-    held_out = world.prompt_set(2, 1, cli.EVAL_SEED)
-    assert not set(held_out) <= set(world.prompt_set(2, 1, 0))
+    held_out = world.prompt_set(2, 1, cli.EVAL_SEED, "changes colour")
+    assert not set(held_out) <= set(world.prompt_set(2, 1, 0, "changes colour"))
     pipeline = load_pocket(folder=model)
     assert cli.finite(evaluate(pipeline, held_out, pocket_rewards(), 39)) == summary["before"]
     PeftModel.from_pretrained(pipeline.backbone.transformer, finished)

@@ -215,6 +215,10 @@ def test_prompt_sets():
     first = [world.parse(script)[0] for script in train]
     unnamed = sum(s.colour in (None, "changes") for s in first) / len(first)
     assert 0.3 < unnamed < 0.7  # words are left out, so that history decides
+    held = world.prompt_set(40, 4, seed=0, event="changes colour")
+    assert held == [script for script in train if "changes colour" in script][:40]
+    with pytest.raises(ValueError, match="no script of 1 segments holds 'turns red'"):  # said in later segments only
+        world.prompt_set(1, 1, seed=0, event="turns red")
 
 
 # ---------------------------------------------------------------- stories
