@@ -694,7 +694,9 @@ on purpose, so videos whose words leave the colour open are expected to drift to
 def demo(argv: Sequence[str]) -> int:
     from kvpo_min.train import TrainConfig
 
-    values = parse_options("demo", [TrainConfig, RunOptions], argv, {"output_dir": "kvpo_demo", "event": "changes colour"})
+    values = parse_options(
+        "demo", [TrainConfig, RunOptions], argv, {"output_dir": "kvpo_demo", "event": "changes colour"}
+    )
     return run(*split_options(values, TrainConfig, RunOptions))
 
 

@@ -77,7 +77,8 @@ class TrainConfig:
     perturb_num_blocks: int = 5  # routed blocks after the fork
     grad_steps: int = 4  # denoising steps of the replay that carry gradient; all of them count in the energy
     tau: float = 0.0  # temperature of the Gibbs policy; 0: from the spread of the first groups' energies, then frozen
-    tau_groups: int = 4  # groups that set tau
+    tau_groups: int = 8  # groups that set tau
+    tau_target: float = 0.4  # spread of the log scores -E / tau in a group that tau is set for
     kl_coef: float = 1.0
     clip_range_low: float = 0.1
     clip_range_high: float = 0.2
@@ -107,7 +108,14 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "max_grad_norm", "adv_clip_max", "clip_range_low", "clip_range_high"):
+        for name in (
+            "learning_rate",
+            "max_grad_norm",
+            "adv_clip_max",
+            "clip_range_low",
+            "clip_range_high",
+            "tau_target",
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in (
@@ -397,7 +405,7 @@ def train(
             _, rollout, _ = one_rollout(state["step"])
             with torch.no_grad():
                 spread.append(trajectory_energy(replayed(rollout), energy_weight))
-        state["tau"] = calibrate_tau(torch.stack(spread))
+        state["tau"] = calibrate_tau(torch.stack(spread), config.tau_target)
     tau = state["tau"]
 
     while state["step"] < config.max_train_steps:
