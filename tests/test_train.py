@@ -134,13 +134,13 @@ def test_the_ratio_is_1_at_equal_weights(plain):
 def test_tau_is_set_once_and_frozen(plain, make_pipeline, monkeypatch):
     assert len({step.tau for step in plain.steps}) == 1 and plain.steps[0].tau > 0
     seen, calibrate = [], training.calibrate_tau
-    monkeypatch.setattr(training, "calibrate_tau", lambda E: seen.append(E) or calibrate(E))
+    monkeypatch.setattr(training, "calibrate_tau", lambda E, target: seen.append((E, target)) or calibrate(E, target))
     again = Run(make_pipeline(), tau=0.0, tau_groups=2, max_train_steps=1, lr_warmup_steps=2, unsafe_scale=0.0)
     next(again)
-    (energies,) = seen
-    assert energies.shape == (2, 3)
+    ((energies, target),) = seen
+    assert energies.shape == (2, 3) and target == 0.4
     spread = (energies - energies.mean(1, keepdim=True)).square().mean(1).sqrt().mean()
-    assert_close(plain.steps[0].tau, spread.item(), rtol=1e-5, atol=0)
+    assert_close(plain.steps[0].tau, spread.item() / 0.4, rtol=1e-5, atol=0)
     assert numbers(again.steps) == numbers(plain.steps[:1])
 
 
