@@ -23,7 +23,7 @@ import contextlib
 import resource
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
@@ -37,10 +37,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kvpo_min import chr as routing
 from kvpo_min.grpo import kvpo_loss
-from kvpo_min.real import MixedBackbone, decode_stream
-from kvpo_min.rollout import KVHistory, Rollout, Sampler, Stream, draw_noise, fork, generate, replay
-from kvpo_min.train import TrainConfig, acting, adapter_weights, add_policies, copy_adapter
-from kvpo_min.tve import Trajectory, calibrate_tau, gibbs_log_prob, schedule, step_energies, trajectory_energy
+from kvpo_min.real import SWITCHES, MixedBackbone, decode_stream
+from kvpo_min.rollout import KVHistory, Sampler, Stream, draw_noise, fork, generate, keep_frames, pieces, segment_at
+from kvpo_min.train import TrainConfig, acting, adapter_weights, add_policies, copy_adapter, replay_energies
+from kvpo_min.tve import calibrate_tau, gibbs_log_prob, schedule, trajectory_energy
 
 GIB = 2**30
 WINDOW, NEAREST = routing.Window(), 1
@@ -158,11 +158,12 @@ def draw_task(size: Size, device: torch.device) -> Task:
     pool = routing.pool(size.fork, WINDOW, NEAREST, size.n_blocks)
     routes = routing.uniform_routes(pool, n_routed, size.n_branches, generator)
     noise = draw_noise(size.stop // WINDOW.block, len(sigmas), (WINDOW.block, *size.latent), generator)
-    text = torch.randn(1, *size.words, generator=generator)
+    switches = tuple(s for s in SWITCHES if s < size.stop)
+    texts = torch.randn(len(switches) + 1, 1, *size.words, generator=generator)
     advantages = torch.randn(size.n_branches, generator=generator)
     return Task(
-        size, [text.to(device)], noise.to(device),
-        routing.Plan(size.fork, pool, routes, size.n_blocks), Sampler(sigmas, WINDOW), advantages.to(device),
+        size, list(texts.to(device)), noise.to(device),
+        routing.Plan(size.fork, pool, routes, size.n_blocks), Sampler(sigmas, WINDOW, switches), advantages.to(device),
     )  # fmt: skip
 
 
@@ -200,31 +201,29 @@ class Meter:
 
 
 def update(model: Model, task: Task, branch_batch: int, replay_batch: int, meter: Meter) -> tuple[Tensor, list[Tensor]]:
-    """One update; -> loss () and the gradients, on the host (none on the meta device).
-
-    The graph never holds more than `replay_batch` forwards: the energies of all branches are computed first, without
-    gradient; they give dL/dE; then each piece is replayed once more with gradient and sent backward at once, times its
-    branch's dL/dE. That is exact, because the loss sees the weights through the energies alone."""
+    """One update as `train.train` does it, phase by phase; -> loss () and the gradients, on the host (none on the meta
+    device)."""
     size, plan, backbone, policies = task.size, task.plan, model.backbone, model.policies
-    nearest = range(plan.fork - WINDOW.past, plan.fork)
+    near = range(plan.fork - 2 * (WINDOW.sink + WINDOW.past), plan.fork)
     with torch.no_grad(), acting(policies, "old"):
         with meter("prefix"):
             prefix = generate(backbone, Stream(), task.texts, task.noise, plan.fork, task.sampler)
-            prefix = keep_frames(prefix, {*range(WINDOW.sink), *plan.routes.flatten().tolist(), *nearest})
+            prefix = keep_frames(prefix, {*range(WINDOW.sink), *plan.routes.flatten().tolist(), *near})
         with meter("branches"):
             rollout = fork(
                 backbone, task.texts, task.noise, plan, size.stop, size.chunk_end, task.sampler, NEAREST, branch_batch,
                 prefix,
             )  # fmt: skip
     del prefix
-    rollout = replace(rollout, prefix=keep_frames(rollout.prefix, {*range(WINDOW.sink), *nearest}))  # what replays read
+    read = {*range(WINDOW.sink), *near[-WINDOW.past :]}  # by replays
+    rollout = replace(rollout, prefix=keep_frames(rollout.prefix, read))
     with meter("decode"):
         decode(model, rollout.videos, size)
 
     def energies() -> Tensor:  # [G]
         each = torch.zeros(rollout.trajectory.z[: size.n_branches].shape[:3], device=model.device)
-        for where, part in pieces(backbone, rollout, task.sampler, replay_batch):
-            each[where] = residual(backbone, part)
+        for where, part, sampler in pieces(backbone, rollout, task.sampler, replay_batch):
+            each[where] = replay_energies(backbone, part, sampler)
         return trajectory_energy(each)
 
     with torch.no_grad():
@@ -234,8 +233,9 @@ def update(model: Model, task: Task, branch_batch: int, replay_batch: int, meter
             E = energies()
     loss, slope = objective(E, E, E_init, task.advantages)  # the old policy is the current one
     with meter("replay with gradient"):
-        for where, part in pieces(backbone, rollout, task.sampler, replay_batch, size.grad_steps):
-            (residual(backbone, part, True) * slope[where[0], None, None]).sum().backward()
+        for where, part, sampler in pieces(backbone, rollout, task.sampler, replay_batch, size.grad_steps):
+            each = replay_energies(backbone, part, sampler, len(sampler.sigmas))
+            (each * slope[where[0], None, None]).sum().backward()
     return loss, step(model, meter)
 
 
@@ -257,44 +257,6 @@ def step(model: Model, meter: Meter) -> list[Tensor]:
         copy_adapter(model.policies, "default", "ema", 0.001)
     model.optimizer.zero_grad()
     return gradients
-
-
-def keep_frames(stream: Stream, frames: set[int]) -> Stream:
-    return replace(stream, history=KVHistory({f: kv for f, kv in stream.history.frames.items() if f in frames}))
-
-
-def pieces(backbone, rollout: Rollout, sampler: Sampler, batch: int, n_steps: int | None = None) -> Iterator[tuple]:
-    """Cuts a replay into rollouts of one block, its steps and a few branches, at most `batch` forwards each: the steps
-    first, because they share what they read. Between blocks the branches' own stored x0 is encoded, as in `replay`.
-    -> ((branches, blocks, steps), (rollout, sampler))"""
-    window, (z, x0) = sampler.window, (rollout.trajectory.z, rollout.trajectory.x0)
-    n_branches, n_blocks = len(rollout.plan.routes), z.shape[1]
-    n_steps = n_steps or z.shape[2]
-    at_once, together = min(batch, n_steps), max(1, batch // n_steps)
-    for first in range(0, n_branches, together):
-        members = slice(first, min(first + together, n_branches))
-        history = rollout.prefix.history
-        for b in range(n_blocks):
-            here = rollout.prefix.frame + b * window.block
-            for s in range(0, n_steps, at_once):
-                where = (members, slice(b, b + 1), slice(s, min(s + at_once, n_steps)))
-                sigmas = sampler.sigmas[where[2]]
-                part = replace(
-                    rollout, prefix=Stream((), history, here), trajectory=Trajectory(z[where], x0[where], sigmas)
-                )
-                yield where, (part, replace(sampler, sigmas=sigmas))
-            if b + 1 < n_blocks:
-                kv = history.read(routing.ordinary_frames(here, window))
-                kv = backbone.encode(x0[members, b, -1], here, rollout.text, kv)
-                history = history.append(here, kv).keep(window.sink, window.past)
-
-
-def residual(backbone, part: tuple[Rollout, Sampler], grad: bool = False) -> Tensor:
-    """Velocity energies [G, B, S] of a piece."""
-    rollout, sampler = part
-    n_branches, _, n_steps = rollout.trajectory.z.shape[:3]
-    v = replay(backbone, rollout, sampler, n_steps if grad else 0, branches=n_branches)
-    return step_energies(v, rollout.trajectory.velocity)
 
 
 def objective(E: Tensor, E_old: Tensor, E_init: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
@@ -343,15 +305,17 @@ def naive(model: Model, task: Task, meter: Meter) -> tuple[Tensor, list[Tensor]]
     with meter("decode"):
         decode(model, torch.cat(videos), size)
 
+    text = task.texts[segment_at(plan.fork, sampler.switches)]
+
     def energy(trail: list) -> Tensor:  # ()
         history, total = restored(), 0.0
         for start, z, x0 in trail:
             kv = history.read(routing.ordinary_frames(start, WINDOW))
             for s, sigma in enumerate(sampler.sigmas):
                 with torch.set_grad_enabled(torch.is_grad_enabled() and s < size.grad_steps):
-                    v = backbone.velocity(z[:, s], sigma[None], start, task.texts[0], kv)
+                    v = backbone.velocity(z[:, s], sigma[None], start, text, kv)
                 total = total + (v - (z[:, s] - x0[:, s]) / sigma).square().mean()
-            history = history.append(start, backbone.encode(x0[:, -1], start, task.texts[0], kv))
+            history = history.append(start, backbone.encode(x0[:, -1], start, text, kv))
         return total
 
     E = {}

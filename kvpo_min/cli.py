@@ -1,4 +1,5 @@
-"""The command line: `kvpo-min demo | train | sample | eval | distill | doctor`. Each command is one function below.
+"""The command line: `kvpo-min demo | train | sample | eval | export | distill | doctor | parity`. Each command is one
+function below.
 
 Options are the fields of dataclasses (`TrainConfig` and the ones here), read by jsonargparse from flags and from a
 YAML file (`--config FILE`, `--print_config`). An unknown name is an error that names the nearest known one. What the
@@ -23,11 +24,14 @@ from pathlib import Path
 
 EVAL_SEED = 1_000_000  # of the held-out prompts; the same for every run, so that runs can be compared
 SHOWN = 4  # evaluation prompts whose videos are kept
+REAL_FPS = 4  # frames a second that a real model's pipeline decodes; the pocket model's are shown at 8
 POSITIONAL = "script"  # the one option that is given without a flag
+INTERRUPTED = "interrupted"
 NOT_IN_CONFIG = ("overwrite_output_dir", "resume_from_checkpoint")  # how a run was started, not what it is
 MAY_CHANGE_ON_RESUME = (
     "output_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-    "branch_batch", "replay_batch", "eval_prompts", "report_to", "overwrite_output_dir",
+    "branch_batch", "replay_batch", "eval_prompts", "report_to", "overwrite_output_dir", "device",
+    "gradient_checkpointing", "vq_model", "mq_model", "ta_model",
 )  # fmt: skip
 
 
@@ -40,11 +44,11 @@ class RunOptions:
 
     prompts: str = ""  # file with one training script a line; empty: 256 scripts drawn with the run's seed
     event: str = ""  # words that every drawn script must hold, such as 'changes colour', which leaves a colour open
-    eval_prompts: int = 32  # held-out scripts, drawn with a seed of their own, on which before and after are measured
+    eval_prompts: int = 32  # held-out scripts, measured before and after: drawn, or of a real model's file the last
     vq: float = 1.0  # weight of visual quality in the reward
     mq: float = 1.0  # weight of motion quality
     ta: float = 1.0  # weight of text alignment
-    model: str = ""  # folder with autoencoder/ and student/, as `kvpo-min distill` leaves it; empty: the embedded model
+    model: str = ""  # folder that `kvpo-min distill` left, or a real Wan (folder, file, Hub); empty: the embedded model
     report_to: str = "none"  # none or tensorboard; metrics.jsonl is always written
     overwrite_output_dir: bool = False  # replace the files of an earlier run in output_dir
 
@@ -66,7 +70,7 @@ class SampleOptions:
     num_frames: int = 0  # length of the videos; 0: 39 for one segment, and 75, 111, 147 for two, three, four
     seed: int = 99999  # of the noise
     output_dir: str = "kvpo_samples"
-    model: str = ""  # folder with autoencoder/ and student/; empty: the embedded model
+    model: str = ""  # folder with autoencoder/ and student/, or a real Wan; empty: the embedded model
     overwrite_output_dir: bool = False  # replace the files of an earlier call in output_dir
 
     def __post_init__(self):
@@ -86,13 +90,29 @@ class EvalOptions:
     vq: float = 1.0  # weight of visual quality in the reward
     mq: float = 1.0  # weight of motion quality
     ta: float = 1.0  # weight of text alignment
-    model: str = ""  # folder with autoencoder/ and student/; empty: the embedded model
+    model: str = ""  # folder with autoencoder/ and student/, or a real Wan; empty: the embedded model
 
     def __post_init__(self):
         for name in ("prompts", "json"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} FILE is required")
         check_weights(self.vq, self.mq, self.ta)
+
+
+@dataclass
+class ExportOptions:
+    """Writes a trained adapter for other programs"""
+
+    adapter: str = ""  # folder of a trained adapter, such as the output_dir of a run
+    layout: str = "diffusers"  # diffusers (WanPipeline.load_lora_weights), peft, or authors (their lora.pt)
+    lora: str = ""  # the released LoRA that the run had merged: both in one, for programs that load only one
+    output_dir: str = "kvpo_export"
+
+    def __post_init__(self):
+        if not self.adapter:
+            raise ValueError("--adapter FOLDER is required")
+        if self.layout not in ("diffusers", "peft", "authors"):
+            raise ValueError(f"layout must be diffusers, peft or authors, got {self.layout!r}")
 
 
 @dataclass
@@ -174,6 +194,22 @@ def config_files(argv: Sequence[str]) -> Iterator[str]:
             yield token.removeprefix("--config=")
 
 
+def real_options(argv: Sequence[str], model: str, wan):
+    """The options of a real model, or None when `model` is a pocket model, for which giving one is an error; a config
+    file may hold them as they are by default, as `--print_config` writes them."""
+    if not is_pocket(model):
+        return wan
+    flags = {token.split("=")[0].removeprefix("--") for token in argv}
+    fields = dataclasses.fields(wan)
+    unused = [f.name for f in fields if f.name in flags or getattr(wan, f.name) != f.default]
+    if unused:
+        raise ValueError(
+            f"{unused[0]} is an option of a real model, but {model or 'the embedded one'} is a pocket model: leave it "
+            f"out, or give the real one with --model"
+        )
+    return None
+
+
 def check_yaml(path: str, known: Sequence[str]) -> None:
     """Refuses a config file that is missing, not a YAML mapping, or that holds a key nobody reads."""
     content = read_yaml(Path(path))
@@ -204,6 +240,22 @@ def split_options(values: Mapping, *classes: type) -> list:
 
 
 # --------------------------------------------------------------------------------------------------- models and prompts
+
+
+def is_pocket(model: str) -> bool:
+    """Whether this is a pocket model: the embedded one, or a folder in its layout. All else is a real Wan."""
+    return not model or any((Path(model) / part).is_dir() for part in ("autoencoder", "student"))
+
+
+def load_real(model: str, scripts: Sequence[str], prompts: str | Path, wan):
+    """The pipeline of a real Wan that can be asked for these scripts, whose encodings are kept beside `prompts`."""
+    from diffusers.utils import logging
+
+    from kvpo_min.real import BETWEEN, load_wan, text_cache
+
+    logging.set_verbosity_error()
+    texts = [text for script in scripts for text in script.split(BETWEEN)]
+    return load_wan(model, list(dict.fromkeys(texts)), text_cache(prompts), wan)
 
 
 def load_model(folder: str):
@@ -277,11 +329,11 @@ def read_scripts(path: str) -> list[str]:
         raise ValueError(f"{path} is not a text file in UTF-8") from None
 
 
-def count_segments(scripts: Sequence[str]) -> int:
+def count_segments(scripts: Sequence[str], real: bool = False) -> int:
     """How many segments each script has. Raises ValueError when they differ or are more than can be told."""
     from kvpo_min.pocket.world import SWITCHES, parse
 
-    counts = {len(parse(script)): script for script in reversed(scripts)}
+    counts = {len(script.split(" | ") if real else parse(script)): script for script in reversed(scripts)}
     if len(counts) > 1:
         examples = "; ".join(f"{n}: '{script}'" for n, script in sorted(counts.items()))
         raise ValueError(f"all scripts must have the same number of segments, got {examples}")
@@ -314,12 +366,12 @@ def check_length(num_frames: int, n_segments: int) -> None:
 # -------------------------------------------------------------------------------------------------------------- folders
 
 
-def check_folder(folder: Path, overwrite: bool, how: str = "--overwrite_output_dir") -> None:
+def check_folder(folder: Path, overwrite: bool, how: str = ", or give --overwrite_output_dir") -> None:
     """Refuses an output folder that holds something, unless it may be overwritten."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise FileExistsError(f"{folder} is not empty; name another --output_dir, or give {how}")
+        raise FileExistsError(f"{folder} is not empty; name another --output_dir{how}")
 
 
 def clear_run(folder: Path) -> None:
@@ -373,52 +425,76 @@ def read_metrics(path: Path) -> list[dict]:
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
-def run(config, options: RunOptions) -> int:
-    """One training run with its evaluation, and the folder it leaves behind (`demo` and `train`). -> exit code"""
+def run(config, options: RunOptions, wan=None) -> int:
+    """One training run with its evaluation, and the folder it leaves behind (`demo` and `train`). `wan`: the options of
+    a real model. Under torchrun all processes train, and the first one alone evaluates and writes. -> exit code"""
     begun = time.perf_counter()
-    scripts, held_out = run_prompts(config, options)
+    from kvpo_min.train import add_policies, check_share, join_processes, processes, told_by_all, train
+
+    join_processes()
+    rank, _ = processes()
+    scripts, held_out = real_prompts(config, options) if wan else run_prompts(config, options)
     check_geometry(config)
-    check_output(config, options)
+    check_share(config)
+    if rank == 0:
+        check_output(config, options, wan)
     report = reporter(config, options)  # before any work: its package may be missing
+    rewards = run_rewards(options, wan)
+    if rank:
+        told_by_all("")  # the first process encodes the prompts; then the others find them encoded
+    pipeline = load_real(options.model, scripts + held_out, options.prompts, wan) if wan else load_model(options.model)
+    if rank:
+        for _ in train(pipeline, scripts, rewards, config, add_policies(pipeline, config)):
+            pass
+        return 0
+    told_by_all("")
 
-    from kvpo_min.pocket import pocket_rewards
-    from kvpo_min.train import add_policies
-
-    pipeline = load_model(options.model)
-    rewards = pocket_rewards(options.vq, options.mq, options.ta)
+    batch, fps = (1, REAL_FPS) if wan else (32, 8)
     say(f"{pipeline.name}: {len(held_out)} held-out prompts before training")
-    before, before_pixels = measure(pipeline, held_out, rewards, config.num_frames)
+    before, before_pixels = measure(pipeline, held_out, rewards, config.num_frames, batch)
 
     folder = Path(config.output_dir)
     if options.overwrite_output_dir and not config.resume_from_checkpoint:
         clear_run(folder)
     for name in ("videos", "figures"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    write_config(folder, config, options)
+    write_config(folder, config, options, wan)
     policies = add_policies(pipeline, config)
-    finished, logs, first, last = train_loop(pipeline, scripts, rewards, config, policies, folder, report)
+    stopped, logs, ended, steps = train_loop(pipeline, scripts, rewards, config, policies, folder, report)
 
     save_adapter(policies, folder, pipeline.name)
-    earlier = sum(line["step_time"] for line in logs if first is None or line["step"] < first.step)
-    result = {"before": before, "after": None, "updates": len(logs), "seconds": 0.0, "seed": config.seed}
-    draw_curves(folder, logs, last)
-    draw_groups(pipeline, folder, config, [first, last])
+    earlier = sum(line["step_time"] for line in logs[:ended])
+    updates = [line for line in logs if "skipped" not in line]
+    result = {"before": before, "after": None, "updates": len(updates), "seconds": 0.0, "seed": config.seed}
+    if len(updates) < len(logs):
+        result["skipped"] = len(logs) - len(updates)
+    draw_curves(folder, updates, steps[-1] if steps else None)
+    draw_groups(pipeline, folder, config, steps, fps)
     write_json(folder / "summary.json", result)  # should the evaluation be interrupted
-    if finished:
+    if not stopped:
         say("held-out prompts after training")
-        result["after"], after_pixels = measure(pipeline, held_out, rewards, config.num_frames)
-        draw_before_after(folder, before_pixels, after_pixels, held_out)
+        result["after"], after_pixels = measure(pipeline, held_out, rewards, config.num_frames, batch)
+        draw_before_after(folder, before_pixels, after_pixels, held_out, fps)
     result["seconds"] = round(earlier + time.perf_counter() - begun, 1)
     write_json(folder / "summary.json", result)
     seen = len(set(held_out) & set(scripts))
-    write_text(folder / "README.md", model_card(pipeline.name, config, options, result, len(scripts), seen))
+    write_text(folder / "README.md", model_card(pipeline.name, config, options, result, len(scripts), seen, wan))
     if result["after"]:
         print(table({"before": before, "after": result["after"]}))
     else:
-        print(f"kvpo-min: interrupted after {len(logs)} updates; what there is was saved", file=sys.stderr)
+        say(f"kvpo-min: {stopped} after {len(updates)} updates; what there is was saved")
     print(f"\n{folder}/ holds the adapter, metrics.jsonl, summary.json and a model card (README.md);")
     print(f"videos are in {folder}/videos, curves in {folder}/figures.")
-    return 0 if finished else 130
+    return {"": 0, INTERRUPTED: 130}.get(stopped, 2)
+
+
+def run_rewards(options: RunOptions | EvalOptions, wan):
+    """What the videos are scored with: formulas on the pocket world, or the models that `wan` names."""
+    from kvpo_min.pocket import pocket_rewards
+    from kvpo_min.real import load_rewards
+
+    weights = {"vq": options.vq, "mq": options.mq, "ta": options.ta}
+    return load_rewards(wan, **weights) if wan else pocket_rewards(**weights)
 
 
 def say(line: str) -> None:
@@ -443,6 +519,30 @@ def run_prompts(config, options: RunOptions) -> tuple[list[str], list[str]]:
     return scripts, prompt_set(options.eval_prompts, config.num_segments, EVAL_SEED, options.event)
 
 
+def real_prompts(config, options: RunOptions) -> tuple[list[str], list[str]]:
+    """Training scripts of a real model, and the last of its prompts file, which are held out. Raises ValueError."""
+    from kvpo_min.real import SWITCHES, read_prompts
+
+    if not 1 <= config.num_segments <= len(SWITCHES) + 1:
+        raise ValueError(f"num_segments must be 1 to {len(SWITCHES) + 1}, got {config.num_segments}")
+    if not options.prompts:
+        raise ValueError(
+            f"{options.model} is no pocket model (it has no student/), so it is taken for a real one, and that needs "
+            f"--prompts FILE"
+        )
+    if options.event:
+        raise ValueError("event chooses among scripts that the pocket world draws; a real model's come from --prompts")
+    scripts = read_prompts(options.prompts, config.num_segments)
+    if len(scripts) <= options.eval_prompts:
+        raise ValueError(
+            f"{options.prompts} has {len(scripts)} scripts, of which the last {options.eval_prompts} would be held "
+            f"out: give more, or a smaller --eval_prompts"
+        )
+    scripts, held_out = scripts[: -options.eval_prompts], scripts[-options.eval_prompts :]
+    most = config.max_train_steps * config.groups_per_update + (0 if config.tau else config.tau_groups)
+    return scripts[:most], held_out  # the run meets no more, so no more are encoded
+
+
 def check_geometry(config) -> None:
     """Raises ValueError when the videos of a run cannot be made, or leave no block at which a group could fork."""
     import torch
@@ -454,22 +554,23 @@ def check_geometry(config) -> None:
     make_plan(config, 0, 0, Window(), torch.Generator())
 
 
-def check_output(config, options: RunOptions) -> None:
+def check_output(config, options: RunOptions, wan=None) -> None:
     """Raises FileExistsError for a folder in use, and FileNotFoundError or ValueError for a run that cannot go on."""
     from kvpo_min.train import find_checkpoint
 
     may_write = options.overwrite_output_dir or bool(config.resume_from_checkpoint)
-    check_folder(Path(config.output_dir), may_write, "--overwrite_output_dir or --resume_from_checkpoint latest")
+    how = ", or give --overwrite_output_dir or --resume_from_checkpoint latest"
+    check_folder(Path(config.output_dir), may_write, how)
     if config.resume_from_checkpoint:
-        check_resume(find_checkpoint(config), config, options)
+        check_resume(find_checkpoint(config), config, options, wan)
 
 
-def check_resume(checkpoint: Path, config, options: RunOptions) -> None:
+def check_resume(checkpoint: Path, config, options: RunOptions, wan=None) -> None:
     """A run goes on as it was: refuses options that differ from the checkpoint's, and a run that is over."""
     state = json.loads((checkpoint / "state.json").read_text())
     beside = checkpoint.parent / "config.yaml"
     saved = (read_yaml(beside) if beside.exists() else {}) | state["config"]
-    for name, value in (dataclasses.asdict(options) | dataclasses.asdict(config)).items():
+    for name, value in all_options(options, config, wan).items():
         if name in saved and name not in MAY_CHANGE_ON_RESUME and saved[name] != value:
             raise ValueError(
                 f"{checkpoint} was made with {name} {saved[name]!r}, not {value!r}; resume with the same options"
@@ -477,6 +578,11 @@ def check_resume(checkpoint: Path, config, options: RunOptions) -> None:
     done, wanted = state["step"], config.max_train_steps
     if done >= wanted:
         raise ValueError(f"{checkpoint} has {done} updates and max_train_steps is {wanted}: nothing is left to do")
+
+
+def all_options(*parts) -> dict:
+    """{name: value} of several dataclasses; None is left out."""
+    return {name: value for part in parts if part for name, value in dataclasses.asdict(part).items()}
 
 
 def reporter(config, options: RunOptions) -> Callable[[dict], None] | None:
@@ -499,54 +605,76 @@ def reporter(config, options: RunOptions) -> Callable[[dict], None] | None:
     return report
 
 
-def measure(pipeline, scripts: list[str], rewards, num_frames: int):
+def measure(pipeline, scripts: list[str], rewards, num_frames: int, batch: int = 32):
     """-> rewards and judge on the held-out prompts, and the pixels of the first few, [n, T, 3, H, W]"""
     import torch
 
-    from kvpo_min.train import evaluate, sample
+    from kvpo_min.train import evaluate
 
-    result = evaluate(pipeline, scripts, rewards, num_frames, bar=True)
-    latents = torch.cat(list(sample(pipeline, scripts[:SHOWN], num_frames)))  # the same noise: the same videos
-    return result, pipeline.decode(latents)
+    shown: list = []
+
+    def decode(latents):
+        pixels = pipeline.decode(latents)
+        shown.extend(pixels[: max(0, SHOWN - len(shown))])
+        return pixels
+
+    result = evaluate(dataclasses.replace(pipeline, decode=decode), scripts, rewards, num_frames, batch=batch, bar=True)
+    return result, torch.stack(shown)
 
 
 def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, report):
     """Runs the updates under a progress bar and appends each to metrics.jsonl.
-    -> (False when interrupted, all lines of metrics, first and last `Step` of this call or None)"""
+    -> (why it stopped early, or ""; all lines of metrics; how many of them are of earlier calls; the first and the last
+    `Step` of this call that were not skipped, as `set_aside` leaves them)"""
     from tqdm import tqdm
 
+    from kvpo_min.reward_models import RewardError
     from kvpo_min.train import train
 
     path = folder / "metrics.jsonl"
     logs = read_metrics(path) if config.resume_from_checkpoint else []
-    first = last = None
+    earlier, steps, begun = len(logs), [], False
     with tqdm(total=config.max_train_steps, desc="train", unit="update") as bar:
         try:
             for step in train(pipeline, scripts, rewards, config, policies):
-                if first is None:  # a checkpoint may be older than the last line
-                    first = step
+                if not begun:  # a checkpoint may be older than the last line
                     logs = [line for line in logs if line["step"] < step.step]
                     write_text(path, "".join(json.dumps(line) + "\n" for line in logs))
+                    earlier, begun = len(logs), True
                     bar.update(step.step)
-                last, line = step, step.log()
+                line = step.log()
+                if step.skipped:
+                    say(f"\nupdate {step.step} was skipped: {step.skipped}")
+                else:
+                    steps = [*steps[:1], set_aside(step)]
+                    bar.set_postfix(reward=f"{line['reward']:.3f}", anchor=f"{line['anchor_reward']:.3f}")
+                del step  # what it holds would stay on the GPU during the next update
                 logs.append(line)
                 with path.open("a") as file:
                     file.write(json.dumps(line) + "\n")
                 if report:
                     report(line)
-                bar.set_postfix(reward=f"{line['reward']:.3f}", anchor=f"{line['anchor_reward']:.3f}")
                 bar.update()
         except KeyboardInterrupt:
-            return False, logs, first, last
-    return True, logs, first, last
+            return INTERRUPTED, logs, earlier, steps
+        except RewardError as error:
+            return f"error: {' '.join(str(error).split())}; stopped", logs, earlier, steps
+    return "", logs, earlier, steps
 
 
-def write_config(folder: Path, config, options: RunOptions) -> None:
+def set_aside(step):
+    """What the pictures need of an update: its first group, without what fills a GPU."""
+    group = step.groups[0]
+    videos = group.rollout.videos[-1:].cpu()
+    rollout = dataclasses.replace(group.rollout, prefix=None, trajectory=None, text=None, videos=videos)
+    return dataclasses.replace(step, groups=[dataclasses.replace(group, rollout=rollout)])
+
+
+def write_config(folder: Path, config, options: RunOptions, wan=None) -> None:
     """config.yaml with every option: `kvpo-min train --config` of it is the same run again."""
     import yaml
 
-    content = dataclasses.asdict(config) | dataclasses.asdict(options)
-    content = {name: value for name, value in content.items() if name not in NOT_IN_CONFIG}
+    content = {name: value for name, value in all_options(config, options, wan).items() if name not in NOT_IN_CONFIG}
     write_text(folder / "config.yaml", yaml.safe_dump(content, sort_keys=False))
 
 
@@ -566,29 +694,30 @@ def draw_curves(folder: Path, logs: list[dict], last) -> None:
         viz.energy_plot(last).savefig(folder / "figures" / "energies.png", dpi=120)
 
 
-def draw_groups(pipeline, folder: Path, config, steps: Sequence) -> None:
+def draw_groups(pipeline, folder: Path, config, steps: Sequence, fps: float) -> None:
     """The first group of the first and of the last update: branches and anchor as video, sheet, routes and story."""
     from kvpo_min import viz
     from kvpo_min.chr import Window, branch_frames, chunk_starts
 
-    for step in {s.step: s for s in steps if s}.values():
+    for step in {s.step: s for s in steps}.values():
         group = step.groups[0]
         fork, name = group.plan.fork, f"group_{step.step:04d}"
         first = max(s for s in chunk_starts(config.num_frames) if s <= fork)
         gained = [f"advantage {a:+.2f}" for a in group.advantages.tolist()]
         labels = [*(f"branch {g}, {text}: {group.script}" for g, text in enumerate(gained)), f"anchor: {group.script}"]
-        viz.save_video(folder / "videos" / f"{name}.mp4", group.videos)
-        sheet = viz.contact_sheet(group.videos, labels, first=first)
+        viz.save_video(folder / "videos" / f"{name}.mp4", group.videos, fps)
+        videos = smaller(group.videos)
+        sheet = viz.contact_sheet(videos, labels, first=first)
         sheet.save(folder / "videos" / f"{name}.png")
         frames = branch_frames(group.plan.routes, fork, Window(), config.nearest)
         routes = viz.route_grid(frames, fork, Window(), config.nearest)
         routes.savefig(folder / "figures" / f"routes_{step.step:04d}.png", dpi=120)
-        prefix = pipeline.decode(group.rollout.videos[-1:, :fork])[0]
-        story = viz.story_figure(prefix, group.videos[:, fork - first :], frames, [*gained, ""])
+        prefix = smaller(pipeline.decode(group.rollout.videos[:, :fork]))[0]
+        story = viz.story_figure(prefix, videos[:, fork - first :], frames, [*gained, ""])
         story.savefig(folder / "figures" / f"story_{step.step:04d}.png", dpi=120)
 
 
-def draw_before_after(folder: Path, before, after, scripts: list[str]) -> None:
+def draw_before_after(folder: Path, before, after, scripts: list[str], fps: float) -> None:
     """Side by side: one mp4 a prompt (before left, after right) and one sheet of all."""
     import torch
 
@@ -597,8 +726,16 @@ def draw_before_after(folder: Path, before, after, scripts: list[str]) -> None:
     shown = scripts[: len(before)]
     for k, script in enumerate(shown):
         pair = torch.stack([before[k], after[k]])
-        viz.save_video(folder / "videos" / f"before_after_{k}_{slug(script)}.mp4", pair)
-    viz.before_after(before, after, shown).save(folder / "videos" / "before_after.png")
+        viz.save_video(folder / "videos" / f"before_after_{k}_{slug(script)}.mp4", pair, fps)
+    viz.before_after(smaller(before), smaller(after), shown).save(folder / "videos" / "before_after.png")
+
+
+def smaller(pixels):
+    """[N, T, 3, H, W], for sheets: frames of 128 pixels or less stay as they are, larger ones shrink to about that."""
+    import torch
+
+    factor = max(1, pixels.shape[-2] // 128)
+    return torch.nn.functional.avg_pool2d(pixels.flatten(0, 1), factor).unflatten(0, pixels.shape[:2])
 
 
 def slug(script: str) -> str:
@@ -640,16 +777,36 @@ def table(columns: Mapping[str, dict], mark_down: bool = False) -> str:
     return "\n".join(map(aligned, lines))
 
 
-def model_card(name: str, config, options: RunOptions, result: dict, n_scripts: int, seen: int) -> str:
+def model_card(name: str, config, options: RunOptions, result: dict, n_scripts: int, seen: int, wan=None) -> str:
     """README.md of a run folder, in the form that the Hub reads."""
     before, after = result["before"], result["after"]
     measured = table({"before": before, "after": after} if after else {"before": before}, mark_down=True)
-    reward = f"{options.vq:g} VQ + {options.mq:g} MQ + {options.ta:g} TA"
+    weights = {"VQ": options.vq, "MQ": options.mq, "TA": options.ta}
+    reward = " + ".join(f"{weight:g} {key}" for key, weight in weights.items() if weight)
     length = f"{config.num_frames} frames, {config.num_segments} segment{'s' if config.num_segments > 1 else ''}"
     picture = "![before and after](videos/before_after.png)"
     if not after:
-        picture = "The run was interrupted: there is no measurement after it."
+        picture = "The run was stopped early: there is no measurement after it."
     model = f" --model {options.model}" if options.model else ""
+    judged = f""" The judge sees
+pixels only and is never trained on. {seen} of these prompts also occur, word for word, among the {n_scripts} training
+prompts, because the grammar is small; their noise does not."""
+    script = '"a red disc moves left"'
+    export = ""
+    limits = """\
+It knows the pocket world (coloured sprites) and its grammar, nothing else. The reward holds a taste for warm colours
+on purpose, so videos whose words leave the colour open are expected to drift towards red, orange and yellow."""
+    if wan:
+        judged = " They are the last ones of the prompts file and were not trained on."
+        script = f"--prompts {options.prompts}"
+        given = {name: getattr(wan, name) for name in ("lora", "components", "height", "width")}
+        model += "".join(f" --{name} {value}" for name, value in given.items() if value)
+        export = f"\nkvpo-min export --adapter {config.output_dir} --layout diffusers"
+        scored = {"VQ": wan.vq_model, "MQ": wan.mq_model, "TA": wan.ta_model}
+        limits = "It was trained on few prompts and on a reward that is a model itself, and that can be hacked: "
+        limits += ", ".join(f"{key} by `{line}`" for key, line in scored.items() if line) + "."
+        if wan.lora:
+            limits += f"\nIt belongs on top of the model with `{wan.lora}` merged into it."
     return f"""---
 base_model: {name}
 library_name: peft
@@ -664,8 +821,7 @@ of {config.groups_per_update} x {config.num_generations} branches, {result["seco
 ## Results
 
 {options.eval_prompts} held-out prompts ({length}), the same noise before and after; ± is the standard error over
-prompts. The judge sees pixels only and is never trained on. {seen} of these prompts also occur, word for word, among
-the {n_scripts} training prompts, because the grammar is small; their noise does not.
+prompts.{judged}
 
 {measured}
 
@@ -676,15 +832,14 @@ the {n_scripts} training prompts, because the grammar is small; their noise does
 ## Use
 
 ```bash
-kvpo-min sample "a red disc moves left" --adapter {config.output_dir}{model}
+kvpo-min sample {script} --adapter {config.output_dir}{model}{export}
 ```
 
 or, on the stock transformer in Python, `peft.PeftModel.from_pretrained(transformer, "{config.output_dir}")`.
 
 ## Limits
 
-It knows the pocket world (coloured sprites) and its grammar, nothing else. The reward holds a taste for warm colours
-on purpose, so videos whose words leave the colour open are expected to drift towards red, orange and yellow.
+{limits}
 """
 
 
@@ -701,19 +856,23 @@ def demo(argv: Sequence[str]) -> int:
 
 
 def train_command(argv: Sequence[str]) -> int:
+    from kvpo_min.real import WanOptions
     from kvpo_min.train import TrainConfig
 
-    return run(*split_options(parse_options("train", [TrainConfig, RunOptions], argv), TrainConfig, RunOptions))
+    classes = TrainConfig, RunOptions, WanOptions
+    config, options, wan = split_options(parse_options("train", classes, argv), *classes)
+    return run(config, options, real_options(argv, options.model, wan))
 
 
 def sample_command(argv: Sequence[str]) -> int:
-    (options,) = split_options(parse_options("sample", [SampleOptions], argv), SampleOptions)
-    from kvpo_min.pocket.world import parse
+    from kvpo_min.real import WanOptions, read_prompts
 
-    scripts = read_scripts(options.prompts) if options.prompts else [options.script]
-    counts = [len(parse(script)) for script in scripts]
-    for script, n in zip(scripts, counts, strict=True):
-        count_segments([script])
+    options, wan = split_options(parse_options("sample", [SampleOptions, WanOptions], argv), SampleOptions, WanOptions)
+    wan = real_options(argv, options.model, wan)
+    read = read_prompts if wan else read_scripts
+    scripts = read(options.prompts) if options.prompts else [options.script]
+    counts = [count_segments([script], bool(wan)) for script in scripts]
+    for n in counts:
         video_length(options.num_frames, n)
     folder = Path(options.output_dir)
     check_folder(folder, options.overwrite_output_dir)
@@ -721,45 +880,68 @@ def sample_command(argv: Sequence[str]) -> int:
     from kvpo_min import viz
     from kvpo_min.train import sample
 
-    pipeline = load_model(options.model)
+    if wan:
+        folder.mkdir(parents=True, exist_ok=True)  # the encoding of a single script is kept there
+        pipeline = load_real(options.model, scripts, options.prompts or folder / "script", wan)
+    else:
+        pipeline = load_model(options.model)
     if options.adapter:
         load_adapter(pipeline, options.adapter)
     folder.mkdir(parents=True, exist_ok=True)
+    batch, fps = (1, REAL_FPS) if wan else (32, 8)
     for n in sorted(set(counts)):  # one batch holds scripts of the same number of segments
         index = [k for k, count in enumerate(counts) if count == n]
-        part, done = [scripts[k] for k in index], 0
-        for latents in sample(pipeline, part, video_length(options.num_frames, n), options.seed, bar=True):
+        part, done, length = [scripts[k] for k in index], 0, video_length(options.num_frames, n)
+        for latents in sample(pipeline, part, length, options.seed, batch, bar=True):
             for pixels in pipeline.decode(latents):
                 script = part[done]
                 path = folder / f"{index[done]:03d}_{slug(script)}.mp4"
-                viz.save_video(path, pixels)
-                viz.contact_sheet(pixels[None], [script]).save(path.with_suffix(".png"))
+                viz.save_video(path, pixels, fps)
+                viz.contact_sheet(smaller(pixels[None]), [script]).save(path.with_suffix(".png"))
                 print(path)
                 done += 1
     return 0
 
 
 def eval_command(argv: Sequence[str]) -> int:
-    (options,) = split_options(parse_options("eval", [EvalOptions], argv), EvalOptions)
-    scripts, out = read_scripts(options.prompts), Path(options.json)
-    num_frames = video_length(options.num_frames, count_segments(scripts))
+    from kvpo_min.real import WanOptions, read_prompts
+
+    options, wan = split_options(parse_options("eval", [EvalOptions, WanOptions], argv), EvalOptions, WanOptions)
+    wan, out = real_options(argv, options.model, wan), Path(options.json)
+    scripts = read_prompts(options.prompts) if wan else read_scripts(options.prompts)
+    num_frames = video_length(options.num_frames, count_segments(scripts, bool(wan)))
     if out.is_dir():
         raise IsADirectoryError(f"--json must name a file, {out} is a folder")
 
-    from kvpo_min.pocket import pocket_rewards
     from kvpo_min.train import evaluate
 
-    pipeline = load_model(options.model)
+    rewards = run_rewards(options, wan)
+    pipeline = load_real(options.model, scripts, options.prompts, wan) if wan else load_model(options.model)
     if options.adapter:
         load_adapter(pipeline, options.adapter)
-    rewards = pocket_rewards(options.vq, options.mq, options.ta)
-    result = evaluate(pipeline, scripts, rewards, num_frames, options.seed, bar=True)
+    result = evaluate(pipeline, scripts, rewards, num_frames, options.seed, 1 if wan else 32, bar=True)
     print(table({options.adapter or pipeline.name: result}))
     out.parent.mkdir(parents=True, exist_ok=True)
     about = {"n": len(scripts), "num_frames": num_frames, "seed": options.seed, "prompts": options.prompts}
-    about |= {"model": options.model or pipeline.name, "adapter": options.adapter or None}
+    about |= {"model": options.model or pipeline.name, "adapter": options.adapter or None} | all_options(wan)
     write_json(out, result | about | {"weights": dict(rewards.weights)})
     print(f"\nwritten to {out}")
+    return 0
+
+
+def export_command(argv: Sequence[str]) -> int:
+    (options,) = split_options(parse_options("export", [ExportOptions], argv), ExportOptions)
+    from kvpo_min.checkpoints import export_lora, read_lora, stack_loras
+
+    folder = Path(options.output_dir)
+    check_folder(folder, overwrite=False, how="")
+    if not Path(options.adapter).exists():
+        raise FileNotFoundError(f"there is no adapter {options.adapter}")
+    lora = read_lora(options.adapter)
+    if options.lora:
+        lora = stack_loras(read_lora(options.lora), lora)
+    path = export_lora(lora, folder, options.layout)
+    print(f"{path}: rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.modules)} layers")
     return 0
 
 
@@ -770,7 +952,7 @@ def distill_command(argv: Sequence[str]) -> int:
     (config,) = split_options(parse_options("distill", [DistillConfig], argv), DistillConfig)
     folder = Path(config.output_dir)
     started = any((folder / stage).is_dir() for stage in ("autoencoder", "teacher", "student"))
-    check_folder(folder, overwrite=started, how="the folder of an earlier `kvpo-min distill`")
+    check_folder(folder, overwrite=started, how=", or give the folder of an earlier `kvpo-min distill`")
     made = distill(config)
     if isinstance(made, Mapping):
         write_json(folder / "report.json", made)
@@ -1003,10 +1185,11 @@ def check_run_folder(folder: Path, model: str) -> list[Check]:
         return Check(name, passed, seen, cause)
 
     def config_reads():
+        from kvpo_min.real import WanOptions
         from kvpo_min.train import TrainConfig
 
-        argv = ["--config", str(folder / "config.yaml")]
-        split_options(parse_options("train", [TrainConfig, RunOptions], argv), TrainConfig, RunOptions)
+        argv, classes = ["--config", str(folder / "config.yaml")], (TrainConfig, RunOptions, WanOptions)
+        split_options(parse_options("train", classes, argv), *classes)
         return True, ""
 
     def metrics_finite():
@@ -1075,6 +1258,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train_command, "A run of your own: the same engine with your prompts, length and reward."),
     "sample": (sample_command, "Makes videos: an mp4 and a contact sheet a script."),
     "eval": (eval_command, "Measures a model or an adapter on a prompts file: rewards, standard errors, judge."),
+    "export": (export_command, "Writes an adapter for other programs: diffusers, peft or the authors' layout."),
     "distill": (distill_command, "Makes the pocket model from nothing: autoencoder, teacher, 4-step student."),
     "doctor": (doctor, "Runs one update and prints every invariant with PASS or FAIL and the usual cause."),
     "parity": (parity_command, "Compares this code with numbers recorded from the authors': the largest differences."),
@@ -1103,6 +1287,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"kvpo-min: error: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        from kvpo_min.reward_models import RewardError
+
+        if not isinstance(error, RewardError):
+            raise
+        print(f"kvpo-min: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("kvpo-min: interrupted", file=sys.stderr)
         return 130

@@ -25,12 +25,15 @@ import torch
 from torch import Tensor
 
 from kvpo_min.checkpoints import fetch, first_line, from_folder, load_transformer
+from kvpo_min.reward_models import mixture_from
+from kvpo_min.rewards import Mixture
 from kvpo_min.train import Pipeline
 from kvpo_min.tve import schedule
 from kvpo_min.wan import WanBackbone
 
 SWITCHES = (39, 75, 111)  # configs/train_kvpo_longlive.yaml:42
 BETWEEN = " | "  # between the prompts of a script
+FPS = 4  # frames a second that `decode` gives
 TEXT_LEN = 512  # tokens; what is missing is zero, and is read like any other (authors: wan_wrapper.py:102-116)
 
 
@@ -45,12 +48,20 @@ class WanOptions:
     device: str = "cuda"
     dtype: str = "bfloat16"  # of the frozen weights and the matrix products: bfloat16 or float32
     gradient_checkpointing: bool = False  # keep only each layer's inputs for the backward pass: less memory, slower
+    vq_model: str = ""  # what scores VQ: hpsv3, videoalign, worker, clip or pickscore ... (docs/single_gpu.md)
+    mq_model: str = ""  # what scores MQ, likewise; the same words share one process
+    ta_model: str = ""  # what scores TA, likewise
 
     def __post_init__(self):
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype must be bfloat16 or float32, got {self.dtype!r}")
         if min(self.height, self.width) < 16 or self.height % 16 or self.width % 16:
             raise ValueError(f"height and width must be multiples of 16 (a token), got {self.height} x {self.width}")
+
+
+def load_rewards(options: WanOptions, **weights: float) -> Mixture:
+    """The rewards that the options name, mixed with the weights vq, mq and ta. Raises ValueError."""
+    return mixture_from({name: getattr(options, f"{name}_model") for name in weights}, weights, FPS)
 
 
 class MixedBackbone(WanBackbone):
@@ -232,12 +243,14 @@ def text_encoder(components: str, device, dtype) -> Callable[[list[str]], list[T
 # -------------------------------------------------------------------------------------------------------------- prompts
 
 
-def read_prompts(path: str | Path, num_segments: int) -> list[str]:
+def read_prompts(path: str | Path, num_segments: int = 0) -> list[str]:
     """Scripts from LongLive's prompt files: lines `n,[p1],[p2],...` (brackets may nest; `0` stands for none), .jsonl
     with a list `prompts`, or plain lines `p1 | p2 | ...`. As the authors do (utils/prompt_sequences.py), scripts are
-    cut to `num_segments` prompts and shorter ones left out, here with a warning. Raises ValueError naming a bad
-    line."""
-    path = Path(path)
+    cut to `num_segments` prompts and shorter ones left out, here with a warning. 0: all prompts that can be shown, 1 to
+    4. Raises FileNotFoundError, and ValueError naming a bad line."""
+    path, most = Path(path), num_segments or len(SWITCHES) + 1
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no prompts file {path}")
     try:
         lines = [(n, line.strip()) for n, line in enumerate(path.read_text("utf-8").splitlines(), 1) if line.strip()]
     except UnicodeDecodeError:
@@ -254,16 +267,16 @@ def read_prompts(path: str | Path, num_segments: int) -> list[str]:
                 raise ValueError(f"{BETWEEN!r} separates the prompts of a script: take it out of the prompt")
         except ValueError as error:
             raise ValueError(f"{path}, line {n}: {error}") from None
-        if len(prompts) < num_segments:
+        if len(prompts) < max(1, num_segments):
             short.append(n)
         else:
-            scripts.append(BETWEEN.join(prompts[:num_segments]))
+            scripts.append(BETWEEN.join(prompts[:most]))
     if not scripts:
-        raise ValueError(f"{path} has no script of {num_segments} prompts")
+        raise ValueError(f"{path} has no script of {max(1, num_segments)} prompts")
     if short:
         warnings.warn(
-            f"{path}: {len(short)} of {len(lines)} lines have fewer than {num_segments} prompts and are left out, the "
-            f"first is line {short[0]}", stacklevel=2,
+            f"{path}: {len(short)} of {len(lines)} lines have fewer than {max(1, num_segments)} prompts and are left "
+            f"out, the first is line {short[0]}", stacklevel=2,
         )  # fmt: skip
     return scripts
 

@@ -29,13 +29,13 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kvpo_min.rewards import check_videos
+from kvpo_min.rewards import Mixture, check_videos
 
 WORKERS = Path(__file__).parent / "reward_workers"
 FPS = 16  # frames a second of Wan2.1's videos
@@ -54,20 +54,23 @@ class WorkerReward:
     ones and ends with `close()`, with this object or with this process.
     timeout: seconds to wait for an answer; the first one includes loading the model.
     component: which of the worker's scores, where it has several. `part` makes more rewards on the same process.
+    fps: frames a second of the videos that it will be given.
 
     Raises RewardError, naming the command, when the worker cannot be started, dies (with the last lines of its
     stderr), says nothing for `timeout` seconds, reports an error, or answers anything but N finite numbers.
     """
 
-    def __init__(self, command: Sequence[str] | str, timeout: float = 600.0, component: str = ""):
+    def __init__(
+        self, command: Sequence[str] | str, timeout: float = 600.0, component: str = "", fps: float = FPS
+    ):  # fmt: skip
         words = shlex.split(command) if isinstance(command, str) else [str(word) for word in command]
         if not words or not timeout > 0:
             raise ValueError(f"a worker needs a command and a timeout above 0, got {command!r} and {timeout}")
-        self.worker, self.timeout, self.component = _Worker(words), timeout, component
+        self.worker, self.timeout, self.component, self.fps = _Worker(words), timeout, component, fps
 
     def part(self, component: str) -> WorkerReward:
         """Another score of the same worker; both share the process."""
-        other = WorkerReward(self.worker.command, self.timeout, component)
+        other = WorkerReward(self.worker.command, self.timeout, component, self.fps)
         other.worker = self.worker
         return other
 
@@ -81,7 +84,7 @@ class WorkerReward:
         with tempfile.TemporaryDirectory(prefix="kvpo-reward-") as folder:
             path = Path(folder, "videos.npy")
             np.save(path, to_uint8(videos))
-            request = {"videos": str(path), "prompts": list(prompts), "fps": FPS, "component": self.component}
+            request = {"videos": str(path), "prompts": list(prompts), "fps": self.fps, "component": self.component}
             scores = self.worker.ask(request, self.timeout)
         number = (int, float)
         good = isinstance(scores, list) and len(scores) == len(videos)
@@ -218,6 +221,50 @@ def videoalign_rewards(python: str, *options: str, timeout: float = 1800.0) -> d
     `python`: that of its environment (envs/videoalign.txt); `options`: see reward_workers/videoalign.py."""
     vq = WorkerReward([python, str(WORKERS / "videoalign.py"), *options], timeout, "vq")
     return {"vq": vq, "mq": vq.part("mq"), "ta": vq.part("ta")}
+
+
+def reward_from(line: str, component: str, fps: float = FPS):
+    """The reward that a line of a config names; `component`: what it is wanted for ("vq", "mq" or "ta"); `fps`: frames
+    a second of the videos.
+
+        hpsv3 PYTHON [options]           reward_workers/hpsv3.py with the python of its environment (envs/hpsv3.txt)
+        videoalign PYTHON [options]      reward_workers/videoalign.py, likewise (envs/videoalign.txt)
+        worker COMMAND                   any other program that speaks the lines at the top of this file
+        clip [FOLDER_OR_ID [DEVICE]]     `ClipReward`
+        pickscore [FOLDER_OR_ID [DEVICE]]
+
+    Raises ValueError for any other line."""
+    kind, *words = shlex.split(line) or [""]
+    if kind in ("hpsv3", "videoalign") and words:
+        return WorkerReward([words[0], str(WORKERS / f"{kind}.py"), *words[1:]], 1800.0, component, fps)
+    if kind == "worker" and words:
+        return WorkerReward(words, component=component, fps=fps)
+    if kind == "clip" and len(words) <= 2:
+        return ClipReward(*words[:1], device=(*words, "cpu", "cpu")[1])
+    if kind == "pickscore" and len(words) <= 2:
+        beside = {"processor": None} if words and Path(words[0], "preprocessor_config.json").is_file() else {}
+        return PickScoreReward(*words[:1], device=(*words, "cpu", "cpu")[1], **beside)
+    raise ValueError(
+        f"{component}_model must be 'hpsv3 PYTHON [options]', 'videoalign PYTHON [options]', 'worker COMMAND', "
+        f"'clip [FOLDER [DEVICE]]' or 'pickscore [FOLDER [DEVICE]]', got {line!r}"
+    )
+
+
+def mixture_from(lines: Mapping[str, str], weights: Mapping[str, float], fps: float = FPS) -> Mixture:
+    """{"vq": line, ...} (see `reward_from`; "": none) and a weight each -> their mixture. Equal lines share one model.
+    Raises ValueError for a weight without a model, and for a model without a weight."""
+    rewards, made = {}, {}
+    for name, line in lines.items():
+        if not line and weights[name]:
+            raise ValueError(
+                f"{name} weighs {weights[name]:g}, but no model scores it: give --{name}_model, or --{name} 0"
+            )
+        if line and not weights[name]:
+            raise ValueError(f"--{name}_model is given, but --{name} is 0: leave one of them out")
+        if line:
+            made[line] = made.get(line) or reward_from(line, name, fps)
+            rewards[name] = made[line].part(name) if isinstance(made[line], WorkerReward) else made[line]
+    return Mixture(rewards, {name: weights[name] for name in rewards})
 
 
 def even_frames(count: int, n: int) -> list[int]:

@@ -6,7 +6,8 @@
 3. `fork`: one prefix, then G branches and the anchor in one batch, from the same noise; each branch reads the frames
    of its route while `n_blocks` blocks are made (all steps and the encoding), and the ordinary ones afterwards.
 4. `replay`: velocities of any policy at the recorded noisy inputs, under the ordinary context. All steps and branches
-   of all blocks in one batch, because the context between blocks is the branch's own stored x0.
+   of all blocks in one batch, because the context between blocks is the branch's own stored x0. Where that is too
+   much at once, `pieces` cuts a replay into small ones.
 
 Numbered differences from the authors' code (their files in docs/paper_map.md):
 1. A prompt switch that falls on the fork re-encodes the history first; the authors miss it.
@@ -17,7 +18,7 @@ Numbered differences from the authors' code (their files in docs/paper_map.md):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -91,6 +92,11 @@ class Stream:
         return torch.cat([block.expand(b, -1, -1, -1, -1) for block in self.x0], 1)
 
 
+def keep_frames(stream: Stream, frames: set[int]) -> Stream:
+    """The same stream with the keys and values of these frames alone, so that the others can be freed."""
+    return replace(stream, history=KVHistory({f: kv for f, kv in stream.history.frames.items() if f in frames}))
+
+
 @dataclass(frozen=True)
 class Sampler:
     """What stays fixed while videos are made."""
@@ -131,17 +137,21 @@ def segment_at(frame: int, switches: Sequence[int]) -> int:
     return sum(switch <= frame for switch in switches)
 
 
+def stale_from(frame: int, window: Window) -> int:
+    """The first frame that a prompt switch at `frame` encodes again; what it was encoded to before, nobody reads."""
+    first = max(window.sink, frame - (window.sink + window.past + window.block))
+    return -(-first // window.block) * window.block
+
+
 def switch_prompt(backbone: Backbone, stream: Stream, text: Tensor, sampler: Sampler, segment: int) -> Stream:
     """Re-encodes the recent past under new words, block by block (authors: diversity_sampling.py:243-309, there in
     one pass).
     The last window of frames is encoded again; the sink and older frames keep the keys of the old words."""
     window, history = sampler.window, stream.history
-    first = max(window.sink, stream.frame - (window.sink + window.past + window.block))
-    first = -(-first // window.block) * window.block
     blocks = {b.start: x0 for b, x0 in zip(range_blocks(0, stream.frame, window.block), stream.x0, strict=True)}
-    for start in range(first, stream.frame, window.block):
-        kv = history.read(ordinary_frames(start, window))
-        history = history.append(start, backbone.encode(blocks[start], start, text, kv))
+    for start in range(stale_from(stream.frame, window), stream.frame, window.block):
+        own = backbone.encode(blocks[start], start, text, history.read(ordinary_frames(start, window)))
+        history = history.append(start, own)
     return replace(stream, history=history, segment=segment)
 
 
@@ -177,10 +187,12 @@ def generate(
     # without routing: the sink, and what a prompt switch reads, the last 12 frames and the 6 before them
     unrouted = min(window.history, 2 * (window.sink + window.past) + window.block)
     for start in range(stream.frame, stop, window.block):
+        kv = None  # freed before the next ones are gathered
         segment = segment_at(start, sampler.switches)
         if segment != stream.segment:
+            stale = stale_from(start, window)  # freed first: a branch may hold gigabytes of it
+            stream = keep_frames(stream, {f for f in stream.history.frames if f < stale})
             stream = switch_prompt(backbone, stream, texts[segment], sampler, segment)
-        kv = None  # freed before the next ones are gathered
         kv = stream.history.read(reads(start) if reads else ordinary_frames(start, window))
         block_noise = noise[:, start // window.block]
         if kv is not None:
@@ -320,3 +332,40 @@ def _velocities(backbone, z, sampler, start, text, contexts, grad_steps, replay_
                 out.append(backbone.velocity(x, sigma, starts[i[:, 1]], text, kv))
         parts.append(torch.cat(out).unflatten(0, (g, n_blocks, len(s))))
     return torch.cat(parts, 2)
+
+
+def pieces(
+    backbone: Backbone, rollout: Rollout, sampler: Sampler, batch: int, n_steps: int = 0, context: str = "stored"
+) -> Iterator[tuple[tuple[slice, slice, slice], Rollout, Sampler]]:
+    """Cuts a replay of the first `n_steps` steps (0: all) into rollouts of one block, its steps and a few branches, at
+    most `batch` forwards each: the steps first, because they share what they read. Between blocks the same x0 are
+    encoded as in `replay`; with context="own" by the policy that acts, which costs one more forward a block.
+    Yields where the piece belongs in [G, B, S], its rollout, its sampler."""
+    window, trajectory, routes = sampler.window, rollout.trajectory, rollout.plan.routes
+    n_branches, (n_blocks, every) = len(routes), trajectory.z.shape[1:3]
+    n_steps = n_steps or every
+    at_once, together = min(batch, n_steps), max(1, batch // n_steps)
+    for first in range(0, n_branches, together):
+        members = slice(first, min(first + together, n_branches))
+        history = rollout.prefix.history
+        for b in range(n_blocks):
+            here = rollout.prefix.frame + b * window.block
+            for s in range(0, n_steps, at_once):
+                where = (members, slice(b, b + 1), slice(s, min(s + at_once, n_steps)))
+                sigmas = sampler.sigmas[where[2]]
+                part = replace(
+                    rollout,
+                    prefix=Stream((), history, here),
+                    trajectory=Trajectory(trajectory.z[where], trajectory.x0[where], sigmas),
+                    plan=replace(rollout.plan, routes=routes[members]),
+                )
+                yield where, part, replace(sampler, sigmas=sigmas)
+            if b + 1 < n_blocks:
+                kv, x0 = history.read(ordinary_frames(here, window)), trajectory.x0[members, b, -1]
+                if context == "own":
+                    z, sigma = trajectory.z[members, b, -1], sampler.sigmas[-1]
+                    with torch.no_grad():
+                        x0 = z - sigma * backbone.velocity(z, sigma.expand(len(z)), here, rollout.text, kv)
+                history = history.append(here, backbone.encode(x0, here, rollout.text, kv))
+                history = history.keep(window.sink, window.past)
+                del kv  # before the next pieces gather theirs

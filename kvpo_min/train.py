@@ -9,6 +9,13 @@ One update (paper section 3; authors: trainer/kvpo.py:985-1582 and 2833-3341):
 Policies are adapters on one base: `default` (trained), `old` (makes the rollouts, refreshed every `old_policy_every`
 updates), `ema`; the initial policy is the base with the adapter switched off. Everything random comes from one
 generator, and a checkpoint holds all of it, so a resumed run goes on as if it had not stopped.
+
+Memory: with `replay_batch` the update holds no graph larger than that many forwards, and its gradient is the same. The
+loss sees the weights through the energies alone, so energies without graph give dL/dE; then every piece is replayed
+once more, with graph, and sent backward at once, times its dL/dE.
+
+Several processes (torchrun): each works on its share of an update's groups. All draw the plans and noise of all groups,
+so that their generators, and with them order and checkpoints, are those of one process.
 """
 
 from __future__ import annotations
@@ -20,19 +27,34 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kvpo_min import chr as routing
 from kvpo_min.grpo import anchor_advantages, branch_is_safe, fuse, kvpo_loss, safety_scale
+from kvpo_min.reward_models import RewardError
 from kvpo_min.rewards import Mixture
-from kvpo_min.rollout import Rollout, Sampler, Stream, draw_noise, fork, generate, replay, segment_at
+from kvpo_min.rollout import (
+    Rollout,
+    Sampler,
+    Stream,
+    draw_noise,
+    fork,
+    generate,
+    keep_frames,
+    pieces,
+    replay,
+    segment_at,
+)
 from kvpo_min.tve import calibrate_tau, energy_weights, gibbs_log_prob, schedule, step_energies, trajectory_energy
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]  # every linear layer of a block
+SKIPS = 3  # updates in a row whose rewards could not be had, after which a run stops
 LORA_FROZEN = r".*\.attn2\.to_(k|v)"  # the authors' never get gradient either: text keys and values are cached
 
 
@@ -178,46 +200,51 @@ class Step:
     """The record of one update; `log()` is its line in metrics.jsonl."""
 
     step: int
-    groups: list[Group]
+    groups: list[Group]  # those of this process
     tau: float
     grad_norm: float
     learning_rate: float
     step_time: float
     weights: dict[str, float] = field(default_factory=dict)
+    elsewhere: list[dict[str, float]] = field(default_factory=list)  # `group_numbers` of the other processes' groups
+    skipped: str = ""  # why there was no update: what the reward model's error said
 
     def log(self) -> dict[str, float]:
-        """Keys as TRL users know them, and the method's own."""
-
-        def mean(values) -> float:
-            values = [float(v) for v in values]
-            return sum(values) / len(values)
-
-        def total(rewards) -> Tensor:
-            return sum(self.weights[name] * r for name, r in rewards.items())
-
-        groups = self.groups
-        out = {
-            "step": self.step,
-            "reward": mean(total(g.rewards).mean() for g in groups),
-            "reward_std": mean(total(g.rewards).std() for g in groups),
-            "anchor_reward": mean(total(g.anchor) for g in groups),
-            "frac_reward_zero_std": mean(total(g.rewards).std() < 1e-8 for g in groups),
-            "energy/mean": mean(g.energies.sum((1, 2)).mean() for g in groups),
-            "energy/std": mean(g.energies.sum((1, 2)).std() for g in groups),
-            "ratio/max_dev_first": max(float((g.ratio - 1).abs().max()) for g in groups),
-            "safe": mean(g.safe for g in groups),
-            "advantage/abs_mean": mean(g.advantages.abs().mean() for g in groups),
-            "tau": self.tau,
-            "grad_norm": self.grad_norm,
-            "learning_rate": self.learning_rate,
-            "step_time": self.step_time,
-        }
-        for key in ("loss", "kl", "entropy"):
-            out[key] = mean(getattr(g, key) for g in groups)
-        out["clip_ratio/region_mean"] = mean(g.clip_fraction for g in groups)
-        for name in groups[0].rewards:
-            out[f"rewards/{name}/mean"] = mean(g.rewards[name].mean() for g in groups)
+        """Keys as TRL users know them, and the method's own; of a skipped update only its own numbers."""
+        out = {"step": self.step, "tau": self.tau, "grad_norm": self.grad_norm}
+        out |= {"learning_rate": self.learning_rate, "step_time": self.step_time}
+        if self.skipped:
+            return out | {"skipped": 1.0}
+        lines = [*(group_numbers(g, self.weights) for g in self.groups), *self.elsewhere]
+        for key in lines[0]:
+            values = [line[key] for line in lines]
+            out[key] = max(values) if key == "ratio/max_dev_first" else sum(values) / len(values)
         return out
+
+
+def group_numbers(group: Group, weights: dict[str, float]) -> dict[str, float]:
+    """What one group adds to the log."""
+
+    def total(rewards) -> Tensor:
+        return sum(weights[name] * r for name, r in rewards.items())
+
+    reward, energy = total(group.rewards), group.energies.sum((1, 2))  # [G], [G]
+    out = {
+        "reward": reward.mean(),
+        "reward_std": reward.std(),
+        "anchor_reward": total(group.anchor),
+        "frac_reward_zero_std": reward.std() < 1e-8,
+        "energy/mean": energy.mean(),
+        "energy/std": energy.std(),
+        "ratio/max_dev_first": (group.ratio - 1).abs().max(),
+        "safe": group.safe,
+        "advantage/abs_mean": group.advantages.abs().mean(),
+        "loss": group.loss,
+        "kl": group.kl,
+        "entropy": group.entropy,
+        "clip_ratio/region_mean": group.clip_fraction,
+    } | {f"rewards/{name}/mean": r.mean() for name, r in group.rewards.items()}
+    return {key: float(value) for key, value in out.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- policies
@@ -344,6 +371,58 @@ def evaluate(
     return out
 
 
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+def join_processes() -> None:
+    """Under torchrun: joins the other processes and takes the GPU that is this one's. Otherwise nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=12))  # one process evaluates while the others wait
+
+
+def processes() -> tuple[int, int]:
+    """-> the rank of this process, and how many there are; (0, 1) without torchrun"""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def check_share(config: TrainConfig) -> None:
+    """Raises ValueError when the groups of an update cannot be shared out evenly."""
+    groups, world = config.groups_per_update, processes()[1]
+    if groups % world:
+        raise ValueError(f"{world} processes cannot share groups_per_update {groups}: give a multiple of {world}")
+
+
+def told_by_all(value) -> list:
+    """The value that each process gives, in the order of their ranks."""
+    values = [value] * processes()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_all(tensor: Tensor) -> Tensor:
+    """Adds up the tensors of all processes, in place."""
+    if processes()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_gradients(weights: Sequence[Tensor]) -> None:
+    """Adds up the gradients of all processes, in one message."""
+    if processes()[1] == 1:
+        return
+    gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+    total = sum_over_all(torch.cat([g.flatten() for g in gradients]))
+    for weight, part in zip(weights, total.split([w.numel() for w in weights]), strict=True):
+        weight.grad = part.view_as(weight)
+
+
 # ----------------------------------------------------------------------------------------------------------------- loop
 
 
@@ -355,16 +434,27 @@ def make_plan(config: TrainConfig, step: int, index: int, window: routing.Window
     return routing.plan(*sizes, generator)
 
 
+def replay_energies(
+    backbone, rollout: Rollout, sampler: Sampler, grad_steps: int = 0, context: str = "stored"
+) -> Tensor:  # [G, B, S]
+    """How far the policy that acts is from each branch's velocities; the first `grad_steps` steps carry gradient."""
+    v = replay(backbone, rollout, sampler, grad_steps, context=context, branches=len(rollout.plan.routes))
+    return step_energies(v, rollout.trajectory.velocity[: len(v)])
+
+
 def train(
     pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, config: TrainConfig, policies=None
 ) -> Iterator[Step]:
     """Trains in place and yields one `Step` an update. `policies`: from `add_policies` (made here if not given).
 
     Raises ValueError before the first update when the scripts do not fit the mode, and FloatingPointError when a loss
-    or gradient is not finite."""
+    or gradient is not finite. When a reward model fails (RewardError), the update is skipped; after the third in a row
+    a checkpoint is written, if there are checkpoints at all, and its error raised."""
     n_segments = {len(pipeline.segments(script)) for script in scripts}
     if n_segments != {config.num_segments}:
         raise ValueError(f"num_segments is {config.num_segments}, but the scripts have {sorted(n_segments)} segments")
+    check_share(config)
+    rank, world = processes()
     policies = policies if policies is not None else add_policies(pipeline, config)
     weights = adapter_weights(policies, "default")
     optimizer = torch.optim.AdamW(weights.values(), lr=config.learning_rate, weight_decay=config.adam_weight_decay)
@@ -372,102 +462,155 @@ def train(
     state = {"step": 0, "tau": config.tau, "order": []}
     if config.resume_from_checkpoint:
         state = load_checkpoint(find_checkpoint(config), policies, optimizer, generator)
+        state["order"] = [k for k in state["order"] if k < len(scripts)]  # there may be fewer now
+    if world > 1:  # GPUs of different kinds may have drawn different A matrices
+        for name in ("default", "old", "ema"):
+            for weight in adapter_weights(policies, name).values():
+                dist.broadcast(weight.data, 0)
 
-    window, sigmas = routing.Window(), pipeline.sigmas
+    window, sigmas, device = routing.Window(), pipeline.sigmas, pipeline.backbone.device
     sampler = Sampler(sigmas, window, switches=pipeline.switches[: config.num_segments - 1])
     energy_weight = energy_weights(sigmas, 1.0 if config.compat else 0.0)
     context = "own" if config.compat else "stored"
 
-    def replayed(rollout: Rollout, grad_steps: int = 0) -> Tensor:  # [G, B, S]
-        v = replay(pipeline.backbone, rollout, sampler, grad_steps, config.replay_batch or None, context)
-        return step_energies(v, rollout.trajectory.velocity[: len(v)])
+    def energies_in_pieces(rollout: Rollout, n_steps: int = 0) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
+        """Energies of the first steps (0: all), a piece at a time; with graph where gradients are recorded."""
+        for where, part, its_sampler in pieces(
+            pipeline.backbone, rollout, sampler, config.replay_batch, n_steps, context
+        ):
+            yield where, replay_energies(pipeline.backbone, part, its_sampler, len(its_sampler.sigmas), context)
 
-    def one_rollout(step: int) -> tuple[str, Rollout, int]:
+    def energies_of(rollout: Rollout, grad_steps: int = 0) -> Tensor:  # [G, B, S]
+        """Under the policy that acts; with `grad_steps` they have a graph, or are a leaf if that would be too large."""
+        if not config.replay_batch:
+            return replay_energies(pipeline.backbone, rollout, sampler, grad_steps, context)
+        z = rollout.trajectory.z[: config.num_generations]
+        energies = z.new_zeros(z.shape[:3], dtype=torch.promote_types(z.dtype, torch.float32))
+        with torch.no_grad():
+            for where, part in energies_in_pieces(rollout):
+                energies[where] = part
+        return energies.requires_grad_(grad_steps > 0)
+
+    def log_prob(energies: Tensor) -> Tensor:  # [G]
+        return gibbs_log_prob(trajectory_energy(energies, energy_weight), state["tau"])
+
+    def draw(step: int) -> tuple[str, routing.Plan, Tensor, int]:
+        """What is random in a group: script, plan and noise [1, blocks, S, F, C, H, W]; and the end of its chunk."""
         if not state["order"]:  # every script once before any comes again
             state["order"] = torch.randperm(len(scripts), generator=generator).tolist()
         index = state["order"].pop()
-        script = scripts[index]
-        texts = [pipeline.embed([text]) for text in pipeline.segments(script)]
         plan = make_plan(config, step, index, window, generator)
         chunk_end = min([s for s in routing.chunk_starts(config.num_frames) if s > plan.fork] + [config.num_frames])
         stop = min(config.num_frames, chunk_end + config.global_frames)
-        shape = (window.block, *pipeline.latent_shape)
-        noise = draw_noise(stop // window.block, len(sigmas), shape, generator).to(pipeline.backbone.device)
-        with torch.no_grad(), acting(policies, "old"):
-            made = fork(pipeline.backbone, texts, noise, plan, stop, chunk_end, sampler, config.nearest,
-                        config.branch_batch or None)  # fmt: skip
-        return script, made, chunk_end
+        noise = draw_noise(stop // window.block, len(sigmas), (window.block, *pipeline.latent_shape), generator)
+        return scripts[index], plan, noise, chunk_end
+
+    @torch.no_grad()
+    def roll_out(script: str, plan: routing.Plan, noise: Tensor, chunk_end: int) -> Rollout:
+        noise, stop = noise.to(device), noise.shape[1] * window.block
+        texts = [pipeline.embed([text]) for text in pipeline.segments(script)]
+        near = range(plan.fork - 2 * (window.sink + window.past), plan.fork)  # as far as a prompt switch reaches back
+        needed = {*range(window.sink), *plan.routes.flatten().tolist(), *near}
+        with acting(policies, "old"):  # the prefix gets no name here: `fork` may have to replace it
+            made = fork(
+                pipeline.backbone, texts, noise, plan, stop, chunk_end, sampler, config.nearest,
+                config.branch_batch or None,
+                keep_frames(generate(pipeline.backbone, Stream(), texts, noise, plan.fork, sampler), needed),
+            )  # fmt: skip
+        read = {*range(window.sink), *near[-window.past :]}  # by replays
+        return replace(made, prefix=keep_frames(made.prefix, read))
+
+    def one_group(script: str, plan: routing.Plan, noise: Tensor, chunk_end: int, old_is_current: bool) -> Group:
+        """Rollout, rewards, loss and, on the weights, its gradient."""
+        rollout = roll_out(script, plan, noise, chunk_end)
+        chunk = max(s for s in routing.chunk_starts(config.num_frames) if s <= plan.fork)
+        local, rest = pipeline.decode(rollout.videos[:, chunk:chunk_end]), rollout.videos[:, chunk_end:]
+        several = [script] * len(local)
+        signals = [score(pipeline, rewards, local, several, chunk)]
+        if rest.shape[1]:
+            signals.append(score(pipeline, rewards, pipeline.decode(rest), several, chunk_end))
+        branches = [{name: s[:-1] for name, s in signal.items()} for signal in signals]
+        anchors = [{name: s[-1] for name, s in signal.items()} for signal in signals]
+        advantages = [anchor_advantages(b, a, rewards.weights) for b, a in zip(branches, anchors, strict=True)]
+        A = fuse(advantages[0], advantages[1] if rest.shape[1] else None,
+                 config.local_weight, config.global_weight, clamp=config.adv_clip_max)  # fmt: skip
+        A = A.to(device)  # pixels and scores may live on the CPU
+        safe = any(branch_is_safe(b, a, rewards.weights) for b, a in zip(branches, anchors, strict=True))
+
+        with torch.no_grad(), acting(policies, "initial"):
+            log_p_init = log_prob(energies_of(rollout))
+        energies = energies_of(rollout, config.grad_steps)
+        log_p = log_prob(energies)
+        log_p_old = log_p.detach()
+        if not old_is_current:
+            with torch.no_grad(), acting(policies, "old"):
+                log_p_old = log_prob(energies_of(rollout))
+        loss = kvpo_loss(log_p, log_p_old, log_p_init, A, config.clip_range_low, config.clip_range_high,
+                         config.kl_coef, safety_scale(safe, config.unsafe_scale))  # fmt: skip
+        if not loss.total.isfinite():
+            raise FloatingPointError(f"update {state['step']}: the loss is {loss.total.item()}; lower learning_rate")
+        (loss.total / config.groups_per_update).backward()
+        if config.replay_batch and energies.grad.any():  # so far it has reached the energies: now the weights
+            for where, part in energies_in_pieces(rollout, config.grad_steps):
+                (part * energies.grad[where]).sum().backward()
+        return Group(
+            script=script, plan=plan, rollout=rollout, videos=local,
+            rewards=branches[0], anchor=anchors[0],
+            global_rewards=branches[1] if rest.shape[1] else None,
+            global_anchor=anchors[1] if rest.shape[1] else None,
+            advantages=A, safe=safe, energies=energies.detach(),
+            log_p=log_p.detach(), log_p_old=log_p_old, log_p_init=log_p_init, ratio=loss.ratio,
+            loss=loss.total.item(), kl=loss.kl.item(), entropy=loss.entropy.item(),
+            clip_fraction=loss.clip_fraction.item(),
+        )  # fmt: skip
 
     if not state["tau"]:
         # tau from the spread of the first groups' energies; these groups are not trained on
-        spread = []
-        for _ in range(config.tau_groups):
-            _, rollout, _ = one_rollout(state["step"])
-            with torch.no_grad():
-                spread.append(trajectory_energy(replayed(rollout), energy_weight))
-        state["tau"] = calibrate_tau(torch.stack(spread), config.tau_target)
-    tau = state["tau"]
+        spread = torch.zeros(config.tau_groups, config.num_generations)
+        for k in range(config.tau_groups):
+            drawn = draw(state["step"])
+            if k % world == rank:
+                with torch.no_grad():
+                    spread[k] = trajectory_energy(energies_of(roll_out(*drawn)), energy_weight)
+        state["tau"] = calibrate_tau(sum_over_all(spread), config.tau_target)
 
+    skips = 0  # in a row
     while state["step"] < config.max_train_steps:
-        begun, step, groups = time.perf_counter(), state["step"], []
+        begun, step, groups, failure = time.perf_counter(), state["step"], [], ""
         old_is_current = step % config.old_policy_every == 0
         if old_is_current:
             copy_adapter(policies, "default", "old")
         learning_rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
         optimizer.param_groups[0]["lr"] = learning_rate
         optimizer.zero_grad()
-        for _ in range(config.groups_per_update):
-            script, rollout, chunk_end = one_rollout(step)
-            chunk = max(s for s in routing.chunk_starts(config.num_frames) if s <= rollout.plan.fork)
-            local, rest = pipeline.decode(rollout.videos[:, chunk:chunk_end]), rollout.videos[:, chunk_end:]
-            several = [script] * len(local)
-            signals = [score(pipeline, rewards, local, several, chunk)]
-            if rest.shape[1]:
-                signals.append(score(pipeline, rewards, pipeline.decode(rest), several, chunk_end))
-            branches = [{name: s[:-1] for name, s in signal.items()} for signal in signals]
-            anchors = [{name: s[-1] for name, s in signal.items()} for signal in signals]
-            advantages = [anchor_advantages(b, a, rewards.weights) for b, a in zip(branches, anchors, strict=True)]
-            A = fuse(advantages[0], advantages[1] if rest.shape[1] else None,
-                     config.local_weight, config.global_weight, clamp=config.adv_clip_max)  # fmt: skip
-            A = A.to(pipeline.backbone.device)  # pixels and scores may live on the CPU
-            safe = any(branch_is_safe(b, a, rewards.weights) for b, a in zip(branches, anchors, strict=True))
-
-            with torch.no_grad(), acting(policies, "initial"):
-                log_p_init = gibbs_log_prob(trajectory_energy(replayed(rollout), energy_weight), tau)
-            energies = replayed(rollout, config.grad_steps)
-            log_p = gibbs_log_prob(trajectory_energy(energies, energy_weight), tau)
-            log_p_old = log_p.detach()
-            if not old_is_current:
-                with torch.no_grad(), acting(policies, "old"):
-                    log_p_old = gibbs_log_prob(trajectory_energy(replayed(rollout), energy_weight), tau)
-            loss = kvpo_loss(log_p, log_p_old, log_p_init, A, config.clip_range_low, config.clip_range_high,
-                             config.kl_coef, safety_scale(safe, config.unsafe_scale))  # fmt: skip
-            if not loss.total.isfinite():
-                raise FloatingPointError(f"update {step}: the loss is {loss.total.item()}; lower learning_rate")
-            (loss.total / config.groups_per_update).backward()
-            groups.append(
-                Group(
-                    script=script, plan=rollout.plan, rollout=rollout, videos=local,
-                    rewards=branches[0], anchor=anchors[0],
-                    global_rewards=branches[1] if rest.shape[1] else None,
-                    global_anchor=anchors[1] if rest.shape[1] else None,
-                    advantages=A, safe=safe, energies=energies.detach(),
-                    log_p=log_p.detach(), log_p_old=log_p_old, log_p_init=log_p_init, ratio=loss.ratio,
-                    loss=loss.total.item(), kl=loss.kl.item(), entropy=loss.entropy.item(),
-                    clip_fraction=loss.clip_fraction.item(),
-                )
-            )  # fmt: skip
-        grad_norm = torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm).item()
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"update {step}: the gradient's norm is {grad_norm}; lower learning_rate")
+        for k in range(config.groups_per_update):
+            drawn = draw(step)
+            if k % world == rank and not failure:
+                try:
+                    groups.append(one_group(*drawn, old_is_current))
+                except RewardError as error:
+                    failure = str(error)
+        told = told_by_all((failure, [group_numbers(g, rewards.weights) for g in groups] if world > 1 else []))
+        skipped = next((theirs for theirs, _ in told if theirs), "")
+        elsewhere = [line for r, (_, lines) in enumerate(told) if r != rank for line in lines]
+        grad_norm, skips = 0.0, skips + 1 if skipped else 0
+        if not skipped:
+            sum_gradients(list(weights.values()))
+            grad_norm = torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm).item()
+            if not math.isfinite(grad_norm):
+                raise FloatingPointError(f"update {step}: the gradient's norm is {grad_norm}; lower learning_rate")
         if grad_norm:  # all groups unsafe: no update, not even a step of the optimizer's momentum
             optimizer.step()
             copy_adapter(policies, "default", "ema", 1 - config.ema_decay)
         state["step"] = step + 1
-        due = config.checkpointing_steps and state["step"] % config.checkpointing_steps == 0
-        if due or (state["step"] == config.max_train_steps and config.checkpointing_steps):
+        due = state["step"] == config.max_train_steps or skips == SKIPS
+        if rank == 0 and config.checkpointing_steps and (due or state["step"] % config.checkpointing_steps == 0):
             save_checkpoint(config, policies, optimizer, generator, state)
-        yield Step(step, groups, tau, grad_norm, learning_rate, time.perf_counter() - begun, dict(rewards.weights))
+        seconds = time.perf_counter() - begun
+        yield Step(step, [] if skipped else groups, state["tau"], grad_norm, learning_rate, seconds,
+                   dict(rewards.weights), [] if skipped else elsewhere, skipped)  # fmt: skip
+        if skips == SKIPS:
+            raise RewardError(f"the rewards of {SKIPS} updates in a row could not be had; {skipped}")
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

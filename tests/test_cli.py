@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,12 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from kvpo_min import cli
 from kvpo_min.chr import Plan
 from kvpo_min.pocket import load_pocket, pocket_rewards, world
+from kvpo_min.real import WanOptions
 from kvpo_min.train import TrainConfig, adapter_weights, add_policies, evaluate, train
 
 ROOT = Path(__file__).parent.parent
@@ -83,11 +86,11 @@ def test_help_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "train", "sample", "eval", "distill", "doctor"):
+    for command in ("demo", "train", "sample", "eval", "export", "distill", "doctor", "parity"):
         assert f"\n  {command} " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "sample", "eval", "distill", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "train", "sample", "eval", "export", "distill", "doctor"])
 def test_help_of_a_command_explains_every_option(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])
@@ -109,8 +112,11 @@ def test_printed_config_reads_back(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--rank", "5", "--compat", "official", "--print_config"])
     (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
-    values = cli.parse_options("train", [TrainConfig, cli.RunOptions], ["--config", str(tmp_path / "c.yaml")])
-    assert cli.split_options(values, TrainConfig)[0] == TrainConfig(rank=5, compat="official")
+    argv = ["--config", str(tmp_path / "c.yaml")]
+    values = cli.parse_options("train", [TrainConfig, cli.RunOptions, WanOptions], argv)
+    config, wan = cli.split_options(values, TrainConfig, WanOptions)
+    assert config == TrainConfig(rank=5, compat="official")
+    assert cli.real_options(argv, "", wan) is None  # it names the options of a real model too, as they are by default
 
 
 @pytest.mark.parametrize("name", ["short", "long"])
@@ -156,7 +162,13 @@ WRONG = {
     "mixed": (["eval", "--prompts", "{tmp}/mixed.txt", "--json", "{tmp}/o.json"], "the same number of segments"),
     "folder in use": (["train", "--output_dir", "{tmp}"], "is not empty; name another --output_dir, or give"),
     "folder is a file": (["train", "--output_dir", "{tmp}/one.txt"], "is a file; name a folder"),
-    "model": (["train", "--model", "{tmp}/none"], "holds no model; run `kvpo-min distill"),
+    "model": (["train", "--model", "{tmp}/none"], "none is no pocket model (it has no student/)"),
+    "pocket folder": (["demo", "--model", "{tmp}/none"], "holds no model; run `kvpo-min distill"),
+    "option of a real model": (["train", "--height", "64"], "height is an option of a real model"),
+    "export without": (["export"], "--adapter FOLDER is required"),
+    "export layout": (["export", "--adapter", "x", "--layout", "kohya"], "layout must be diffusers, peft or authors"),
+    "export nothing": (["export", "--adapter", "{tmp}/none"], "there is no adapter"),
+    "export folder": (["export", "--adapter", "{tmp}", "--output_dir", "{tmp}"], "is not empty; name another"),
     "nothing to resume": (["train", "--resume_from_checkpoint", "latest"], "there is no checkpoint in"),
     "no checkpoint": (["train", "--resume_from_checkpoint", "{tmp}"], "is not a checkpoint"),
     "sample nothing": (["sample"], "give either a script in quotes, or --prompts FILE"),
@@ -323,6 +335,23 @@ def test_interrupted_run_keeps_what_it_has(model, tmp_path, capsys, monkeypatch,
     pipeline = load_pocket(folder=model)
     weights = adapter_weights(cli.load_adapter(pipeline, tmp_path / "run"), "default")
     assert all(weight.abs().max() > 0 for weight in weights.values())  # B left zero: the update is in it
+
+
+def test_two_processes_leave_one_run(model, tmp_path):
+    """torchrun with gloo: one folder, each update once, the weights and measurements of a single process."""
+    argv = ["train", "--model", str(model), *SMALL, "--max_train_steps", "2", "--groups_per_update", "2"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    module = ["-m", "kvpo_min.cli", *argv, "--output_dir", str(tmp_path / "two")]
+    done = subprocess.run([*torchrun, *module], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert cli.main([*argv, "--output_dir", str(tmp_path / "one")]) == 0
+    assert [line["step"] for line in metrics(tmp_path / "two")] == [0, 1]
+    for ours, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-6)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all((one[key] - two[key]).abs().max() < 1e-6 for key in one)
+    assert done.stdout.count("| reward") + done.stdout.count("\nreward") == 1  # one table
 
 
 def test_diverging_run_is_told_apart_from_wrong_input(model, tmp_path, capsys, monkeypatch, undrawn):

@@ -3,19 +3,22 @@
 import gc
 import json
 import math
+import sys
 import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from kvpo_min import real
+from kvpo_min import cli, real
+from kvpo_min.checkpoints import merge_lora, read_lora
 from kvpo_min.cli import RunOptions, parse_options, split_options
 from kvpo_min.real import WanOptions, decode_stream, encode_texts, load_wan, read_prompts, text_cache
 from kvpo_min.rewards import Mixture
@@ -302,6 +305,15 @@ def test_bad_line_is_refused_with_its_number(name, line, tmp_path):
         read_prompts(tmp_path / name, 1)
 
 
+def test_scripts_as_long_as_they_are(tmp_path):
+    """Without a number of prompts: all that can be shown, at most four."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"prompts": list("abcdef"[:n])}) + "\n" for n in (1, 2, 4, 6)))
+    assert read_prompts(path) == ["a", "a | b", "a | b | c | d", "a | b | c | d"]
+    with pytest.raises(FileNotFoundError, match="there is no prompts file"):
+        read_prompts(tmp_path / "absent.txt")
+
+
 def test_prompt_file_that_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00a")
     with pytest.raises(ValueError, match="a.txt is not a text file"):
@@ -311,7 +323,7 @@ def test_prompt_file_that_is_no_text(tmp_path):
 # --------------------------------------------------------------------------------------------------------------- config
 
 
-def test_config_is_the_authors(monkeypatch):
+def test_config_is_the_authors():
     values = parse_options("train", [TrainConfig, RunOptions, WanOptions], ["--config", str(CONFIG)])
     config, run, wan = split_options(values, TrainConfig, RunOptions, WanOptions)
     authors = dict(  # their configs/train_kvpo_longlive.yaml
@@ -321,6 +333,256 @@ def test_config_is_the_authors(monkeypatch):
         max_train_steps=2 * 1500, lr_warmup_steps=2 * 5, old_policy_every=2, nearest=4 - 3, unsafe_scale=0.5,
     )  # fmt: skip
     assert asdict(config) | authors == asdict(config)
-    assert (config.branch_batch, config.replay_batch) == (1, 1)
-    assert wan == WanOptions(lora="checkpoints/longlive/models/lora.pt", gradient_checkpointing=True)
+    assert (config.branch_batch, config.replay_batch) == (1, 2)
+    judge = wan.vq_model
+    assert wan == WanOptions(
+        lora="checkpoints/longlive/models/lora.pt", gradient_checkpointing=True, vq_model=judge, mq_model=judge,
+        ta_model=judge,
+    )  # fmt: skip
+    rewards = real.load_rewards(wan, vq=run.vq, mq=run.mq, ta=run.ta).rewards
+    assert list(rewards) == ["vq", "mq", "ta"] and len({id(reward.worker) for reward in rewards.values()}) == 1
+    assert [reward.component for reward in rewards.values()] == ["vq", "mq", "ta"]
+    command = rewards["vq"].worker.command
+    assert command[0] == "envs/videoalign/bin/python" and Path(command[1]).is_file() and command[-1] == "--offload"
+    assert rewards["mq"].fps == 4  # one pixel frame a latent frame, 16 / 4 a second
     assert run.model.endswith("longlive_base.pt") and run.prompts.endswith(".txt")
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+WORKER = """
+import json, os, sys
+import numpy as np
+for line in sys.stdin:
+    request = json.loads(line)
+    open(LOG, "a").write(json.dumps(request) + chr(10))
+    if os.path.exists(LOG + ".broken"):
+        os._exit(3)
+    videos = np.load(request["videos"]).astype(float)
+    channel = dict(vq=0, mq=1, ta=2)[request["component"]]
+    scores = (videos[:, :, channel].std((2, 3)).mean(1) / 10).tolist()
+    print(json.dumps(dict(id=request["id"], scores=scores)), flush=True)
+"""
+SCRIPTS = ["a red disc moves left", "a blue square", "a disc turns", "it moves right slowly"]  # the last is held out
+
+
+class Place:
+    """A folder with prompts and a worker, and the flags of a small run on the random components."""
+
+    def __init__(self, path, folder):
+        self.path, self.log = path, path / "requests.jsonl"
+        (path / "prompts.txt").write_text("".join(f"{script}\n" for script in SCRIPTS))
+        (path / "worker.py").write_text(WORKER.replace("LOG", repr(str(self.log))))
+        judge = f"worker {sys.executable} {path / 'worker.py'}"
+        self.options = dict(
+            model=str(folder), components=str(folder), height=32, width=32, device="cpu", dtype="float32", vq=1.0,
+            mq=0.0, ta=0.5, vq_model=judge, ta_model=judge,
+        )  # fmt: skip
+        self.small = dict(
+            prompts=str(path / "prompts.txt"), eval_prompts=1, num_generations=2, rank=2, lora_alpha=2, tau=1e-4,
+            branch_batch=1, replay_batch=2, unsafe_scale=1.0, grad_steps=1, perturb_num_blocks=2,
+        )  # fmt: skip
+
+    def flags(self, **more):
+        out = []
+        for name, value in (self.options | more).items():
+            out += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        return out
+
+    def train(self, name="run", **more):
+        return cli.main(["train", *self.flags(**self.small | {"output_dir": str(self.path / name)} | more)])
+
+    def metrics(self, name="run"):
+        return [json.loads(line) for line in (self.path / name / "metrics.jsonl").read_text().splitlines()]
+
+    def requests(self):
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """A run of two updates, which the tests only read."""
+    place = Place(tmp_path_factory.mktemp("trained"), folder)
+    assert place.train(max_train_steps=2, checkpointing_steps=2) == 0
+    return place
+
+
+def test_a_run_of_a_real_model_leaves_what_is_promised(trained, folder):
+    run = trained.path / "run"
+    for name in ("adapter_model.safetensors", "checkpoint-2/state.json", "figures/reward.png", "figures/story_0001.png",
+                 "videos/before_after.png", "videos/group_0000.mp4"):  # fmt: skip
+        assert (run / name).is_file(), name
+    assert (trained.path / "prompts.txt.umt5.safetensors").is_file()
+    assert [line["step"] for line in trained.metrics()] == [0, 1]
+    assert set(trained.metrics()[0]) >= {"rewards/vq/mean", "rewards/ta/mean"}
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["updates"] == 2 and set(summary["after"]) == {"vq", "ta", "reward", "vq_sem", "ta_sem", "reward_sem"}
+    seen = [request["prompts"] for request in trained.requests()]
+    assert seen[:2] == seen[-2:] == [[SCRIPTS[-1]]] * 2  # before and after, two components each
+    assert {prompt for prompts in seen[2:-2] for prompt in prompts} <= set(SCRIPTS[:-1])
+    assert {request["fps"] for request in trained.requests()} == {4}
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved | trained.options | trained.small == saved and saved["gradient_checkpointing"] is False
+    card = (run / "README.md").read_text()
+    assert f"kvpo-min sample --prompts {trained.path}/prompts.txt --adapter {run} --model {folder}" in card
+    assert "reward\n1 VQ + 0.5 TA" in card and "pocket" not in card
+
+
+def test_eval_of_the_adapter_is_the_runs_own_measurement(trained, tmp_path):
+    """Another command, another process of the worker: the numbers of summary.json, before and after."""
+    held_out, summary = tmp_path / "held_out.txt", json.loads((trained.path / "run" / "summary.json").read_text())
+    held_out.write_text(SCRIPTS[-1])
+    results = {}
+    for name, more in (("before", {}), ("after", {"adapter": str(trained.path / "run")})):
+        out = tmp_path / f"{name}.json"
+        assert cli.main(["eval", *trained.flags(prompts=str(held_out), json=str(out), **more)]) == 0
+        results[name] = json.loads(out.read_text())
+        for key in ("vq", "ta", "reward"):
+            assert results[name][key] == pytest.approx(summary[name][key], abs=1e-6)
+    assert abs(results["after"]["reward"] - results["before"]["reward"]) > 1e-9
+    assert results["after"]["vq_model"] == trained.options["vq_model"]
+
+
+def test_sample_of_a_script_and_of_a_file(trained, tmp_path):
+    flags = trained.flags(adapter=str(trained.path / "run"), num_frames=9)
+    plain = [flag for name in ("vq", "ta", "vq_model", "ta_model", "mq") for flag in (f"--{name}", "")]
+    keep = [flags[k : k + 2] for k in range(0, len(flags), 2) if flags[k] not in plain]
+    argv = ["sample", *(flag for pair in keep for flag in pair), "--output_dir"]
+    assert cli.main([*argv, str(tmp_path / "one"), SCRIPTS[0]]) == 0
+    assert cli.main([*argv, str(tmp_path / "file"), "--prompts", str(trained.path / "prompts.txt")]) == 0
+    assert len(list((tmp_path / "file").glob("*.mp4"))) == 4
+    name = "000_a_red_disc_moves_left.png"
+    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "file" / name).read_bytes()
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "peft", "authors"])
+def test_export(layout, trained, parts, tmp_path, capsys):
+    """What is written does to the base what the run's adapter does to it; a second time it is refused."""
+    argv = ["export", "--adapter", str(trained.path / "run"), "--layout", layout, "--output_dir", str(tmp_path / "out")]
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "rank 2, alpha 2, 16 layers" in out
+    path = Path(out.split(": ")[0])
+    want, got = read_lora(trained.path / "run"), read_lora(path if layout == "authors" else path.parent)
+    assert sorted(got.modules) == sorted(want.modules) and any(got.pair(m)[1].any() for m in got.modules)
+    for module in want.modules:
+        (a, b), (a_got, b_got) = want.pair(module), got.pair(module)
+        assert_close(b_got @ a_got, b @ a, rtol=0, atol=1e-7)
+    before = path.read_bytes()
+    assert cli.main(argv) == 2 and "is not empty; name another --output_dir" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_export_joined_with_the_released_lora(trained, parts, tmp_path):
+    run, out = str(trained.path / "run"), tmp_path / "out"
+    assert cli.main(["export", "--adapter", run, "--lora", run, "--layout", "peft", "--output_dir", str(out)]) == 0
+    once, twice = (WanTransformer3DModel.from_config(parts["transformer"].config) for _ in range(2))
+    for transformer in (once, twice):
+        transformer.load_state_dict(parts["transformer"].state_dict())
+    merge_lora(once, read_lora(run))
+    merge_lora(once, read_lora(run))
+    merge_lora(twice, read_lora(out))
+    assert_close(twice.state_dict(), once.state_dict(), rtol=0, atol=1e-6)
+
+
+def test_resume_of_a_real_run(folder, tmp_path, capsys):
+    """Two updates and one more; options of the model are those of the run."""
+    place = Place(tmp_path, folder)
+    assert place.train(max_train_steps=1, checkpointing_steps=1) == 0
+    more = dict(resume_from_checkpoint="latest", max_train_steps=2, checkpointing_steps=2)
+    assert place.train(**more, height=48) == 2
+    assert "was made with height 32, not 48; resume with the same options" in capsys.readouterr().err
+    assert place.train(**more) == 0
+    assert [line["step"] for line in place.metrics()] == [0, 1]
+
+
+def test_a_reward_that_breaks_stops_the_run_and_loses_nothing(folder, tmp_path, capsys, monkeypatch):
+    """The worker works before the training and dies in it: three updates skipped, a checkpoint, exit code 2; when it is
+    mended, the run goes on."""
+    place, measure = Place(tmp_path, folder), cli.measure
+
+    def then_break(*arguments):
+        result = measure(*arguments)
+        (tmp_path / "requests.jsonl.broken").write_text("")
+        return result
+
+    monkeypatch.setattr(cli, "measure", then_break)
+    assert place.train(max_train_steps=5, checkpointing_steps=10) == 2
+    err = capsys.readouterr().err
+    assert err.count("was skipped: reward worker") == 3 and "died (exit code 3)" in err
+    assert "error: the rewards of 3 updates in a row could not be had" in err and "stopped after 0 updates" in err
+    assert [line["skipped"] for line in place.metrics()] == [1, 1, 1]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["after"] is None and (summary["updates"], summary["skipped"]) == (0, 3)
+    assert (tmp_path / "run" / "checkpoint-3" / "state.json").is_file()
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    monkeypatch.undo()
+    more = dict(max_train_steps=5, checkpointing_steps=10, resume_from_checkpoint="latest")
+    assert place.train(**more) == 2 and "died (exit code 3)" in capsys.readouterr().err  # measuring needs it as well
+    (tmp_path / "requests.jsonl.broken").unlink()
+    assert place.train(**more) == 0
+    assert [(line["step"], "skipped" in line) for line in place.metrics()] == [
+        (0, True), (1, True), (2, True), (3, False), (4, False)
+    ]  # fmt: skip
+
+
+REFUSED = {
+    "no prompts": ({"prompts": None}, "needs --prompts FILE"),
+    "prompts": ({"prompts": "{tmp}/absent.txt"}, "there is no prompts file"),
+    "all held out": ({"eval_prompts": 4}, "has 4 scripts, of which the last 4 would be held out"),
+    "segments": ({"num_segments": 2, "num_frames": 57}, "has no script of 2 prompts"),
+    "five segments": ({"num_segments": 5}, "num_segments must be 1 to 4, got 5"),
+    "length": ({"num_frames": 40}, "must be a multiple of 3"),
+    "no judge": ({"vq_model": ""}, "vq weighs 1, but no model scores it: give --vq_model, or --vq 0"),
+    "no weight": ({"mq_model": "clip"}, "--mq_model is given, but --mq is 0"),
+    "judge": ({"vq_model": "hpsv2 python"}, "vq_model must be 'hpsv3 PYTHON [options]'"),
+    "judge alone": ({"vq_model": "worker"}, "vq_model must be 'hpsv3 PYTHON [options]'"),
+    "dtype": ({"dtype": "float16"}, "dtype must be bfloat16 or float32"),
+    "flag": ({"hieght": 32}, "unknown flag --hieght (did you mean 'height'?)"),
+    "model": ({"model": "{tmp}/absent"}, "there is no such file or folder"),
+    "no model": ({"model": "{tmp}"}, "expected"),
+    "pocket": ({"model": ""}, "is an option of a real model, but the embedded one is a pocket model"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_input_is_one_line_and_leaves_no_run(case, folder, tmp_path, capsys):
+    place = Place(tmp_path, folder)
+    changes, message = REFUSED[case]
+    changes = {name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in changes.items()}
+    place.small = {name: value for name, value in place.small.items() if changes.get(name, 0) is not None}
+    assert place.train(**{name: value for name, value in changes.items() if value is not None}) == 2
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("kvpo-min: ")]
+    assert len(lines) == 1 and lines[0].startswith("kvpo-min: error: ") and message in lines[0], err
+    assert not (tmp_path / "run").exists() and not place.log.exists()
+
+
+def test_keys_of_a_real_model_are_refused_in_a_pocket_config(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("rank: 4\nlora: x.pt\n")
+    assert cli.main(["train", "--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "run")]) == 2
+    assert "lora is an option of a real model" in capsys.readouterr().err
+    assert cli.main(["sample", "a disc", "--device", "cpu", "--output_dir", str(tmp_path / "run")]) == 2
+    assert "device is an option of a real model" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- README
+
+
+def test_the_readme_on_small_folders(folder, tmp_path, monkeypatch):
+    """The commands of "Your own GPU" as they are printed; of the config only paths and sizes are replaced."""
+    from test_readme import marked
+
+    commands = [line for line in marked("gpu").splitlines() if line.startswith("kvpo-min ")]
+    assert [command.split()[1] for command in commands] == ["train", "export"]
+    place = Place(tmp_path, folder)
+    small = yaml.safe_load(CONFIG.read_text()) | place.options | place.small
+    small |= dict(lora="", mq_model="", max_train_steps=1, num_frames=57, num_segments=2, checkpointing_steps=0)
+    (tmp_path / "prompts.txt").write_text("2,[a red disc],[it turns]\n2,[a square],[it moves left]\n")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / CONFIG.name).write_text(yaml.safe_dump(small))
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        assert cli.main(command.split()[1:]) == 0, command
+    assert read_lora(tmp_path / "kvpo_lora").rank == 2
+    assert json.loads((tmp_path / "kvpo_longlive" / "summary.json").read_text())["after"]["reward"] > 0

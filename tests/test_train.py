@@ -3,6 +3,12 @@
 import importlib
 import json
 import math
+import os
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +16,7 @@ from torch.testing import assert_close
 
 from kvpo_min import chr as routing
 from kvpo_min.pocket import pocket_rewards
+from kvpo_min.reward_models import RewardError
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import Sampler, Stream, draw_noise, generate, replay
 from kvpo_min.train import (
@@ -437,6 +444,200 @@ def test_batch_limits_change_no_number(make_pipeline):
     assert_close(split.groups[0].rollout.videos, whole.groups[0].rollout.videos, atol=1e-5, rtol=0)
     assert_close(split.groups[0].log_p, whole.groups[0].log_p, atol=1e-3, rtol=0)
     assert_close(split.grad_norm, whole.grad_norm, rtol=1e-2, atol=0)
+
+
+def gradients_in_float64(make_pipeline, monkeypatch, **changes):
+    """The gradient of a first update whose network runs in float64; -> (list of gradients, its only group)."""
+    pipeline, seen = make_pipeline(), []
+
+    class Wide(type(pipeline.backbone)):
+        def forward(self, x, sigma, frames, text, *more, **named):
+            return super().forward(x.double(), sigma, frames, text.double(), *more, **named)
+
+    pipeline.backbone.__class__ = Wide
+    pipeline = replace(pipeline, decode=lambda latents, plain=pipeline.decode: plain(latents.float()))
+    settings = dict(tau=0.1, unsafe_scale=1.0, grad_steps=2, kl_coef=1.0, max_train_steps=1)
+    run = Run(pipeline, **settings | changes)
+    run.policies.double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # zero B would hide half of the gradient
+        for key, weight in adapter_weights(run.policies, "default").items():
+            if "lora_B" in key:
+                weight.copy_(0.02 * torch.randn(weight.shape, generator=generator))
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_",
+        lambda weights, limit: [seen.append(w.grad.clone()) for w in weights] and torch.tensor(1.0),
+    )  # fmt: skip
+    step = next(run)
+    monkeypatch.undo()
+    return seen, step.groups[0]
+
+
+@pytest.mark.parametrize("context", ["", "official"])
+def test_the_gradient_piece_by_piece_is_the_gradient(context, make_pipeline, monkeypatch):
+    """Any `replay_batch` against one graph over the whole update, to 1e-6 of the gradient's norm."""
+    whole, group = gradients_in_float64(make_pipeline, monkeypatch, compat=context)
+    norm = torch.cat([g.flatten() for g in whole]).norm()
+    assert norm > 1e-6 and all(g.dtype == torch.float64 for g in whole)
+    largest = {}
+    for batch in (1, 2, 3, 5, 100):
+        parts, same = gradients_in_float64(make_pipeline, monkeypatch, compat=context, replay_batch=batch)
+        assert_close(same.energies, group.energies, rtol=1e-6, atol=0)
+        apart = [(a - b).flatten() for a, b in zip(parts, whole, strict=True)]
+        largest[batch] = (torch.cat(apart).norm() / norm).item()
+    assert max(largest.values()) < 1e-6, largest
+
+
+def test_no_more_forwards_at_once_than_replay_batch(make_pipeline, monkeypatch):
+    """In the replays, those with gradient too; and every piece is sent backward before the next one is made."""
+    pipeline, sizes, alive = make_pipeline(), [], []
+    plain = pipeline.backbone.velocity
+
+    def watched(x, sigma, start, text, kv):
+        out = plain(x, sigma, start, text, kv)
+        sizes.append(len(x))
+        if out.requires_grad:
+            alive[:] = [ref for ref in alive if ref() is not None]
+            assert not alive, "a graph of an earlier piece is still there"
+            alive.append(weakref.ref(out))
+        return out
+
+    monkeypatch.setattr(pipeline.backbone, "velocity", watched)
+    next(Run(pipeline, replay_batch=2, branch_batch=1))
+    assert max(sizes) == 2 and alive
+
+
+# --------------------------------------------------------------------------------------------- rewards that fail
+
+
+def failing(*calls):
+    """A reward that fails in these calls (counted from 0)."""
+    count = iter(range(1000))
+
+    def reward(videos, prompts):
+        if next(count) in calls:
+            raise RewardError("reward worker `judge` died (exit code 3)")
+        return ranked(videos, prompts)
+
+    return only(reward)
+
+
+def test_an_update_whose_rewards_fail_is_skipped(make_pipeline):
+    """Nothing moves, the record says why, and the next updates are those of a run whose scorer never failed there."""
+    run = Run(make_pipeline(), failing(1), max_train_steps=3)
+    next(run)
+    before = {name: run.weights(name) for name in ("default", "ema")}
+    step = next(run)
+    assert step.groups == [] and step.skipped == "reward worker `judge` died (exit code 3)" and step.grad_norm == 0
+    assert all(bitwise(run.weights(name), before[name]) for name in before)
+    line = step.log()
+    assert json.loads(json.dumps(line)) == line and line["skipped"] == 1 and "reward" not in line
+    assert line.keys() < LOG_KEYS | {"skipped"} and all(math.isfinite(value) for value in line.values())
+    third = next(run)
+    assert third.step == 2 and third.skipped == "" and third.log().keys() > {"reward"}
+    whole = Run(make_pipeline(), failing(), max_train_steps=3).go()
+    assert third.groups[0].script == whole.steps[2].groups[0].script
+    assert torch.equal(third.groups[0].plan.routes, whole.steps[2].groups[0].plan.routes)
+
+
+def test_half_an_update_is_no_update(make_pipeline):
+    """The first script's gradient is dropped with the second script's rewards."""
+    run = Run(make_pipeline(), failing(1), groups_per_update=2, max_train_steps=2)
+    before = run.weights()
+    assert next(run).skipped and bitwise(run.weights(), before)
+    alone = next(run)
+    assert not alone.skipped and alone.grad_norm > 0
+
+
+def test_rewards_that_keep_failing_stop_the_run_after_a_checkpoint(make_pipeline, tmp_path):
+    settings = dict(output_dir=str(tmp_path), max_train_steps=9, checkpointing_steps=50)
+    run = Run(make_pipeline(), failing(1, 3, 4, 5), **settings)
+    with pytest.raises(RewardError, match="3 updates in a row could not be had; reward worker `judge` died"):
+        while True:
+            next(run)
+    assert [bool(step.skipped) for step in run.steps] == [False, True, False, True, True, True]
+    assert checkpoints(tmp_path) == [6]
+    again = Run(make_pipeline(), failing(), **settings | {"resume_from_checkpoint": "latest", "max_train_steps": 7})
+    assert next(again).step == 6
+    Run(make_pipeline(), failing(0), max_train_steps=1).go()  # without checkpoints there is none to write
+
+
+# --------------------------------------------------------------------------------------------- several processes
+
+TORCHRUN = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from conftest import tiny_pipeline
+from kvpo_min.rewards import Mixture
+from kvpo_min.train import TrainConfig, adapter_weights, add_policies, join_processes, processes, train
+from test_train import SCRIPTS, TWO, failing
+torch.set_num_threads(1)
+join_processes()
+rank, world = processes()
+pipeline, config = tiny_pipeline(), TrainConfig(**{settings!r})
+policies = add_policies(pipeline, config)
+fails = {fails!r}
+rewards = (failing(*fails) if rank == 1 else failing()) if fails else TWO
+steps = train(pipeline, SCRIPTS, rewards, config, policies)
+steps = [(step.log(), [group.script for group in step.groups], step.skipped) for step in steps]
+weights = {{name: adapter_weights(policies, name) for name in ("default", "old", "ema")}}
+torch.save((world, steps, weights), {out!r} + str(rank))
+"""
+
+
+def torchrun(tmp_path, settings, fails=()):
+    """Runs TORCHRUN in two processes with gloo; -> (world, steps, weights) of each."""
+    script = tmp_path / "two.py"
+    script.write_text(
+        TORCHRUN.format(tests=str(Path(__file__).parent), settings=settings, fails=fails, out=str(tmp_path / "out"))
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(tmp_path / f"out{rank}", weights_only=True) for rank in (0, 1)]
+
+
+def test_two_processes_are_one_that_sees_both_scripts(make_pipeline, tmp_path):
+    """Three updates, tau and the old policy's window included; only the first process writes."""
+    settings = dict(
+        num_generations=3, rank=4, learning_rate=5e-3, lr_warmup_steps=0, unsafe_scale=1.0, max_train_steps=3,
+        groups_per_update=2, old_policy_every=2, tau_groups=3, checkpointing_steps=2,
+    )  # fmt: skip
+    whole = Run(make_pipeline(), **settings | {"tau": 0.0, "output_dir": str(tmp_path / "one")}).go()
+    both = torchrun(tmp_path, settings | {"output_dir": str(tmp_path / "two")})
+    for rank, (world, steps, weights) in enumerate(both):
+        assert world == 2
+        for name in ("default", "old", "ema"):
+            for key, weight in whole.weights(name).items():
+                assert_close(weights[name][key], weight, rtol=0, atol=1e-6)
+        for (line, scripts, _), step in zip(steps, whole.steps, strict=True):
+            assert scripts == [step.groups[rank].script]
+            for key, value in numbers([step])[0].items():
+                assert line[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+    assert whole.steps[2].grad_norm > 0 and not bitwise(whole.weights("ema"), whole.weights("old"))
+    assert checkpoints(tmp_path / "two") == [2, 3]
+    resumed = settings | {"resume_from_checkpoint": str(tmp_path / "two" / "checkpoint-2"), "output_dir": ""}
+    alone = Run(make_pipeline(), **resumed | {"checkpointing_steps": 0}).go()  # their checkpoint is a whole one
+    for key, weight in alone.weights().items():
+        assert_close(weight, whole.weights()[key], rtol=0, atol=1e-6)
+
+
+def test_two_processes_skip_together(tmp_path):
+    """The second one's scorer fails in the second update: neither moves, and both go on."""
+    settings = dict(num_generations=2, rank=2, tau=1e-3, max_train_steps=3, groups_per_update=2, unsafe_scale=1.0)
+    both = torchrun(tmp_path, settings, fails=(1,))
+    for _, steps, _ in both:
+        assert [bool(skipped) for _, _, skipped in steps] == [False, True, False]
+    weights = [weights["default"] for _, _, weights in both]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_groups_must_share_out_evenly(make_pipeline, monkeypatch):
+    monkeypatch.setattr(training, "processes", lambda: (1, 2))
+    with pytest.raises(ValueError, match="2 processes cannot share groups_per_update 3: give a multiple of 2"):
+        next(Run(make_pipeline(), groups_per_update=3))
 
 
 # --------------------------------------------------------------------------------------------------------- long mode
