@@ -306,3 +306,59 @@ def bracketed(line: str) -> list[str]:
     if depth or not number.strip().isdigit() or int(number) != len(prompts) or not all(prompts):
         raise ValueError(f"expected 'n,[prompt],[prompt],...' with n prompts, got {line[:60]!r}")
     return prompts
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+GIB = 2**30
+WAN_1_3B = dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30)  # of WanTransformer3DModel
+BASE, VAE = 2.65, 0.24  # GiB of frozen weights, bfloat16
+FORWARD, GRADIENT = 88e3, 461e3  # bytes a token of one forward; of a forward and backward with gradient checkpointing
+
+
+def memory_plan(
+    n_branches: int = 8, past: int = 6, height: int = 480, width: int = 832, rank: int = 256, branch_batch: int = 1
+) -> dict[str, float]:
+    """GiB of the largest moment of one update of Wan2.1-1.3B, by part; the sum is what a GPU needs, without the CUDA
+    context (0.5 to 1 GiB).
+
+    n_branches: G; past: frames of the window between sink and block; height, width in pixels; `branch_batch` branches
+    are made at once. Fork at frame 57 of 147, 5 routed blocks, one replayed step with gradient per forward pair
+    (replay_batch 2), everything else as in `configs/longlive_single_gpu.yaml`. The parts are formulas; FORWARD and
+    GRADIENT were counted by `benchmarks/wan_update.py --plan`, which runs the whole update on the meta device, and the
+    sums lie within 1% of its tables (docs/single_gpu.md). Raises ValueError for sizes that Wan does not take."""
+    WanOptions(height=height, width=width)  # refuses what is no multiple of a token
+    if min(n_branches, past, rank, branch_batch) < 1 or branch_batch > n_branches + 1:
+        raise ValueError(
+            f"n_branches, past and rank must be at least 1 and branch_batch 1 to n_branches + 1, got {n_branches}, "
+            f"{past}, {rank} and {branch_batch}"
+        )
+    sink, block, history, fork, total, routed = 3, 3, 33, 57, 147, 5
+    layers, dim = WAN_1_3B["num_layers"], WAN_1_3B["num_attention_heads"] * WAN_1_3B["attention_head_dim"]
+    tokens = (height // 16) * (width // 16)  # a latent frame
+    frame = layers * 2 * tokens * dim * 2 / GIB  # keys and values of a latent frame, bfloat16
+    latent = 16 * (height // 8) * (width // 8) * 4 / GIB  # a latent frame, float32
+    adapter = layers * rank * (12 * dim + 2 * (dim + WAN_1_3B["ffn_dim"])) * 4 / GIB  # one, of `LORA_TARGETS`, float32
+    cast = adapter / 2  # the active adapter in bfloat16, which autocast keeps during a forward
+    read = sink + past
+    pool = history - sink - block * (routed - 1)  # frames that could be routed, and the nearest one
+    own = max(block * (routed - 1), min(history, 2 * read + block) - sink)  # what rollout.generate keeps
+    blocks = (75 - fork) // block  # that are replayed
+    fixed = {"transformer": BASE, "VAE": VAE, "adapters": 3 * adapter, "optimizer": 2 * adapter}
+    videos = latent * (total * 4 + n_branches * (total + 2 * blocks * 4 * block))  # noise; videos; z and x0
+    branches = fixed | {
+        "shared past": (sink + pool) * frame,
+        "branches' own frames": branch_batch * own * frame,
+        "what blocks read": branch_batch * read * frame,
+        "videos": videos,
+        "activations": cast + branch_batch * block * tokens * FORWARD / GIB,
+    }
+    replay = fixed | {
+        "gradients": adapter,
+        "shared past": read * frame,
+        "branches' own frames": past * frame,
+        "what blocks read": read * frame,
+        "videos": videos,
+        "activations": 2 * (block * tokens * GRADIENT + read * tokens * 4 * dim) / GIB,
+    }
+    return max((branches, replay), key=lambda parts: sum(parts.values()))

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvpo_min.chr import DROPPED, NEAREST, ROUTED, SINK, Window, ordinary_frames, route_mask
+from kvpo_min.chr import DROPPED, NEAREST, ROUTED, SINK, Window, branch_frames, ordinary_frames, route_mask
 
 ANCHOR = "#7f7f7f"
 BRANCHES = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#882255")
@@ -38,12 +38,24 @@ def _figure(width: float, height: float):
     figure = Figure(figsize=(width, height), layout="constrained")
 
     def png() -> bytes:
+        from PIL import Image
+
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=100)
-        return out.getvalue()
+        return _small_png(Image.open(out))
 
     figure._repr_png_ = png  # notebooks draw pyplot's figures by themselves, this one only when it can show itself
     return figure
+
+
+def _small_png(image) -> bytes:
+    """A Pillow image as a PNG of 256 colours: less than half the bytes, and notebooks store many."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    few = image.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    few.save(out, "PNG", optimize=True)
+    return out.getvalue()
 
 
 def _plain(axes, title: str = "", xlabel: str = "", ylabel: str = "") -> None:
@@ -88,6 +100,8 @@ def contact_sheet(pixels: Tensor, labels: Sequence[str], every: int = 0, first: 
         draw.text((2, line + r * row + 2), labels[r], "black", font)
         for c in range(columns):
             sheet.paste(Image.fromarray(shown[r, c]), (c * (width + gap), line + r * row + line))
+    sheet._repr_png_ = lambda: _small_png(sheet)
+    sheet._repr_jpeg_ = lambda: None  # notebooks would store both
     return sheet
 
 
@@ -161,14 +175,19 @@ def route_grid(frames: Tensor, start: int, window: Window, nearest: int):
     """Which past frames each branch reads when the block at `start` is made, the anchor in the last row. -> Figure
 
     frames [G, L] from `chr.branch_frames`; every cell is sink, routed, nearest or not read (`chr.route_mask`)."""
-    from matplotlib.patches import Patch, Rectangle
+    figure = _figure(min(16.0, max(5.0, 0.24 * (start + window.block) + 1.5)), 0.26 * (len(frames) + 1) + 1.3)
+    _draw_routes(figure.add_subplot(), frames, start, window, nearest)
+    _route_legend(figure)
+    return figure
+
+
+def _draw_routes(axes, frames: Tensor, start: int, window: Window, nearest: int) -> None:
+    from matplotlib.patches import Rectangle
 
     mask = route_mask(frames, start, window, nearest)  # [G, start]
     ordinary = route_mask(ordinary_frames(start, window)[None], start, window, window.past)
     rows = [*mask.tolist(), *ordinary.tolist()]
     colours = [*(branch_colour(g) for g in range(len(frames))), ANCHOR]
-    figure = _figure(min(16.0, max(5.0, 0.24 * (start + window.block) + 1.5)), 0.26 * len(rows) + 1.3)
-    axes = figure.add_subplot()
     for y, (row, colour) in enumerate(zip(rows, colours, strict=True)):
         for x, kind in enumerate(row):
             face = "white" if kind == DROPPED else "#dddddd" if kind == SINK else colour
@@ -185,6 +204,11 @@ def route_grid(frames: Tensor, start: int, window: Window, nearest: int):
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel(f"frame (outlined: the block at {start} that is made)")
+
+
+def _route_legend(figure) -> None:
+    from matplotlib.patches import Patch
+
     kinds = {SINK: "#dddddd", ROUTED: "#888888", NEAREST: "#888888", DROPPED: "white"}
     handles = [
         Patch(
@@ -196,7 +220,6 @@ def route_grid(frames: Tensor, start: int, window: Window, nearest: int):
         for kind, face in kinds.items()
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
-    return figure
 
 
 # --------------------------------------------------------------------------------------------------------------- curves
@@ -329,4 +352,535 @@ def story_figure(prefix: Tensor, branches: Tensor, frames: Tensor, labels: Seque
         axes.set_yticks([])
         axes.tick_params(length=0, labelsize=8)
         axes.spines[:].set(color=colour, linewidth=2)
+    return figure
+
+
+# ------------------------------------------------------------------------------- branches: routes, energies, rewards
+
+
+def route_grids(panels: Mapping[str, tuple[Tensor, int]], start: int, window: Window):
+    """`route_grid` at several settings, two in a row. panels: title -> (frames [G, L], nearest). -> Figure"""
+    rows, groups = math.ceil(len(panels) / 2), max(len(frames) for frames, _ in panels.values()) + 1
+    figure = _figure(0.36 * (start + window.block) + 3, rows * (0.17 * groups + 0.9) + 0.4)
+    grid = list(figure.subplots(rows, 2, squeeze=False).flat)
+    for axes, (title, (frames, nearest)) in zip(grid, panels.items(), strict=False):
+        _draw_routes(axes, frames, start, window, nearest)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("")
+        axes.tick_params(labelsize=7)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    _route_legend(figure)
+    return figure
+
+
+def overlap_matrices(panels: Mapping[str, Tensor]):
+    """How alike the windows of every two branches are, one matrix a way to draw. -> Figure
+
+    panels: title -> Jaccard indices [G, G] from `chr.overlap`; the title gets the mean over pairs of branches."""
+    figure = _figure(3.2 * len(panels), 3.2)
+    for axes, (title, matrix) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        g = len(matrix)
+        mean = (matrix.sum() - matrix.trace()) / (g * (g - 1))
+        axes.imshow(matrix.numpy(), cmap="Greys", vmin=0, vmax=1)
+        axes.set_title(f"{title}\nmean overlap {mean:.2f}", fontsize=10)
+        axes.set(xlabel="branch", ylabel="branch", xticks=range(g), yticks=range(g))
+        for y in range(g):
+            for x in range(g):
+                dark = matrix[y, x] > 0.6
+                axes.text(x, y, f"{matrix[y, x]:.1f}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
+    return figure
+
+
+def exploration_plot(ways: Mapping[str, tuple[Sequence[float], Sequence[float]]]):
+    """How different the stories are against how far the frames are from clean ones, one point a way. -> Figure
+
+    ways: name -> (share of branches with another story, distance over the anchor's), one number a fork; bars are
+    standard errors over forks. Names that begin with "noise" are drawn as squares."""
+    figure = _figure(7, 4)
+    axes = figure.add_subplot()
+    for k, (name, (told, distance)) in enumerate(ways.items()):
+        told, distance = torch.tensor(told).float(), torch.tensor(distance).float()
+        sem = [t.std().item() / len(t) ** 0.5 if len(t) > 1 else 0.0 for t in (told, distance)]
+        marker, colour = ("s" if name.startswith("noise") else "o"), branch_colour(k)
+        axes.errorbar(distance.mean(), told.mean(), sem[0], sem[1], marker=marker, color=colour, linestyle="",
+                      markeredgecolor="#555555", markersize=9, capsize=2, label=name)  # fmt: skip
+    axes.axvline(1, color=ANCHOR, linestyle="--", linewidth=1, label="anchor")
+    axes.set_ylim(-0.05, 1.05)
+    _plain(axes, "", "distance from clean frames, over the anchor's", "share of branches with another story")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def energy_map(energies: Tensor, sigma: Tensor, start: int = 0, block: int = 3):
+    """Energy of every branch (row), block (group of columns) and denoising step (column). -> Figure
+
+    energies [G, B, S] from `tve.step_energies`, sigma [S]; `start`: first frame of the first block."""
+    g, n_blocks, n_steps = energies.shape
+    if sigma.shape != (n_steps,):
+        raise ValueError(f"expected sigma [{n_steps}], one a step, got {list(sigma.shape)}")
+    figure = _figure(max(5.0, 0.36 * n_blocks * n_steps + 1.5), 0.32 * g + 1.7)
+    axes = figure.add_subplot()
+    image = axes.imshow(energies.flatten(1).numpy(), cmap="Greys", vmin=0, aspect="auto")
+    for b in range(1, n_blocks):
+        axes.axvline(b * n_steps - 0.5, color="white", linewidth=4)
+    steps = [f"{s:.2f}".lstrip("0") for s in sigma.tolist()]
+    axes.set_xticks(range(n_blocks * n_steps), steps * n_blocks, fontsize=7)
+    axes.set_yticks(range(g), [f"branch {k}" for k in range(g)])
+    for label, k in zip(axes.get_yticklabels(), range(g), strict=True):
+        label.set_bbox({"facecolor": branch_colour(k), "alpha": 0.5, "edgecolor": "none", "pad": 1.5})
+    for b in range(n_blocks):
+        first = start + b * block
+        where = (b * n_steps + (n_steps - 1) / 2, -0.6)
+        axes.text(*where, f"frames {first} to {first + block - 1}", ha="center", va="bottom", fontsize=8)
+    axes.set_xlabel("noise level sigma of the step")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label="mean squared velocity", pad=0.01)
+    return figure
+
+
+def branch_bars(panels: Mapping[str, Tensor], ylabel: str = "", line: float | None = None, xlabel: str = "branch"):
+    """One bar a branch in each panel, in the branches' colours, all panels on one scale. -> Figure
+
+    panels: title -> [G], the same G; `line`: where to draw a dashed line, such as 1 / G."""
+    sizes = {len(values) for values in panels.values()}
+    if len(sizes) != 1:
+        raise ValueError(f"panels must have the same number of branches, got {sorted(sizes)}")
+    g = sizes.pop()
+    figure = _figure(max(4.0, (0.28 * g + 0.9) * len(panels)), 2.9)
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (title, values) in zip(grid, panels.items(), strict=True):
+        colours = [branch_colour(k) for k in range(g)]
+        axes.bar([str(k) for k in range(g)], values.tolist(), color=colours, edgecolor="#555555", linewidth=0.5)
+        if line is not None:
+            axes.axhline(line, color=ANCHOR, linestyle="--", linewidth=1)
+        _plain(axes, title, xlabel)
+        axes.title.set_fontsize(10)
+    grid[0].set_ylabel(ylabel)
+    return figure
+
+
+def reward_scatter(rewards: Mapping[str, Tensor], anchor: Mapping[str, Tensor], pairs=(("vq", "mq"), ("ta", "mq"))):
+    """A group's branches and its anchor (grey cross) by pairs of reward components. -> Figure
+
+    rewards: name -> [G]; anchor: name -> number."""
+    figure = _figure(4 * len(pairs), 3.4)
+    for axes, (x, y) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
+        for g, (a, b) in enumerate(zip(rewards[x].tolist(), rewards[y].tolist(), strict=True)):
+            axes.scatter(a, b, s=110, color=branch_colour(g), edgecolor="#555555", linewidth=0.5)
+            axes.annotate(str(g), (a, b), ha="center", va="center", fontsize=7)
+        axes.scatter(float(anchor[x]), float(anchor[y]), s=90, marker="X", color=ANCHOR, label="anchor")
+        _plain(axes, "", x.upper(), y.upper())
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def score_lines(panels: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str = "step"):
+    """Several lines in each panel, from 0 to 1: what a reward says and what the judge says. -> Figure
+
+    panels: title -> {name: values}, the same names; one that begins with "judge" is drawn dashed."""
+    figure = _figure(3.6 * len(panels), 3.2)
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for k, (name, values) in enumerate(lines.items()):
+            style = "--" if name.startswith("judge") else "-"
+            axes.plot(values, style, color="black" if style == "--" else branch_colour(k + 4), label=name)
+        axes.set_ylim(-0.03, 1.03)
+        _plain(axes, title, xlabel)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False, fontsize=8)
+    return figure
+
+
+def branch_lines(values: Tensor, ylabel: str = "", xlabel: str = "update"):
+    """One line a branch, in the branches' colours. values [updates, G] -> Figure"""
+    figure = _figure(6, 3)
+    axes = figure.add_subplot()
+    for g, line in enumerate(values.T.tolist()):
+        axes.plot(line, color=branch_colour(g), marker="o", markersize=3, label=f"branch {g}")
+    _plain(axes, "", xlabel, ylabel)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+# ------------------------------------------------------------------------------------------ tour (notebooks 00 to 03)
+
+ROADMAP = {  # what is drawn: box -> what stands in it; the numbers are the notebooks'
+    "model": "one block\nat a time\n(01, 02, 03)",
+    "routes": "each branch\nreads another\npast (04)",
+    "rewards": "rewards\nof the videos\n(06)",
+    "energy": "energies:\nhow likely was\neach (05)",
+    "update": "one update\nof the weights\n(07)",
+    "train": "again and\nagain (08, 09)",
+}
+
+
+def roadmap(lit: Sequence[str] = ()):
+    """KVPO from left to right, one box a step (keys of `ROADMAP`), the ones named in `lit` filled. -> Figure"""
+    if unknown := set(lit) - set(ROADMAP):
+        raise ValueError(f"expected boxes among {list(ROADMAP)}, got {sorted(unknown)}")
+    figure = _figure(9, 1.1)
+    axes = figure.add_subplot()
+    for x, (name, text) in enumerate(ROADMAP.items()):
+        face = BRANCHES[1] if name in lit else "white"
+        box = dict(boxstyle="round,pad=0.5", facecolor=face, edgecolor=ANCHOR)
+        axes.text(x, 0, text, ha="center", va="center", fontsize=9, bbox=box)
+        if x:
+            axes.annotate("", (x - 0.38, 0), (x - 0.62, 0), arrowprops=dict(arrowstyle="->", color=ANCHOR))
+    axes.set(xlim=(-0.5, len(ROADMAP) - 0.5), ylim=(-1, 1))
+    axes.set_axis_off()
+    return figure
+
+
+def images(pixels: Tensor, titles: Sequence[str], columns: int = 0, inches: float = 1.1):
+    """Single pictures side by side, each under its title. pixels [N, 3, H, W] -> Figure; 0 columns: all in one row"""
+    if pixels.ndim != 4 or len(titles) != len(pixels):
+        raise ValueError(f"expected pictures [N, 3, H, W] and N titles, got {list(pixels.shape)} and {len(titles)}")
+    columns = columns or len(pixels)
+    rows = math.ceil(len(pixels) / columns)
+    lines = 1 + max(title.count("\n") for title in titles)
+    figure = _figure(inches * columns, (inches + 0.17 * lines) * rows)
+    for axes in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
+        axes.set_axis_off()
+    for axes, picture, title in zip(grid.flat, _bytes(pixels), titles, strict=False):
+        axes.imshow(picture, interpolation="nearest")
+        axes.set_title(title, fontsize=8, pad=2)
+    return figure
+
+
+def branch_card(branch: int | None, pixels: Tensor, frames: Tensor, start: int, window: Window, nearest: int):
+    """What one branch reads at its fork, and what it then shows. -> Figure
+
+    branch: its number, None for the anchor; pixels [T, 3, H, W] from frame `start` on; frames [L] that it reads."""
+    from matplotlib.patches import Rectangle
+
+    mask = route_mask(frames[None], start, window, window.past if branch is None else nearest)[0].tolist()
+    colour = ANCHOR if branch is None else branch_colour(branch)
+    film, index = _film(pixels, 9)
+    figure = _figure(8, 1.9)
+    top, bottom = figure.subplots(2, 1, height_ratios=[1, 4])
+    for x, kind in enumerate(mask):
+        face = "white" if kind == DROPPED else "#dddddd" if kind == SINK else colour
+        cell = Rectangle((x, 0), 1, 1, facecolor=face, edgecolor="white" if kind == NEAREST else "#999999")
+        cell.set_hatch(HATCHES.get(kind, ""))
+        top.add_patch(cell)
+    top.set(xlim=(0, start), ylim=(0, 1), yticks=[])
+    top.set_xticks([x + 0.5 for x in range(0, start, 3)], [str(x) for x in range(0, start, 3)], fontsize=7)
+    top.set_title(f"{'anchor' if branch is None else f'branch {branch}'}: past frames it reads", fontsize=9, loc="left")
+    bottom.imshow(film, interpolation="nearest")
+    step = film.shape[1] / len(index)
+    bottom.set_xticks([(k + 0.5) * step for k in range(len(index))], [str(start + i) for i in index], fontsize=7)
+    bottom.set_yticks([])
+    bottom.spines[:].set(color=colour, linewidth=2)
+    for axes in (top, bottom):
+        axes.tick_params(length=0)
+    return figure
+
+
+def reward_bars(rewards: Mapping[str, Tensor], anchor: Mapping[str, Tensor]):
+    """How far each branch is above or below the anchor, component by component. rewards name -> [G]. -> Figure"""
+    figure = _figure(2.4 * len(rewards), 2.4)
+    for axes, (name, values) in zip(figure.subplots(1, len(rewards), squeeze=False)[0], rewards.items(), strict=True):
+        over = [v - float(anchor[name]) for v in values.tolist()]
+        axes.bar(range(len(over)), over, color=[branch_colour(g) for g in range(len(over))], edgecolor="#555555")
+        axes.axhline(0, color=ANCHOR, linewidth=2)
+        axes.set_xticks(range(len(over)))
+        _plain(axes, f"{name} (anchor {float(anchor[name]):.3f})", "branch", "above the anchor")
+        axes.title.set_fontsize(9)
+    return figure
+
+
+def probability_change(before: Tensor, after: Tensor, names: Sequence[str] = ("before", "after")):
+    """Probabilities [G] of the branches, pale before and full after an update. -> Figure"""
+    figure = _figure(4.5, 2.6)
+    axes = figure.add_subplot()
+    colours = [branch_colour(g) for g in range(len(before))]
+    for values, offset, alpha, name in ((before, -0.2, 0.4, names[0]), (after, 0.2, 1.0, names[1])):
+        places = [g + offset for g in range(len(values))]
+        axes.bar(places, values.tolist(), 0.38, color=colours, alpha=alpha, edgecolor="#555555", label=name)
+    axes.set_xticks(range(len(before)))
+    _plain(axes, f"Gibbs probability: {names[0]} (pale) and {names[1]}", "branch", "probability")
+    axes.title.set_fontsize(10)
+    return figure
+
+
+def scatter_panels(panels: Mapping[str, Tensor], data: Tensor):
+    """Clouds of points [N, 2], one a panel, over the data points [M, 2] in grey. -> Figure"""
+    figure = _figure(2.2 * len(panels), 2.5)
+    grid = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (name, points) in zip(grid, panels.items(), strict=True):
+        axes.scatter(*data.T.tolist(), s=60, color=ANCHOR, marker="o", alpha=0.25, linewidth=0)
+        axes.scatter(*points.detach().T.tolist(), s=3, color=BRANCHES[4], alpha=0.5, linewidth=0)
+        axes.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+        _plain(axes, name)
+        axes.title.set_fontsize(9)
+    return figure
+
+
+def lines(curves: Mapping[str, Tensor], title: str, xlabel: str, ylabel: str, marks: Mapping[int, str] | None = None):
+    """One line a curve [T] over 0, 1, ..., with dotted lines at `marks` {place: what is there}. -> Figure"""
+    figure = _figure(7, 2.8)
+    axes = figure.add_subplot()
+    for k, (name, values) in enumerate(curves.items()):
+        axes.plot(range(len(values)), torch.as_tensor(values).tolist(), color=BRANCHES[(4, 5, 2, 0)[k % 4]], label=name)
+    for place, text in (marks or {}).items():
+        axes.axvline(place, color=ANCHOR, linestyle=":", linewidth=1)
+        axes.text(place, axes.get_ylim()[1], f" {text}", fontsize=7, va="top", color=ANCHOR)
+    _plain(axes, title, xlabel, ylabel)
+    axes.title.set_fontsize(10)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def masks(panels: Mapping[str, Tensor], lines_every: int = 0):
+    """Who may read whom: one bool mask [queries, keys] a panel, blue where it may. -> Figure
+
+    `lines_every`: a line between blocks of that many rows and columns."""
+    from matplotlib.colors import ListedColormap
+
+    figure = _figure(2.6 * len(panels), 2.8)
+    for axes, (name, mask) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        axes.imshow(mask.int().tolist(), cmap=ListedColormap(["white", BRANCHES[1]]), vmin=0, vmax=1)
+        for k in range(0, max(mask.shape) + 1, lines_every or max(mask.shape)):
+            axes.axhline(k - 0.5, color=ANCHOR, linewidth=0.7)
+            axes.axvline(k - 0.5, color=ANCHOR, linewidth=0.7)
+        axes.set(xlabel="key: frame that is read", ylabel="query: frame that reads")
+        axes.set_xlim(-0.5, mask.shape[1] - 0.5)
+        axes.set_ylim(mask.shape[0] - 0.5, -0.5)
+        axes.set_title(name, fontsize=10)
+    return figure
+
+
+def kv_map(starts: Sequence[int], window: Window, resident: Mapping[int, Sequence[int]], lit: int | None = None):
+    """The memory of a video: a row a block, what it reads (sink and nearest hatched), what else is kept (pale).
+    -> Figure
+
+    starts: first frames of the blocks; resident: start -> frames in the history when that block is made; `lit`: the
+    start of the block whose row is framed."""
+    from matplotlib.patches import Patch, Rectangle
+
+    figure = _figure(9, 0.13 * len(starts) + 1.3)
+    axes = figure.add_subplot()
+    for y, start in enumerate(starts):
+        if start:
+            mask = route_mask(ordinary_frames(start, window)[None], start, window, window.past)[0].tolist()
+            for x, kind in enumerate(mask):
+                if kind != DROPPED or x in resident[start]:
+                    face = {SINK: "#bbbbbb", NEAREST: ANCHOR, DROPPED: "#eeeeee"}[kind]
+                    cell = Rectangle((x, y), 1, 1, facecolor=face, edgecolor="white", linewidth=0.3)
+                    cell.set_hatch(HATCHES.get(kind, ""))
+                    axes.add_patch(cell)
+        axes.add_patch(Rectangle((start, y), window.block, 1, facecolor=BRANCHES[4], linewidth=0))
+        if start == lit:
+            whole = (0, y), start + window.block, 1
+            axes.add_patch(Rectangle(*whole, facecolor="none", edgecolor="black", linewidth=2, zorder=3))
+    axes.set(xlim=(0, starts[-1] + window.block), ylim=(len(starts), 0), xlabel="frame", ylabel="block (first frame)")
+    rows = range(0, len(starts), max(1, len(starts) // 10))
+    axes.set_yticks([y + 0.5 for y in rows], [str(starts[y]) for y in rows], fontsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+    kinds = {"sink": ("#bbbbbb", SINK), "nearest": (ANCHOR, NEAREST), "kept, not read": ("#eeeeee", DROPPED)}
+    handles = [
+        Patch(facecolor=f, hatch=HATCHES.get(k, ""), edgecolor="white", label=name) for name, (f, k) in kinds.items()
+    ]
+    handles.append(Patch(facecolor=BRANCHES[4], label="the block that is made"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def frame_bars(frames: Tensor, values: Tensor, start: int, window: Window, title: str, ylabel: str):
+    """One bar, on a log scale, for each past frame [L] that the block at `start` reads: sink or nearest. -> Figure"""
+    figure = _figure(7, 2.3)
+    axes = figure.add_subplot()
+    kinds = route_mask(frames[None], start, window, window.past)[0, frames].tolist()
+    for x, value, kind in zip(frames.tolist(), values.tolist(), kinds, strict=True):
+        face = "#bbbbbb" if kind == SINK else ANCHOR
+        axes.bar(x, value, 0.8, color=face, hatch=HATCHES.get(kind, ""), edgecolor="white")
+    axes.axvspan(start - 0.5, start + window.block - 0.5, color=BRANCHES[4], alpha=0.4)
+    axes.set_yscale("log")
+    _plain(axes, title, "frame (blue: the block that is made)", ylabel)
+    axes.title.set_fontsize(10)
+    return figure
+
+
+# -------------------------------------------------------------------------------- training: by hand, live and recorded
+
+
+def objective_figure(log_p: Tensor, log_p_old: Tensor, log_p_init: Tensor, A: Tensor, settings: Sequence[tuple]):
+    """The clipped objective of one group, a row a setting (clip_low, clip_high, kl_weight). -> Figure
+
+    Left: what each branch adds to the loss, -min(rho A, clip(rho) A) over its ratio rho, with a dot where it is now
+    (filled: it still pulls; empty: it is clipped). Right: how far the policy's log score l = -E / tau is moved by the
+    clipped objective alone and by the KL alone, -dL/dl, both through autograd. log_p, log_p_old, log_p_init, A: [G]."""
+    from kvpo_min.grpo import branch_kl, clipped_objective
+
+    if not settings:
+        raise ValueError("expected at least one setting (clip_low, clip_high, kl_weight), got none")
+    n, ratio = len(A), (log_p - log_p_old).exp().detach()
+    width = max(0.5, 1.3 * (ratio - 1).abs().max().item())
+    rho = torch.linspace(max(0.0, 1 - width), 1 + width, 201)
+    figure = _figure(8.5, 2.7 * len(settings))
+    for (left, right), (low, high, kl_weight) in zip(figure.subplots(len(settings), 2, squeeze=False), settings,
+                                                     strict=True):  # fmt: skip
+        left.axvspan(1 - low, 1 + high, color="#eeeeee", linewidth=0)
+        for g in range(n):
+
+            def term(r, a=A[g], low=low, high=high):
+                return -torch.minimum(r * a, r.clamp(1 - low, 1 + high) * a)
+
+            moves = bool((A[g] > 0 and ratio[g] <= 1 + high) or (A[g] < 0 and ratio[g] >= 1 - low))
+            left.plot(rho, term(rho), color=branch_colour(g), label=f"branch {g}, A = {A[g].item():+.2f}")
+            left.plot(ratio[g], term(ratio[g]), "o", color=branch_colour(g), markeredgecolor="#555555",
+                      markerfacecolor=branch_colour(g) if moves else "white", markersize=8)  # fmt: skip
+        _plain(left, f"clip {1 - low:g} to {1 + high:g}", "ratio", "loss of the branch")
+        left.legend(frameon=False, fontsize=7)
+        pulls = []
+        for loss in (lambda s: clipped_objective(s, log_p_old, A, low, high)[0],  # noqa: B023
+                     lambda s: kl_weight * branch_kl(s, log_p_init)):  # noqa: B023  # fmt: skip
+            score = log_p.detach().clone().requires_grad_()
+            pulls.append((-torch.autograd.grad(loss(score.log_softmax(0)), score)[0]).tolist())
+        colours = [branch_colour(g) for g in range(n)]
+        for k, (pull, name) in enumerate(zip(pulls, ("clipped objective", f"KL, weight {kl_weight:g}"), strict=True)):
+            places, hatch = [g + 0.4 * k - 0.2 for g in range(n)], "" if k == 0 else "xxx"
+            right.bar(places, pull, 0.36, edgecolor="#555555", linewidth=0.5, color=colours, hatch=hatch, label=name)
+        right.axhline(0, color="#555555", linewidth=0.8)
+        right.set_xticks(range(n), [f"branch {g}" for g in range(n)])
+        _plain(right, "what moves the branch's score (up: likelier)", "", "-dL / dl")
+        right.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def push_pull(v: Tensor, u: Tensor, slope: Tensor):
+    """Velocities of two numbers: the policy's v [2], the branches' u [G, 2], and the step each asks of v. -> Figure
+
+    Branch g asks for slope_g * (u_g - v): towards its own velocity where slope = dL/dE > 0, away from it below 0.
+    Arrows are scaled to fit, all alike; the black one is their sum."""
+    asked = slope[:, None] * (u - v)  # [G, 2]
+    total = asked.sum(0)
+    scale = 0.8 * (u - v).norm(dim=1).max() / torch.cat([asked, total[None]]).norm(dim=1).max().clamp(min=1e-12)
+    figure = _figure(5.5, 4.5)
+    axes = figure.add_subplot()
+    for g in range(len(u)):
+        axes.plot(*u[g].tolist(), "o", color=branch_colour(g), markersize=11, markeredgecolor="#555555",
+                  label=f"branch {g}: {'pulls' if slope[g] > 0 else 'pushes'}")  # fmt: skip
+        axes.annotate("", (v + scale * asked[g]).tolist(), v.tolist(),
+                      arrowprops=dict(arrowstyle="-|>", color=branch_colour(g), linewidth=2.5))  # fmt: skip
+    axes.annotate("", (v + scale * total).tolist(), v.tolist(),
+                  arrowprops=dict(arrowstyle="-|>", color="black", linewidth=1.5, linestyle="--"))  # fmt: skip
+    axes.plot(*v.tolist(), "s", color="white", markeredgecolor="black", markersize=9, label="the policy's velocity")
+    axes.margins(0.25)
+    axes.set_aspect("equal")
+    _plain(axes, "Who pulls, who pushes (dashed: all together)", "first number of the velocity", "second number")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def training_board(logs: Sequence[Mapping], step=None, frames: int = 6):
+    """One picture of a run that is under way: reward with spread, energies, entropy, KL and clipped ratios so far; with
+    `step`, a `train.Step`, also the frames that its first group read and films of its best and worst branch and of the
+    anchor. -> Figure. logs: as in `reward_curve`; `frames` a film."""
+    at = _column(logs, "step")
+    figure = _figure(10, 3.2 if step is None else 6.4)
+    top, bottom = (figure, None) if step is None else figure.subfigures(2, 1, height_ratios=(1, 1.1))
+    reward, energy, entropy, clip = top.subplots(1, 4)
+    for axes, key, spread, colour, title in (
+        (reward, "reward", "reward_std", BRANCHES[4], "reward (band: spread)"),
+        (energy, "energy/mean", "energy/std", BRANCHES[5], "energy (band: spread)"),
+    ):
+        mean, std = _column(logs, key), _column(logs, spread)
+        low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
+        axes.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(at, mean, color=colour, marker="o", markersize=3)
+        _plain(axes, title, "update")
+    reward.plot(at, _column(logs, "anchor_reward"), color=ANCHOR, linestyle="--", label="anchor")
+    reward.legend(frameon=False, fontsize=7)
+    entropy.plot(at, _column(logs, "entropy"), color=BRANCHES[6], marker="o", markersize=3)
+    if step is not None:
+        most = math.log(len(step.groups[0].advantages))
+        entropy.axhline(most, color="#555555", linestyle="--", linewidth=1)
+        entropy.set_ylim(0, 1.1 * most)
+    _plain(entropy, "entropy (dashed: log G)", "update")
+    clip.plot(at, _column(logs, "clip_ratio/region_mean"), color=BRANCHES[7], marker="o", markersize=3, label="clipped")
+    clip.plot(at, _column(logs, "kl"), color=BRANCHES[2], marker="s", markersize=3, label="KL (nats)")
+    clip.set_ylim(bottom=0)
+    _plain(clip, "share of clipped ratios, KL", "update")
+    clip.legend(frameon=False, fontsize=7)
+    for axes in (reward, energy, entropy, clip):
+        axes.title.set_fontsize(9)
+        axes.tick_params(labelsize=7)
+    if step is not None:
+        group = step.groups[0]
+        worst, *_, best = group.advantages.argsort().tolist()
+        rows = [best, worst, len(group.advantages)]
+        left, right = bottom.subfigures(1, 2, width_ratios=(1, 1.4))
+        window, routes, start = Window(), group.plan.routes, group.plan.fork
+        nearest = window.past - routes.shape[1]
+        axes = left.add_subplot()
+        _draw_routes(axes, branch_frames(routes, start, window, nearest), start, window, nearest)
+        axes.tick_params(labelsize=7)
+        axes.xaxis.label.set_fontsize(8)
+        for axes, g in zip(right.subplots(len(rows), 1), rows, strict=True):
+            film, _ = _film(group.videos[g], frames)
+            axes.imshow(film, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            colour = ANCHOR if g == len(group.advantages) else branch_colour(g)
+            axes.spines[:].set(color=colour, linewidth=2)
+            gained = "" if g == len(group.advantages) else f", advantage {group.advantages[g].item():+.2f}"
+            axes.set_title(("anchor" if colour == ANCHOR else f"branch {g}") + gained, fontsize=8, loc="left", pad=2)
+        bottom.suptitle(f"update {step.step}: {group.script}", fontsize=9)
+    return figure
+
+
+def recorded(logs: Sequence[Mapping], at: int = -1):
+    """Reward, entropy, KL and energy of a recorded run, with a line through the `at`-th record and its numbers as
+    titles. -> Figure. logs: the lines of metrics.jsonl."""
+    panels = {"reward": "reward", "entropy": "entropy (nats)", "kl": "KL (nats)", "energy/mean": "energy"}
+    step = _column(logs, "step")
+    here = logs[at]
+    figure = _figure(8, 2.1)
+    for axes, (key, name), colour in zip(figure.subplots(1, 4), panels.items(), BRANCHES[4:], strict=True):
+        axes.plot(step, _column(logs, key), color=colour, linewidth=1)
+        if key == "reward":
+            axes.plot(step, _column(logs, "anchor_reward"), color=ANCHOR, linewidth=1, linestyle="--")
+        axes.axvline(here["step"], color="#555555", linewidth=1)
+        axes.plot(here["step"], here[key], "o", color=colour, markeredgecolor="#555555")
+        _plain(axes, f"{name}: {here[key]:.4g}", "update")
+        axes.title.set_fontsize(8)
+        axes.xaxis.label.set_fontsize(8)
+        axes.tick_params(labelsize=7)
+    figure.suptitle(f"update {here['step']}", fontsize=10)
+    return figure
+
+
+PARTS = {  # of real.memory_plan, in the order in which they are stacked: (colour, hatch)
+    "transformer": ("#7f7f7f", ""), "VAE": ("#bbbbbb", ""), "adapters": (BRANCHES[4], ""),
+    "optimizer": (BRANCHES[1], ""), "gradients": (BRANCHES[1], "xxx"), "shared past": (BRANCHES[2], ""),
+    "branches' own frames": (BRANCHES[0], ""), "what blocks read": (BRANCHES[3], "///"),
+    "videos": (BRANCHES[6], ""), "activations": (BRANCHES[5], "..."),
+}  # fmt: skip
+
+
+def memory_bars(plans: Mapping[str, Mapping[str, float]], limits: Sequence[float] = (24, 80)):
+    """GiB by part, stacked, one bar a plan of `real.memory_plan`; dashed lines at the memory of GPUs. -> Figure"""
+    if not plans:
+        raise ValueError("expected at least one plan {part: GiB}, got none")
+    unknown = sorted({part for plan in plans.values() for part in plan} - set(PARTS))
+    if unknown:
+        raise ValueError(f"expected parts {list(PARTS)}, got {unknown} too")
+    figure = _figure(9, 0.55 * len(plans) + 1.9)
+    axes = figure.add_subplot()
+    begin = [0.0] * len(plans)
+    for part, (colour, hatch) in PARTS.items():
+        size = [plan.get(part, 0.0) for plan in plans.values()]
+        axes.barh(range(len(plans)), size, left=begin, color=colour, hatch=hatch, edgecolor="white", label=part)
+        begin = [b + s for b, s in zip(begin, size, strict=True)]
+    for y, total in enumerate(begin):
+        axes.text(total, y, f" {total:.1f}", va="center", fontsize=8)
+    most = max(begin)
+    for limit in limits:
+        if limit < 1.6 * most:
+            axes.axvline(limit, color="#555555", linestyle="--", linewidth=1)
+            axes.text(limit, -0.6, f"{limit:g} GiB", ha="center", va="bottom", fontsize=8)
+    axes.set_yticks(range(len(plans)), list(plans))
+    axes.set_ylim(len(plans) - 0.5, -0.9)
+    _plain(axes, "", "GiB at the largest moment of one update")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, fontsize=7)
     return figure

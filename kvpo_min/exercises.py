@@ -1,0 +1,602 @@
+"""Checks of the notebooks' exercises: `check_NN(answer)` returns a `Verdict`, which is true when the answer is right
+and shows as a sentence.
+
+`None` means "not tried yet". A check never raises on an answer: it says what is expected, and of a wrong one what is
+wrong with it. Each compares with a computation of its own, never with a stored answer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, repr=False)
+class Verdict:
+    """What a check found. `assert check_NN(answer)` passes when it is right; as a cell's last line it is shown."""
+
+    right: bool
+    says: str
+
+    def __bool__(self) -> bool:
+        return self.right
+
+    def __repr__(self) -> str:
+        return ("Right. " if self.right else "Not yet. ") + self.says
+
+
+# ------------------------------------------------------------------------------- 00 which branch gains probability?
+
+
+def check_00(answer, energies: Tensor, advantages: Tensor, tau: float) -> Verdict:
+    """answer: the branch whose probability grows most in a small step down the gradient of the objective.
+    energies, advantages [G] of one group."""
+    g = len(energies)
+    if answer is None:
+        return Verdict(False, f"Set the answer to a branch, a number from 0 to {g - 1}.")
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < g:
+        return Verdict(False, f"Expected a branch, a whole number from 0 to {g - 1}, got {answer!r}.")
+    # by differences, without the formula: the loss -sum(p * A) / G is followed a small way downhill in E
+    E = energies.double()
+    p = torch.softmax(-E / tau, 0)
+    tiny = 1e-6 * tau
+
+    def loss(e: Tensor) -> Tensor:
+        return -(torch.softmax(-e / tau, 0) / p * advantages.double()).mean()
+
+    slope = torch.stack([(loss(E + tiny * one) - loss(E - tiny * one)) / (2 * tiny) for one in torch.eye(g).double()])
+    change = torch.softmax(-(E - 0.1 * tau * slope / slope.abs().max().clamp(min=1e-30)) / tau, 0) - p
+    best = int(change.argmax())
+    if answer == best:
+        return Verdict(True, f"Branch {best} gains {change[best]:+.4f}, more than any other.")
+    return Verdict(
+        False,
+        f"Branch {answer} changes by {change[answer]:+.4f}, another one gains more. What a branch gains is its "
+        "probability times its pull, A_g - p_g * sum(A), less the mean pull.",
+    )
+
+
+# ---------------------------------------------------------------------------- 01 two velocities, two clean predictions
+
+
+def check_01(answer) -> Verdict:
+    """answer: (dv [...], sigma) -> difference of the clean predictions [...] of two models at the same z and sigma."""
+    generator = torch.Generator().manual_seed(0)
+    for sigma in (0.25, 0.5, 0.9):
+        x0, noise, dv = torch.randn(3, 50, generator=generator, dtype=torch.float64)
+        z = (1 - sigma) * x0 + sigma * noise
+        # the clean data that a velocity means: solve z = (1 - sigma) x + sigma e and v = e - x for x
+        system = torch.tensor([[1 - sigma, sigma], [-1.0, 1.0]], dtype=torch.float64)
+        v = noise - x0
+        clean = [torch.linalg.solve(system, torch.stack([z, velocity]))[0] for velocity in (v, v + dv)]
+        want = clean[1] - clean[0]
+        try:
+            got = answer(dv, sigma) if callable(answer) else answer
+            got = None if got is None else torch.as_tensor(got, dtype=torch.float64)
+        except Exception as error:  # an answer may be anything
+            return Verdict(False, f"Your function raised {type(error).__name__}: {error}")
+        if got is None:
+            return Verdict(False, "Return the difference of the clean predictions, from dv and sigma.")
+        if got.shape != want.shape:
+            return Verdict(False, f"Expected numbers of the shape of dv, {list(want.shape)}, got {list(got.shape)}.")
+        if not torch.allclose(got, want):
+            if torch.allclose(got, -want):
+                return Verdict(False, "The size is right, the sign is not: a larger velocity means less clean data.")
+            factor = (got * dv).sum() / dv.square().sum()
+            return Verdict(
+                False, f"At sigma {sigma} your answer is {factor:.3f} times dv. Write x0 = z - sigma * v twice."
+            )
+    return Verdict(True, "They differ by -sigma * dv, found here by solving for x0 at three noise levels.")
+
+
+# ------------------------------------------------------------------------------------------------- 02 break causality
+
+
+def check_02(mask, differ) -> Verdict:
+    """mask: bool [6, 6], True where the row's frame reads the column's; differ: the frames whose result in two layers
+    of attention differs from the results that are made one frame at a time."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (6, 6):
+        got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        return Verdict(False, f"Expected a bool tensor [6, 6] as the mask, got {got}.")
+    if not mask.triu(1).any():
+        return Verdict(False, "The mask is still causal: no frame reads a later one. Set mask[2, 4] to True.")
+    if not mask.diagonal().all():
+        return Verdict(False, "Every frame reads itself: leave the diagonal True.")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 8, generator=generator, dtype=torch.float64)
+    layers = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64) / 8**0.5
+
+    def run(x: Tensor, mask: Tensor) -> Tensor:
+        for q, k, v in layers:
+            scores = (x @ q) @ (x @ k).T / 8**0.5
+            x = scores.masked_fill(~mask, -torch.inf).softmax(1) @ (x @ v)
+        return x
+
+    # frame by frame nothing later exists yet: a frame's own result is the last row of what there is
+    alone = torch.stack([run(x[: f + 1], mask[: f + 1, : f + 1].tril())[-1] for f in range(6)])
+    truth = set(((run(x, mask) - alone).abs().amax(1) > 1e-9).nonzero()[:, 0].tolist())
+    if differ is None:
+        return Verdict(False, "The mask looks into the future. Now name the frames whose results differ, as a set.")
+    try:
+        named = {int(f) for f in differ}
+    except (TypeError, ValueError):
+        return Verdict(False, f"Expected a set of frames such as {{2}}, got {differ!r}.")
+    if named == truth:
+        return Verdict(True, f"Frames {sorted(truth)} differ: in layer two whoever reads a changed frame changes too.")
+    says = []
+    if named - truth:
+        says.append(f"{sorted(named - truth)} do not differ")
+    if truth - named:
+        says.append(f"{len(truth - named)} more differ: who reads, in the second layer, what changed in the first?")
+    return Verdict(False, "; ".join(says).capitalize())
+
+
+# ------------------------------------------------------------------------------------------ 03 which way does DMD pull?
+
+
+def check_03(answer) -> Verdict:
+    """answer: (real, fake) -> gradient of the loss with respect to a sample, from the two denoised estimates, all of
+    one shape. Gradient descent with it must take a student's samples to the teacher's distribution."""
+    generator = torch.Generator().manual_seed(0)
+    teacher, sigma = torch.tensor([2.0, -1.0, 0.5]), 0.6
+    mean = torch.zeros(3)  # of the student: its samples are mean + noise, the teacher's are teacher + noise
+
+    def denoised(z: Tensor, centre: Tensor) -> Tensor:
+        # E[x0 | z] for x0 ~ N(centre, 1) and z = (1 - sigma) x0 + sigma noise: two Gaussians, by Bayes' rule
+        return centre + (1 - sigma) / ((1 - sigma) ** 2 + sigma**2) * (z - (1 - sigma) * centre)
+
+    before = (mean - teacher).norm()
+    for _ in range(100):
+        x0 = mean + torch.randn(64, 3, generator=generator)
+        z = (1 - sigma) * x0 + sigma * torch.randn(64, 3, generator=generator)
+        real, fake = denoised(z, teacher), denoised(z, mean)
+        try:
+            got = answer(real, fake) if callable(answer) else answer
+            got = None if got is None else torch.as_tensor(got, dtype=torch.float32)
+        except Exception as error:  # an answer may be anything
+            return Verdict(False, f"Your function raised {type(error).__name__}: {error}")
+        if got is None:
+            return Verdict(False, "Return the gradient of the loss with respect to the sample, from real and fake.")
+        if got.shape != real.shape:
+            return Verdict(False, f"Expected a gradient of shape {list(real.shape)}, got {list(got.shape)}.")
+        mean = mean - 0.1 * got.mean(0)  # a step of gradient descent on the student's one parameter
+    after = (mean - teacher).norm()
+    if not after.isfinite() or after > before:
+        return Verdict(False, "Gradient descent with it drives the student away from the teacher: look at the sign.")
+    if after > 0.1 * before:
+        return Verdict(
+            False,
+            f"The student ends {after:.2f} from the teacher (it began at {before:.2f}). The gradient must vanish when "
+            "the two estimates agree, and only then.",
+        )
+    return Verdict(True, f"In 100 steps the student's mean came from {before:.2f} to {after:.2f} of the teacher's.")
+
+
+# ---------------------------------------------------------------------------------------- 04 routes that overlap less
+
+
+def check_04(answer) -> Verdict:
+    """answer: a function like `chr.uniform_routes`, `(frames, n_routed, n_branches, generator) -> [G, n_routed]`, whose
+    branches share fewer frames than uniform draws do."""
+    if answer is None:
+        return Verdict(False, "Write a function (frames, n_routed, n_branches, generator) -> routes [G, n_routed].")
+    verdicts = [_fewer_shared(answer, range(3, last), 5, 8) for last in (20, 17)]
+    return next((verdict for verdict in verdicts if not verdict), verdicts[0])
+
+
+def _fewer_shared(answer, frames: range, n: int, g: int) -> Verdict:
+    shared, used, plans, pool = [], set(), set(), f"frames {frames[0]} to {frames[-1]}"
+    for seed in range(20):
+        try:
+            routes, again = (answer(frames, n, g, torch.Generator().manual_seed(seed)) for _ in range(2))
+            rows = torch.as_tensor(routes).tolist()
+        except Exception as error:  # an answer may be anything
+            return Verdict(False, f"With {pool}, {n} routed and {g} branches it raised {error!r}.")
+        if not isinstance(rows, list) or len(rows) != g or any(not isinstance(r, list) or len(r) != n for r in rows):
+            return Verdict(False, f"Expected routes [{g}, {n}], one row a branch, got {routes!r}.")
+        for k, row in enumerate(rows):
+            if not set(row) <= set(frames):
+                return Verdict(False, f"Branch {k} reads {row}, but only {pool} are in the pool.")
+            if len(set(row)) < n:
+                return Verdict(False, f"Branch {k} reads a frame twice: {row}. All {n} must differ.")
+            if row != sorted(row):
+                return Verdict(False, f"Frames of a branch must ascend, branch {k} has {row}.")
+        if rows != torch.as_tensor(again).tolist():
+            return Verdict(False, "The same generator seed gave two plans: draw from the given generator alone.")
+        shared += [len(set(a) & set(b)) for i, a in enumerate(rows) for b in rows[:i]]
+        used |= {frame for row in rows for frame in row}
+        plans.add(str(rows))
+    if len(plans) < 2:
+        return Verdict(False, "Every seed gives the same plan, so training would never see another one: use generator.")
+    if used != set(frames):
+        return Verdict(False, f"In 20 plans the frames {sorted(set(frames) - used)} were never read by anyone.")
+    mean = sum(shared) / len(shared)
+    uniform = n * n / len(frames)  # each of one branch's n frames is among the other's n with probability n / pool
+    each, extra = divmod(g * n, len(frames))  # the fewest: every frame is read as often as every other, or once more
+    pairs = (len(frames) - extra) * each * (each - 1) / 2 + extra * (each + 1) * each / 2
+    fewest = pairs / (g * (g - 1) / 2)
+    says = (
+        f"From {len(frames)} frames two branches share {mean:.2f} of {n}; uniform draws share {uniform:.2f}, "
+        f"the fewest is {fewest:.2f}."
+    )
+    if mean > (uniform + fewest) / 2:
+        return Verdict(False, says + " Come closer to it: let no frame be read often while another is not read.")
+    return Verdict(True, says)
+
+
+# ------------------------------------------------------------------------------------- 05 weights of the x0 residual
+
+
+def check_05(answer) -> Verdict:
+    """answer: a function `(sigma [S], floor) -> weights [S]` by which each step's mean squared x0 residual is
+    multiplied: floor 0 gives the velocity energy, and no sigma below `floor` counts as smaller than it."""
+    if answer is None:
+        return Verdict(False, "Write a function (sigma, floor) -> weights, one a step; a single line is enough.")
+    generator = torch.Generator().manual_seed(0)
+    sigma = torch.tensor([1.0, 0.9375, 5 / 6, 0.625], dtype=torch.float64)
+    x0, noise, ours, theirs = torch.randn(4, 4, 50, dtype=torch.float64, generator=generator)  # each [S, elements]
+    z = (1 - sigma[:, None]) * x0 + sigma[:, None] * noise
+    v_residual = [float(((a - b) ** 2).mean()) for a, b in zip(ours, theirs, strict=True)]
+    x0_residual = []
+    for s, level in enumerate(sigma.tolist()):  # the two clean predictions of one noisy input
+        a, b = z[s] - level * ours[s], z[s] - level * theirs[s]
+        x0_residual.append(float(((a - b) ** 2).mean()))
+    for floor in (0.0, 0.7, 1.0):
+        per_step = zip(v_residual, sigma.tolist(), x0_residual, strict=True)
+        wanted = [v * (s / max(s, floor)) ** 2 / x for v, s, x in per_step]
+        try:
+            given = torch.as_tensor(answer(sigma, floor)).double()
+            good = given.shape == sigma.shape and torch.allclose(given, torch.tensor(wanted).double(), rtol=1e-4)
+        except Exception as error:  # an answer may be anything
+            return Verdict(False, f"With sigma {sigma.tolist()} and floor {floor} it raised {error!r}.")
+        if good:
+            continue
+        if given.shape != sigma.shape:
+            return Verdict(False, f"Expected one weight a step, shape [4], got {list(given.shape)}.")
+        hint = ""
+        if torch.allclose(given, sigma**2, rtol=1e-4):
+            hint = " That is the other way round: an x0 residual is already sigma times a velocity residual."
+        elif torch.allclose(given, 1 / sigma, rtol=1e-4):
+            hint = " Residuals are squared, so their factor is too."
+        elif floor:
+            hint = " Without a floor it is right."
+        got, due = ([round(x, 3) for x in w] for w in (given.tolist(), wanted))
+        return Verdict(False, f"For floor {floor} the weights should be {due}, got {got}.{hint}")
+    return Verdict(True, "With floor 0 the sum is the velocity energy, with floor 1 the plain sum of x0 residuals.")
+
+
+# ------------------------------------------------------------------------------------------- 06 a reward to be hacked
+
+
+def check_06(answer) -> Verdict:
+    """answer: (reward, video). The reward must like clean sprites better than empty frames, and the video, [F, 3, 64,
+    64] in [0, 1], must beat every clean sprite although the judge sees none in most of its frames."""
+    from kvpo_min.pocket import world
+
+    if not isinstance(answer, tuple) or len(answer) != 2 or any(part is None for part in answer):
+        return Verdict(False, "Give a pair: a reward (videos, prompts) -> [N], and a video that hacks it.")
+    reward, video = answer
+    if not isinstance(video, Tensor) or video.ndim != 4 or tuple(video.shape[1:]) != (3, 64, 64) or len(video) < 3:
+        got = list(video.shape) if isinstance(video, Tensor) else type(video).__name__
+        return Verdict(False, f"The video must be [F, 3, 64, 64] with 3 frames or more, got {got}.")
+    if not 0 <= float(video.min()) <= float(video.max()) <= 1:  # also false for nan
+        return Verdict(False, f"Pixels lie in [0, 1], got {float(video.min()):.2f} to {float(video.max()):.2f}.")
+    steps = 6 * torch.arange(len(video))  # every shape, size and colour on both backgrounds, moving right
+    states = torch.cartesian_prod(*(torch.arange(k) for k in (4, 2, 6, 2)))  # [96, 4]
+    states = states[:, None].expand(-1, len(video), -1)
+    place = torch.stack([torch.full_like(steps, 32), steps % 64], 1).expand(len(states), -1, -1)
+    clean = world.render(torch.cat([states, place], 2))  # [96, F, 3, 64, 64]
+    empty = torch.tensor(world.BACKGROUNDS)[:, None, :, None, None].expand(-1, len(video), -1, 64, 64)
+    try:
+        scores = []
+        for videos in (clean, empty, video[None]):
+            score = torch.as_tensor(reward(videos, ["a disc"] * len(videos))).detach().float()
+            if score.shape != (len(videos),) or not bool(score.isfinite().all()):
+                return Verdict(False, f"The reward must give {len(videos)} finite numbers, got {score!r}.")
+            scores.append(score)
+    except Exception as error:  # an answer may be anything
+        return Verdict(False, f"The reward raised {error!r}.")
+    of_clean, of_empty, of_hack = scores
+    if not of_clean.min() > of_empty.max():
+        return Verdict(
+            False,
+            f"Nobody would train on this reward: an empty picture gets up to {of_empty.max():.3f}, the worst clean "
+            f"sprite {of_clean.min():.3f}. Reward something that sprites have.",
+        )
+    valid = world.judge(video[None]).valid.float().mean().item()
+    if valid >= 0.5:
+        return Verdict(False, f"The judge sees a proper sprite in {valid:.0%} of the frames: that is no hack yet.")
+    says = f"The hack gets {of_hack.item():.3f}, the best of 96 clean sprites {of_clean.max():.3f}"
+    if not of_hack.item() > of_clean.max():
+        return Verdict(False, says + ": what does your reward not look at?")
+    return Verdict(True, says + f", and the judge sees a sprite in {valid:.0%} of its frames.")
+
+
+# ------------------------------------------------------------------------------------ 07 fill in the clipped objective
+
+
+def check_07(answer) -> Verdict:
+    """answer: a function like `grpo.clipped_objective`, `(log_p, log_p_old, A, clip_low, clip_high) -> loss ()`."""
+    if answer is None:
+        return Verdict(False, "Write a function (log_p, log_p_old, A, clip_low, clip_high) -> loss, a single number.")
+    generator = torch.Generator().manual_seed(0)
+    cases = [torch.randn(2, 6, generator=generator, dtype=torch.float64) for _ in range(20)]
+    wrongs = {  # plausible slips, one branch at a time; each names itself when an answer equals it
+        "the ratio is not clipped": lambda r, c, a: r * a,
+        "only the clipped ratio is used: of the two products the smaller counts": lambda r, c, a: c * a,
+        "of the two products the larger counts instead of the smaller": lambda r, c, a: max(r * a, c * a),
+    }
+
+    def by_hand(scores: Tensor, old: Tensor, A: Tensor, low: float, high: float, term=None) -> float:
+        total = 0.0
+        for now, before, a in zip(scores.tolist(), old.tolist(), A.tolist(), strict=True):
+            r = math.exp(now - before)
+            c = 1 - low if r < 1 - low else 1 + high if r > 1 + high else r
+            total += term(r, c, a) if term else min(r * a, c * a)
+        return -total / len(A)
+
+    tried = []  # (what the answer gives, arguments)
+    for scores, A in cases:
+        log_p, log_p_old = scores.log_softmax(0), (0.5 * scores.flip(0)).log_softmax(0)
+        leaf = log_p.clone().requires_grad_()
+        try:
+            given = answer(leaf, log_p_old, A, 0.1, 0.3)
+            if given is None:
+                return Verdict(False, "The function returns nothing yet: return the loss, a single number.")
+            given = torch.as_tensor(given)
+            if given.numel() != 1:
+                return Verdict(False, f"Expected one number, the mean over branches, got shape {list(given.shape)}.")
+            if not given.requires_grad:
+                return Verdict(False, "No gradient reaches log_p: compute the loss with torch operations on it.")
+            given.sum().backward()
+        except Exception as error:  # an answer may be anything
+            return Verdict(False, f"It raised {error!r}.")
+        tried.append((given.item(), (log_p, log_p_old, A, 0.1, 0.3), leaf.grad))
+
+    def same(term=None, sign: float = 1.0, factor: float = 1.0, swap: bool = False) -> bool:
+        def wanted(args) -> float:
+            args = (*args[:3], args[4], args[3]) if swap else args
+            return sign * factor * by_hand(*args, term=term)
+
+        return all(math.isclose(seen, wanted(args), rel_tol=1e-4, abs_tol=1e-6) for seen, args, _ in tried)
+
+    if same():
+        for _, args, gradient in tried:  # by differences: a detached ratio gives the right value and no gradient
+            tiny, one = 1e-6, torch.eye(6, dtype=torch.float64)
+            slope = [by_hand(args[0] + tiny * e, *args[1:]) - by_hand(args[0] - tiny * e, *args[1:]) for e in one]
+            if not torch.allclose(gradient, torch.tensor(slope, dtype=torch.float64) / (2 * tiny), atol=1e-4):
+                return Verdict(False, "The values are right, the gradient is not: is something detached, or in place?")
+        return Verdict(True, "Values and gradients agree with a loop over branches, in 20 random groups.")
+    for message, term in wrongs.items():
+        if same(term):
+            return Verdict(False, f"In your loss {message}.")
+    if same(sign=-1.0):
+        return Verdict(False, "The sign is wrong: a loss is made smaller, and good branches should become likelier.")
+    if same(factor=6.0):
+        return Verdict(False, "This is the sum over branches; the objective is their mean.")
+    if same(swap=True):
+        return Verdict(False, "clip_low and clip_high are swapped: the range is 1 - clip_low to 1 + clip_high.")
+    seen, args, _ = tried[0]
+    return Verdict(False, f"For the first random group it gives {seen:.4f}, a loop over branches {by_hand(*args):.4f}.")
+
+
+# ----------------------------------------------------------------------------------- 08 stop when entropy collapses
+
+
+def entropy_curves(n_branches: int, seed: int = 0) -> dict[str, list[float]]:
+    """Made-up entropies of 60 updates, in nats: "healthy" (noisy, most of log G), "dips" (healthy, with two single
+    updates near 0, which happens when one group has a clear winner), "low but alive" (nearly half of log G), "collapse"
+    (from update 30 on one branch has nearly everything), "slow collapse" (the same within 20 updates)."""
+    generator = torch.Generator().manual_seed(seed)
+    most, n = math.log(n_branches), 60
+    noise = 0.08 * torch.randn(5, n, generator=generator)
+    step = torch.arange(n)
+    level = torch.stack([
+        torch.full((n,), 0.8), torch.full((n,), 0.8), torch.full((n,), 0.45),
+        torch.where(step < 30, 0.8, 0.02), 0.8 - 0.78 * ((step - 25) / 20).clamp(0, 1),
+    ])  # fmt: skip
+    noise = torch.where(level < 0.2, 0.1 * noise, noise)
+    curves = (level + noise).clamp(0.005, 0.99)
+    curves[1, [12, 40]] = 0.02
+    names = ("healthy", "dips", "low but alive", "collapse", "slow collapse")
+    return {name: (most * curve).tolist() for name, curve in zip(names, curves, strict=True)}
+
+
+def check_08(answer, recorded: list[float] | None = None, n_branches: int = 8) -> Verdict:
+    """answer: a stop rule `(entropies so far, n_branches) -> bool`, asked after every update. `recorded`: the entropies
+    of a real run of `n_branches` branches, which did not collapse."""
+    if answer is None:
+        return Verdict(False, "Write a function (entropies, n_branches) -> bool: should the run stop now?")
+
+    def stops(curve: list[float], g: int) -> int | None:
+        """The update after which the rule stops the run; None: never."""
+        return next((t for t in range(len(curve)) if answer(curve[: t + 1], g)), None)
+
+    try:
+        if answer([1.0], 8) is None:
+            return Verdict(False, "The function returns nothing yet: return True to stop, False to go on.")
+        for g in (3, 8, 32):
+            for seed in range(5):
+                curves = entropy_curves(g, seed)
+                for name, why in (
+                    ("healthy", "its entropy is noisy but high"),
+                    ("dips", "two single groups had a clear winner, and the next ones were fine"),
+                    ("low but alive", "its entropy is low, but far from 0 and steady"),
+                ):
+                    if (t := stops(curves[name], g)) is not None:
+                        return Verdict(False, f"With {g} branches it stops the run {name!r} after update {t}: {why}.")
+                for name, dead in (("collapse", 30), ("slow collapse", 45)):
+                    t = stops(curves[name], g)
+                    if t is None or t > dead + 10:
+                        when = "never" if t is None else f"only after update {t}"
+                        says = f"With {g} branches the run {name!r} is dead from update {dead} on, and it stops {when}"
+                        return Verdict(False, says + ": 10 updates later is too late.")
+                    if t < dead - 15:
+                        says = f"With {g} branches the run {name!r} is stopped after update {t}"
+                        return Verdict(False, f"{says}, long before it is dead at {dead}.")
+        t = stops(recorded, n_branches) if recorded else None
+    except Exception as error:  # an answer may be anything
+        return Verdict(False, f"It raised {error!r}.")
+    if t is not None:
+        return Verdict(False, f"It stops the recorded run after update {t}, at an entropy of {recorded[t]:.2f} nats.")
+    return Verdict(True, "It stops what is dead within 10 updates, and lets noisy, dipping and low runs go on.")
+
+
+# ------------------------------------------------------------------------------------- 09 a Backbone for a stub model
+
+
+class StubVideoModel:
+    """A tiny causal video model whose conventions are its own, as those of every new model are:
+
+    - it predicts the clean video, not a velocity;
+    - time is `timestep` [B], 1000 for pure noise and 0 for clean;
+    - videos are [B, C, F, H, W];
+    - `first` [B] is the absolute number of the first frame;
+    - the past is `memory` [B, n, D], one row a remembered frame, in any order; n may be 0.
+    """
+
+    channels, width = 4, 6
+
+    def __init__(self, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        self.look = torch.randn(self.channels, self.width, generator=generator)
+        self.say = torch.randn(self.width, self.channels, generator=generator)
+        self.query = torch.randn(self.channels, self.width, generator=generator)
+        self.hear = torch.randn(8, self.channels, generator=generator) / 8
+
+    def remember(self, video: Tensor, first: Tensor, words: Tensor) -> Tensor:
+        """Clean video [B, C, F, H, W] -> what to keep of it, [B, F, D]."""
+        self._check(video, first)
+        place = torch.sin(0.3 * (first[:, None] + torch.arange(video.shape[2])))  # [B, F]
+        said = torch.einsum("bld,dc->bc", words, self.hear)[:, None]
+        return torch.tanh((video.mean((3, 4)).transpose(1, 2) + said) @ self.look + place[..., None])
+
+    def __call__(self, video: Tensor, timestep: Tensor, first: Tensor, words: Tensor, memory: Tensor) -> Tensor:
+        """Noisy video [B, C, F, H, W] at `timestep` [B] -> the clean video, same shape."""
+        self._check(video, first)
+        if timestep.shape != first.shape or memory.ndim != 3 or len(memory) != len(video):
+            raise ValueError(
+                f"expected timestep [B] and memory [B, n, {self.width}] for B = {len(video)}, got "
+                f"{list(timestep.shape)} and {list(memory.shape)}"
+            )
+        share = 1 - 0.9 * timestep / 1000  # [B] how much of the input is trusted
+        place = torch.sin(0.3 * (first[:, None] + torch.arange(video.shape[2])))
+        q = video.mean((3, 4)).transpose(1, 2) @ self.query + place[..., None]  # [B, F, D]
+        recalled = (q @ memory.transpose(1, 2)).softmax(-1) @ memory if memory.shape[1] else torch.zeros_like(q)
+        said = torch.einsum("bld,dc->bc", words, self.hear)
+        drawn = torch.tanh(recalled @ self.say + said[:, None]).transpose(1, 2)[..., None, None]  # [B, C, F, 1, 1]
+        return share[:, None, None, None, None] * video + (1 - share)[:, None, None, None, None] * drawn
+
+    def _check(self, video: Tensor, first: Tensor) -> None:
+        if video.ndim != 5 or video.shape[1] != self.channels or first.shape != video.shape[:1]:
+            raise ValueError(
+                f"expected video [B, {self.channels}, F, H, W] and first [B], got {list(video.shape)} and "
+                f"{list(first.shape)}"
+            )
+
+
+def backbone_faults(backbone, latent_shape: tuple[int, int, int], text: Tensor) -> str:
+    """What is wrong with a `rollout.Backbone`, in a sentence; "" when it keeps the contract. For any model:
+    `backbone_faults(WanBackbone(transformer), (16, 8, 8), text)`. latent_shape C, H, W; text [1, L, D].
+
+    Looked at: shapes; a number and a vector of starts; rows of a batch that do not see each other; a history that
+    matters and is only read; and the one thing that catches the rest: a branch that reads its ordinary frames has, when
+    replayed, energy 0."""
+    from kvpo_min.chr import Plan, Window, uniform_routes
+    from kvpo_min.rollout import Sampler, draw_noise, fork, replay
+    from kvpo_min.tve import schedule, step_energies
+
+    generator = torch.Generator().manual_seed(0)
+    window, sigma = Window(), torch.tensor([0.9, 0.4])
+    x = torch.randn(2, window.block, *latent_shape, generator=generator)
+    v = backbone.velocity(x, sigma, 0, text, None)
+    if not isinstance(v, Tensor) or v.shape != x.shape:
+        return f"velocity must give {list(x.shape)}, the shape of x, got {list(getattr(v, 'shape', [type(v)]))}"
+    kv = backbone.encode(x, 0, text, None)
+    if not isinstance(kv, Tensor) or kv.ndim != 7 or kv.shape[1:4] != (2, 2, window.block):
+        return (
+            f"encode must give [layers, 2, B = 2, F = {window.block}, tokens, heads, D], got "
+            f"{list(getattr(kv, 'shape', [type(kv)]))}"
+        )
+    kv = kv.flatten(3, 4)  # as `KVHistory.read` hands it out: [layers, 2, B, tokens read, heads, D]
+    before = kv.clone()
+    now = backbone.velocity(x, sigma, 3, text, kv)
+    if not kv.equal(before):
+        return "velocity changed the history it was given: kv is read only"
+    if torch.allclose(now, backbone.velocity(x, sigma, 3, text, kv.roll(1, 2) + 1.0)):
+        return "velocity does not look at kv: another history gives the same velocity"
+    starts = backbone.velocity(x, sigma, torch.tensor([3, 3]), text, kv)
+    if not torch.allclose(now, starts, atol=1e-4):
+        return "start 3 and start [3, 3] must give the same velocity: it may be a number or [B]"
+    shared, copied = (backbone.velocity(x, sigma, 3, text, k) for k in (kv[:, :, :1], kv[:, :, [0, 0]]))
+    if not torch.allclose(shared, copied, atol=1e-4):
+        return "kv of batch 1 must serve the whole batch: expand it"
+    alone = backbone.velocity(x[1:], sigma[1:], 3, text, kv[:, :, 1:])
+    if not torch.allclose(now[1:], alone, atol=1e-4):
+        return "a row of the batch alone gives another velocity than in the batch: rows must not see each other"
+    many = backbone.encode(x, 3, text, kv)
+    if not torch.allclose(many[:, :, 1:], backbone.encode(x[1:], 3, text, kv[:, :, 1:]), atol=1e-4):
+        return "encode gives other keys and values for a row alone than in the batch"
+
+    plan = Plan(12, range(3, 11), uniform_routes(range(3, 11), 5, 2, generator), 2)
+    sampler = Sampler(schedule(), window)
+    noise = draw_noise(6, 4, (window.block, *latent_shape), generator)
+    with torch.no_grad():
+        made = fork(backbone, [text], noise, plan, 18, 18, sampler, 1)
+        E = step_energies(replay(backbone, made, sampler, branches=3), made.trajectory.velocity).sum((1, 2))
+    if not E.isfinite().all():
+        return f"energies are not finite: {E.tolist()}"
+    if not E[2] <= 1e-6 + 1e-4 * E[:2].mean():
+        return f"the anchor's energy must be 0, got {E[2]:.2g}: the replay sees another model than the rollout did"
+    if not E[:2].min() > 1e-10:
+        return "a routed branch has energy 0: the history it read changed nothing"
+    return ""
+
+
+def check_09(answer) -> Verdict:
+    """answer: a class whose instances, `answer(StubVideoModel())`, are a `rollout.Backbone`."""
+    if answer is None:
+        return Verdict(False, "Write a class with __init__(self, model), velocity and encode.")
+    model = StubVideoModel()
+    text = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(3))
+    latent = (model.channels, 4, 4)
+    try:
+        backbone = answer(model)
+        generator = torch.Generator().manual_seed(1)
+        x, sigma = torch.randn(2, 3, *latent, generator=generator), torch.tensor([1.0, 0.625])
+        given = backbone.velocity(x, sigma, 6, text, None)
+        if given is None:
+            return Verdict(False, "velocity returns nothing yet: return v = noise - x0, with the shape of x.")
+        fault = backbone_faults(backbone, latent, text)
+    except Exception as error:  # an answer may be anything
+        return Verdict(False, f"It raised {error!r}.")
+    if fault:
+        return Verdict(False, fault[0].upper() + fault[1:] + ".")
+    for b in range(2):  # one video at a time, by the model's own conventions
+        memory = torch.zeros(1, 0, model.width)
+        x0 = model(x[b : b + 1].transpose(1, 2), 1000 * sigma[b : b + 1], torch.tensor([6]), text, memory)
+        v = (x[b] - x0[0].transpose(0, 1)) / sigma[b]
+        if not torch.allclose(given[b], v, atol=1e-4):
+            if torch.allclose(given[b], -v, atol=1e-4):
+                return Verdict(False, "The sign is wrong: v = noise - x0 = (x - x0) / sigma.")
+            if torch.allclose(given[b], x0[0].transpose(0, 1), atol=1e-4):
+                return Verdict(False, "This is the clean video; asked is the velocity, (x - x0) / sigma.")
+            says = f"The velocity is off at sigma {sigma[b]:g}"
+            return Verdict(False, f"{says}: is the timestep 1000 sigma, and is the residual divided by sigma?")
+    kv = backbone.encode(x, 6, text, None)
+    past = [backbone.velocity(x, sigma, 9, text, kv.flatten(3, 4)[:, :, :, rows]) for rows in ([0, 1, 2], [0], [2])]
+    for rows, seen in zip(([0, 1, 2], [0], [2]), past, strict=True):
+        words = text.expand(2, -1, -1)
+        memory = model.remember(x.transpose(1, 2), torch.tensor([6, 6]), words)[:, rows]
+        x0 = model(x.transpose(1, 2), 1000 * sigma, torch.tensor([9, 9]), words, memory)
+        v = (x - x0.transpose(1, 2)) / sigma[:, None, None, None, None]
+        if kv.flatten(3, 4).shape[3] != 3 or not torch.allclose(seen, v, atol=1e-4):
+            return Verdict(
+                False,
+                "With a history the velocity is off: what is read must be the rows that `remember` gave for those "
+                "frames, and `encode` must remember the frames at `start`.",
+            )
+    return Verdict(True, "Velocities agree with the model's own conventions, and an unrouted replay has energy 0.")

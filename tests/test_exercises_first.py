@@ -1,0 +1,79 @@
+"""Checks of notebooks 00 to 03: right answers pass, plausible wrong ones do not and are told why, nothing raises."""
+
+import pytest
+import torch
+
+from kvpo_min.exercises import check_00, check_01, check_02, check_03
+
+TAU = 0.2
+
+
+def group(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(4, generator=generator), torch.randn(4, generator=generator)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_00_one_branch_gains_most(seed):
+    E, A = group(seed)
+    verdicts = [check_00(g, E, A, TAU) for g in range(4)]
+    assert sum(map(bool, verdicts)) == 1
+    # independent: autograd of the surrogate in the logits, one tiny step, who gained?
+    logits = (-E / TAU).double().requires_grad_(True)
+    p = logits.softmax(0)
+    (slope,) = torch.autograd.grad(-(p / p.detach() * A).mean() * TAU, logits)
+    gained = (logits - 1e-3 * slope).softmax(0) - p
+    assert verdicts[int(gained.argmax())]
+
+
+def test_00_is_not_always_the_best_branch():
+    E, A = torch.tensor([0.0, 1.0, 1.0, 1.0]), torch.tensor([0.5, 0.6, -1.0, -1.0])  # the best one has p = .007
+    assert check_00(0, E, A, TAU) and not check_00(1, E, A, TAU)
+
+
+@pytest.mark.parametrize("answer", [None, 4, -1, "0", 1.0, True])
+def test_00_other_answers(answer):
+    assert not check_00(answer, *group(0), TAU)
+
+
+def test_01():
+    assert check_01(lambda dv, sigma: -sigma * dv)
+    assert "sign" in repr(check_01(lambda dv, sigma: sigma * dv))
+    for wrong in (lambda dv, s: -s * s * dv, lambda dv, s: -dv / s, lambda dv, s: (1 - s) * dv, lambda dv, s: dv):
+        assert "times dv" in repr(check_01(wrong))
+    assert "Return" in repr(check_01(lambda dv, sigma: None)) and "Return" in repr(check_01(None))
+    assert "raised" in repr(check_01(lambda dv: dv)) and "shape" in repr(check_01(lambda dv, sigma: dv.sum()))
+
+
+def lower(*ones):
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    for row, column in ones:
+        mask[row, column] = True
+    return mask
+
+
+def test_02():
+    assert check_02(lower((2, 4)), {2, 3, 4, 5})
+    assert check_02(lower((4, 5)), [4, 5])
+    for wrong in ({2}, {2, 4}, {4, 5}, {3, 4, 5}, {0, 1, 2, 3, 4, 5}, set()):
+        assert not check_02(lower((2, 4)), wrong)
+    assert "causal" in repr(check_02(lower(), {2}))
+    assert "name the frames" in repr(check_02(lower((2, 4)), None))
+    unread = lower((2, 4))
+    unread[3:, 2] = False  # nobody reads frame 2 later: then it is alone
+    assert check_02(unread, {2}) and not check_02(unread, {2, 3, 4, 5})
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(6, 6), torch.ones(5, 5, dtype=torch.bool), lower((2, 4)) & False])
+def test_02_other_masks(mask):
+    assert not check_02(mask, {2, 3, 4, 5})
+
+
+def test_03():
+    assert check_03(lambda real, fake: fake - real)
+    assert check_03(lambda real, fake: 2 * (fake - real))
+    assert "sign" in repr(check_03(lambda real, fake: real - fake))
+    for wrong in (lambda r, f: f, lambda r, f: r, lambda r, f: 0 * r, lambda r, f: (f - r).abs(), lambda r, f: f + r):
+        assert not check_03(wrong)
+    assert "Return" in repr(check_03(lambda real, fake: None))
+    assert "raised" in repr(check_03(lambda: 0)) and "shape" in repr(check_03(lambda r, f: (f - r).mean()))

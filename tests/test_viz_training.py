@@ -1,0 +1,158 @@
+"""Pictures of training by hand, live and recorded, and the memory plan with its picture."""
+
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kvpo_min import viz
+from kvpo_min.chr import Window, plan
+from kvpo_min.grpo import clipped_objective
+from kvpo_min.real import memory_plan
+from kvpo_min.tve import gibbs_log_prob
+
+E = torch.tensor([0.020, 0.026, 0.023])
+TAU = E.std(correction=0).item()
+OLD = gibbs_log_prob(E, TAU)
+NOW = gibbs_log_prob(torch.tensor([0.0165, 0.0262, 0.0229]), TAU)
+A = torch.tensor([1.2, -1.2, 0.2])
+
+
+def png(figure):
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------------------- by hand
+
+
+def test_objective_figure_shows_the_objective():
+    figure = png(viz.objective_figure(NOW, OLD, OLD, A, [(0.1, 0.2, 2.0), (0.9, 0.9, 0.0)]))
+    left, right, wide, _ = figure.axes
+    ratio = (NOW - OLD).exp()
+    lines = left.get_lines()
+    curves, dots = lines[0::2], lines[1::2]
+    total = clipped_objective(NOW, OLD, A)[0]
+    assert sum(dot.get_ydata()[0] for dot in dots) / 3 == pytest.approx(total.item(), abs=1e-6)
+    for g, (curve, dot) in enumerate(zip(curves, dots, strict=True)):
+        assert dot.get_xdata()[0] == pytest.approx(ratio[g].item())
+        rho, term = torch.tensor(curve.get_xdata()), torch.tensor(curve.get_ydata())
+        by_hand = [-min(r * A[g].item(), min(max(r, 0.9), 1.2) * A[g].item()) for r in rho.tolist()]
+        assert term.tolist() == pytest.approx(by_hand, abs=1e-6)
+    assert ratio[0] > 1.2 and dots[0].get_markerfacecolor() == "white"  # clipped: pulls no more
+    assert wide.get_lines()[1].get_markerfacecolor() == viz.branch_colour(0)
+    pulls = [bar.get_height() for bar in right.patches]
+    assert sum(pulls[:3]) == pytest.approx(0, abs=1e-6) and sum(pulls[3:]) == pytest.approx(0, abs=1e-6)
+    assert pulls[3] < 0 < max(pulls[4:])  # the KL takes from the branch that gained
+    with pytest.raises(ValueError, match="at least one setting"):
+        viz.objective_figure(NOW, OLD, OLD, A, [])
+
+
+def test_push_pull_points_to_good_branches_and_away_from_bad_ones():
+    u = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    axes = png(viz.push_pull(torch.zeros(2), u, torch.tensor([2.0, -2.0]))).axes[0]
+    (x0, y0), (x1, y1), (xs, ys) = (text.xy for text in axes.texts)
+    assert x0 > 0 and abs(y0) < 1e-6 and abs(x1) < 1e-6 and y1 < 0
+    assert (xs, ys) == pytest.approx((x0 + x1, y0 + y1))  # dashed: the sum
+    assert [text.get_text() for text in axes.get_legend().get_texts()][:2] == ["branch 0: pulls", "branch 1: pushes"]
+
+
+# ---------------------------------------------------------------------------------------------------- live and recorded
+
+
+@pytest.fixture
+def logs():
+    keys = ("reward", "reward_std", "anchor_reward", "energy/mean", "energy/std", "entropy", "kl")
+    keys += ("clip_ratio/region_mean",)
+    return [{"step": t} | {key: 0.1 * k + 0.01 * t for k, key in enumerate(keys)} for t in range(5)]
+
+
+@pytest.fixture
+def step():
+    plan_ = plan(39, Window(), 1, 5, 3, torch.Generator().manual_seed(0))
+    videos = torch.stack([torch.full((18, 3, 8, 8), value) for value in (0.1, 0.2, 0.3, 0.4)])
+    group = SimpleNamespace(plan=plan_, videos=videos, advantages=torch.tensor([-1.0, 2.0, 0.5]), script="a disc")
+    return SimpleNamespace(step=4, groups=[group])
+
+
+def test_training_board_shows_the_logs_and_the_best_and_worst_branch(logs, step):
+    plain = png(viz.training_board(logs))
+    assert [len(axes.get_lines()[0].get_xdata()) for axes in plain.axes] == [5] * 4
+    reward, energy, entropy, clip = plain.axes
+    assert reward.get_lines()[0].get_ydata()[-1] == pytest.approx(logs[-1]["reward"])
+    assert clip.get_lines()[1].get_ydata()[-1] == pytest.approx(logs[-1]["kl"])
+    full = png(viz.training_board(logs, step))
+    assert full.axes[2].get_lines()[1].get_ydata()[0] == pytest.approx(math.log(3))
+    films = [axes for axes in full.axes if axes.get_images()]
+    assert [axes.get_title(loc="left") for axes in films] == [
+        "branch 1, advantage +2.00", "branch 0, advantage -1.00", "anchor"]  # fmt: skip
+    shades = [axes.get_images()[0].get_array()[4, 4, 0] for axes in films]
+    assert shades == [round(255 * v) for v in (0.2, 0.1, 0.4)]
+    with pytest.raises(ValueError, match="nothing to plot"):
+        viz.training_board([])
+
+
+def test_recorded_marks_one_update(logs):
+    figure = png(viz.recorded(logs, 2))
+    assert [axes.get_title() for axes in figure.axes][0] == f"reward: {logs[2]['reward']:.4g}"
+    for axes in figure.axes:
+        assert [float(line.get_xdata()[0]) for line in axes.get_lines()[-2:]] == [2.0, 2.0]
+    assert "update 4" in viz.recorded(logs, -1).get_suptitle()
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def rows(text, first):
+    """Cells of the table rows that begin with `first`."""
+    found = re.findall(rf"^\| {first} \|.*$", text, re.M)
+    return [[cell.strip() for cell in line.strip("| ").split("|")] for line in found]
+
+
+def test_the_memory_plan_is_the_benchmarks():
+    """against the tables of docs/single_gpu.md, which `benchmarks/wan_update.py --plan` printed"""
+    text = (Path(__file__).parents[1] / "docs" / "single_gpu.md").read_text()
+
+    def gib(**sizes):
+        return sum(memory_plan(**sizes).values())
+
+    full, less = rows(text, r"1 \| 2")
+    assert gib() == pytest.approx(float(full[-1]), rel=0.01)
+    assert gib(rank=128) == pytest.approx(float(less[-1]), rel=0.01)
+    for at_once, setting in ((3, r"3 \| 4"), (9, r"9 \| 32")):
+        branches = float(rows(text, setting)[0][3])
+        assert gib(branch_batch=at_once) == pytest.approx(branches, rel=0.01)
+    parts = memory_plan()
+    for name, part in (("transformer, frozen", "transformer"), ("VAE, frozen", "VAE"), ("AdamW's moments", "optimizer"),
+                       ("three adapters: default, old, ema", "adapters"),
+                       ("of 9 frames, what a block reads", "what blocks read")):  # fmt: skip
+        assert parts[part] == pytest.approx(float(rows(text, name)[0][1]), abs=0.006), name
+
+
+def test_the_memory_plan_elsewhere():
+    """16.73 and 37.13 GiB as `plan_update` of the benchmark counts them at 320 x 512, 4 branches, 12 past frames"""
+    for at_once, counted in ((1, 16.727), (5, 37.125)):
+        assert sum(memory_plan(4, 12, 320, 512, 256, at_once).values()) == pytest.approx(counted, rel=0.01)
+    assert "gradients" in memory_plan(past=3, branch_batch=1) or sum(memory_plan(past=3).values()) < 23
+    for sizes in (dict(height=481), dict(n_branches=0), dict(branch_batch=10), dict(past=0)):
+        with pytest.raises(ValueError):
+            memory_plan(**sizes)
+
+
+def test_memory_bars_add_up():
+    plans = {"a": memory_plan(), "b": memory_plan(rank=128)}
+    axes = png(viz.memory_bars(plans)).axes[0]
+    ends = {}
+    for bar in axes.patches:
+        y = round(bar.get_y() + bar.get_height() / 2)
+        ends[y] = max(ends.get(y, 0.0), bar.get_x() + bar.get_width())
+    assert [ends[0], ends[1]] == pytest.approx([sum(p.values()) for p in plans.values()])
+    shown = [text.get_text().strip() for text in axes.texts]
+    assert f"{ends[0]:.1f}" in shown and "24 GiB" in shown and "80 GiB" not in shown
+    with pytest.raises(ValueError, match="at least one plan"):
+        viz.memory_bars({})
+    with pytest.raises(ValueError, match="unknown|got"):
+        viz.memory_bars({"a": {"sofa": 1.0}})
