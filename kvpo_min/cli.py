@@ -1116,7 +1116,7 @@ def check_energies(pipeline, policies, step, config) -> list[Check]:
             "LoRA's B matrices do not start at 0, or the initial policy is not the base with its adapter off",
         ),
         Check(
-            "tau matches the spread of the energies", 0.1 < spread / step.tau < 10,
+            "tau matches the spread of the energies", 0.01 < spread / step.tau < 10,
             f"tau {step.tau:.1e}, spread {spread:.1e}",
             "tau was set by hand for another model: leave it at 0 to have it measured, else neither clip nor KL acts",
         ),
