@@ -205,8 +205,9 @@ def generate(
         routed = routed_end is None or start + window.block < routed_end
         newest = (window.history if routed else unrouted) - window.sink - window.block
         stream = replace(stream, history=stream.history.keep(window.sink, newest))
-        own = backbone.encode(x0, start, texts[segment], kv)
-        stream = Stream((*stream.x0, x0), stream.history.append(start, own), start + window.block, segment)
+        history = stream.history.append(start, backbone.encode(x0, start, texts[segment], kv))
+        stream = Stream((*stream.x0, x0), history, start + window.block, segment)
+        del history  # or a prompt switch could not free it
     return stream
 
 
