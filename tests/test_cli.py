@@ -97,7 +97,7 @@ def test_help_of_a_command_explains_every_option(command, capsys):
     out = " ".join(capsys.readouterr().out.split())  # argparse wraps lines as wide as the terminal
     assert stopped.value.code == 0 and ("--json" if command == "eval" else "--output_dir") in out
     if command == "train":
-        assert "length of the videos" in out and "--num_generations" in out and "default: 0.0002" in out
+        assert "length of the videos" in out and "--num_generations" in out and "default: 0.001" in out
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
@@ -300,7 +300,7 @@ def test_resumed_run_equals_an_uninterrupted_one(finished, model, tmp_path, caps
     assert cli.main([*resume, "--max_train_steps", "2"]) == 2
     assert "nothing is left to do" in capsys.readouterr().err
     assert cli.main([*resume, "--max_train_steps", "4", "--kl_coef", "9"]) == 2
-    assert "was made with kl_coef 2.0, not 9.0" in capsys.readouterr().err
+    assert "was made with kl_coef 1.0, not 9.0" in capsys.readouterr().err
     assert cli.main([*resume, "--max_train_steps", "4", "--ta", "2"]) == 2
     assert "was made with ta 1.0, not 2.0" in capsys.readouterr().err and contents(tmp_path) == before
     assert cli.main([*resume, "--max_train_steps", "4"]) == 0
