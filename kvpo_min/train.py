@@ -109,7 +109,7 @@ class TrainConfig:
     global_weight: float = 0.5
     global_frames: int = 36  # frames after the fork's chunk that the global reward sees, if the video goes on
     unsafe_scale: float = 0.0  # factor on the loss when no branch beats the anchor: 0 (paper) or 0.5 (authors)
-    compat: str = ""  # "official": the authors' routing, energy, replay context, tau, KL weight and safety rule
+    compat: str = ""  # "official": the authors' routing, energy, replay context, tau, KL weight, safety rule
     checkpointing_steps: int = 0  # updates between checkpoints (and one at the end); 0: none
     checkpoints_total_limit: int = 2
     resume_from_checkpoint: str = ""  # "latest", or the path of a checkpoint-N folder
@@ -167,7 +167,7 @@ class TrainConfig:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         if self.compat:  # the authors' scale, in one place (docs/paper_map.md)
-            self.tau, self.kl_coef, self.unsafe_scale, self.grad_steps = 2.0, 10.0, 0.5, 2
+            self.tau, self.kl_coef, self.unsafe_scale, self.grad_steps, self.nearest = 2.0, 10.0, 0.5, 2, 1
 
 
 @dataclass(frozen=True)

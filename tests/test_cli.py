@@ -285,11 +285,11 @@ def test_config_of_a_run_is_the_run(finished, model):
     assert config == TrainConfig(
         output_dir=str(finished), max_train_steps=4, num_generations=3, rank=2, tau_groups=1, checkpointing_steps=2
     )
-    assert options == cli.RunOptions(model=str(model), eval_prompts=2)
+    assert options == cli.RunOptions(model=str(model), eval_prompts=2, event="changes colour")
 
 
 def test_resumed_run_equals_an_uninterrupted_one(finished, model, tmp_path, capsys, undrawn):
-    argv = ["train", "--model", str(model), "--output_dir", str(tmp_path / "run"), *SMALL]
+    argv = ["train", "--model", str(model), "--output_dir", str(tmp_path / "run"), *SMALL, "--event", "changes colour"]
     assert cli.main([*argv, "--max_train_steps", "2"]) == 0
     with (tmp_path / "run" / "metrics.jsonl").open(
         "a"

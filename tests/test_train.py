@@ -76,6 +76,7 @@ class Run:
 
     def __init__(self, pipeline, rewards=TWO, scripts=SCRIPTS, **changes):
         small = dict(num_generations=3, tau=1e-3, rank=4, learning_rate=5e-3, lr_warmup_steps=0, unsafe_scale=1.0)
+        small |= dict(nearest=1, kl_coef=2.0)
         self.config = TrainConfig(**small | {"max_train_steps": 2} | changes)
         self.pipeline, self.scripts, self.rewards = pipeline, scripts, rewards
         self.policies = add_policies(pipeline, self.config)
@@ -730,7 +731,7 @@ def test_scripts_must_fit_the_mode(make_pipeline):
 
 def test_official_numbers(make_pipeline):
     config = TrainConfig(compat="official", tau=0.3, kl_coef=1.0)
-    assert (config.tau, config.kl_coef, config.unsafe_scale) == (2.0, 10.0, 0.5)
+    assert (config.tau, config.kl_coef, config.unsafe_scale, config.nearest) == (2.0, 10.0, 0.5, 1)
     run = Run(make_pipeline(), compat="official", num_frames=57, max_train_steps=1)
     step = next(run)
     group = step.groups[0]
