@@ -603,7 +603,8 @@ def torchrun(tmp_path, settings, fails=()):
 def test_two_processes_are_one_that_sees_both_scripts(make_pipeline, tmp_path):
     """Three updates, tau and the old policy's window included; only the first process writes."""
     settings = dict(
-        num_generations=3, rank=4, learning_rate=5e-3, lr_warmup_steps=0, unsafe_scale=1.0, max_train_steps=3,
+        num_generations=3, rank=4, nearest=1, kl_coef=2.0, learning_rate=5e-3, lr_warmup_steps=0, unsafe_scale=1.0,
+        max_train_steps=3,
         groups_per_update=2, old_policy_every=2, tau_groups=3, checkpointing_steps=2,
     )  # fmt: skip
     whole = Run(make_pipeline(), **settings | {"tau": 0.0, "output_dir": str(tmp_path / "one")}).go()
@@ -627,7 +628,16 @@ def test_two_processes_are_one_that_sees_both_scripts(make_pipeline, tmp_path):
 
 def test_two_processes_skip_together(tmp_path):
     """The second one's scorer fails in the second update: neither moves, and both go on."""
-    settings = dict(num_generations=2, rank=2, tau=1e-3, max_train_steps=3, groups_per_update=2, unsafe_scale=1.0)
+    settings = dict(
+        num_generations=2,
+        rank=2,
+        nearest=1,
+        kl_coef=2.0,
+        tau=1e-3,
+        max_train_steps=3,
+        groups_per_update=2,
+        unsafe_scale=1.0,
+    )
     both = torchrun(tmp_path, settings, fails=(1,))
     for _, steps, _ in both:
         assert [bool(skipped) for _, _, skipped in steps] == [False, True, False]
