@@ -1,8 +1,9 @@
 """Does a routed history tell another story? Measured before any training.
 
+    python benchmarks/exploration.py --forks 64 --event "changes colour" --json docs/exploration_event.json
     python benchmarks/exploration.py --forks 64 --json docs/exploration.json
 
-For each way to explore: forks on held-out prompts, G branches against the unrouted anchor, from the fork to the end
+Rows that are in the file already are not computed again. For each way to explore: forks on held-out prompts, G branches against the unrouted anchor, from the fork to the end
 of its chunk.
 - different: share of branches in which the judge reads another order of events (runs of 3 frames and more) than in
   the anchor, and the share in which colour, shape or motion alone differ
@@ -13,6 +14,7 @@ Noise at strength s mixes the initial noise of the same blocks that routing woul
 
 import argparse
 import json
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -86,21 +88,25 @@ def main() -> None:
     parser.add_argument("--branches", type=int, default=8)
     parser.add_argument("--num_frames", type=int, default=39)
     parser.add_argument("--num_segments", type=int, default=1)
+    parser.add_argument("--event", default="", help="only scripts that hold these words, such as 'changes colour'")
     parser.add_argument("--ways", type=int, default=len(WAYS), help="only the first so many")
-    parser.add_argument("--json", default=None)
+    parser.add_argument("--json", required=True)
     args = parser.parse_args()
+    path, asked = Path(args.json), {key: value for key, value in vars(args).items() if key not in ("ways", "json")}
+    found = json.loads(path.read_text()) if path.exists() else {"args": asked, "ways": {}}
+    if found["args"] != asked:
+        parser.error(f"{path} holds rows of {found['args']}, asked for {asked}: name another file")
     pipeline = load_pocket(folder=args.model)
-    scripts = world.prompt_set(args.forks, args.num_segments, seed=7)
-    table = {}
+    scripts = world.prompt_set(args.forks, args.num_segments, seed=7, event=args.event)
+    table = found["ways"]
     keys = ["different", "different colour", "different shape", "different motion", "spread", "best over anchor",
             "over anchor", "pixels", "distance ratio"]  # fmt: skip
     print("| way | " + " | ".join(keys) + " |\n|" + "---|" * (len(keys) + 1))
     for way, how in list(WAYS.items())[: args.ways]:
-        table[way] = explore(pipeline, scripts, args.num_frames, args.branches, **how)
+        if way not in table:
+            table[way] = explore(pipeline, scripts, args.num_frames, args.branches, **how)
+            path.write_text(json.dumps(found, indent=1) + "\n")
         print(f"| {way} | " + " | ".join(f"{table[way][key]:.3f}" for key in keys) + " |", flush=True)
-        if args.json:
-            with open(args.json, "w") as file:
-                json.dump({"args": vars(args), "ways": table}, file, indent=1)
 
 
 if __name__ == "__main__":

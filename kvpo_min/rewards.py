@@ -54,7 +54,7 @@ def ink_maps(videos: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
     inks [N, F, colours, H, W] (their sum is how much of the pixel is a thing at all), distance [N, F, H, W] to the
     nearest colour."""
     palette = torch.tensor([*scene.inks.values(), *scene.papers]).to(videos)  # [P, 3]
-    squared = (videos[:, :, None] - palette[:, :, None, None]).square().sum(3)  # [N, F, P, H, W]
+    squared = torch.stack([(videos - ink[:, None, None]).square().sum(2) for ink in palette], 2)  # [N, F, P, H, W]
     share = (-squared / (2 * scene.spread**2)).softmax(2)
     return share[:, :, : len(scene.inks)], squared.amin(2).add(1e-8).sqrt()
 

@@ -537,20 +537,23 @@ def train(
         A = A.to(device)  # pixels and scores may live on the CPU
         safe = any(branch_is_safe(b, a, rewards.weights) for b, a in zip(branches, anchors, strict=True))
 
+        scale = safety_scale(safe, config.unsafe_scale)
         with torch.no_grad(), acting(policies, "initial"):
             log_p_init = log_prob(energies_of(rollout))
-        energies = energies_of(rollout, config.grad_steps)
+        with torch.set_grad_enabled(scale > 0):  # else the loss is 0: a replay with gradient would be for nothing
+            energies = energies_of(rollout, config.grad_steps if scale else 0)
         log_p = log_prob(energies)
         log_p_old = log_p.detach()
         if not old_is_current:
             with torch.no_grad(), acting(policies, "old"):
                 log_p_old = log_prob(energies_of(rollout))
         loss = kvpo_loss(log_p, log_p_old, log_p_init, A, config.clip_range_low, config.clip_range_high,
-                         config.kl_coef, safety_scale(safe, config.unsafe_scale))  # fmt: skip
+                         config.kl_coef, scale)  # fmt: skip
         if not loss.total.isfinite():
             raise FloatingPointError(f"update {state['step']}: the loss is {loss.total.item()}; lower learning_rate")
-        (loss.total / config.groups_per_update).backward()
-        if config.replay_batch and energies.grad.any():  # so far it has reached the energies: now the weights
+        if scale:
+            (loss.total / config.groups_per_update).backward()
+        if scale and config.replay_batch and energies.grad.any():  # it has reached the energies: now the weights
             for where, part in energies_in_pieces(rollout, config.grad_steps):
                 (part * energies.grad[where]).sum().backward()
         return Group(

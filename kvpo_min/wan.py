@@ -30,8 +30,7 @@ from torch import Tensor, nn
 class Call:
     """What one forward reads. It takes the place of diffusers' (cos, sin) pair."""
 
-    cos: Tensor  # [B or 1, tokens, 1, D]
-    sin: Tensor  # [B or 1, tokens, 1, D]
+    turn: Tensor  # [B or 1, tokens, 1, D / 2] complex, cos + i sin of the angle that a pair of channels is turned by
     kv: Tensor | None  # [layers, 2, B, past tokens, heads, D]
     mask: Tensor | None  # [B, 1, tokens, past tokens + tokens] bool, True = may read
     written: list[Tensor] | None  # collects [2, B, tokens, heads, D] a layer when this call encodes
@@ -64,10 +63,10 @@ class CausalProcessor:
 
 
 def rotate(x: Tensor, call: Call) -> Tensor:
-    """Rotary embedding of neighbouring pairs. x [B, tokens, heads, D]"""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    cos, sin = call.cos[..., 0::2], call.sin[..., 0::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
+    """Rotary embedding: neighbouring channels are a complex number. x [B, tokens, heads, D]"""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # there are no complex numbers of 16 bits
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # [B, tokens, heads, D / 2]
+    return torch.view_as_real(pairs * call.turn).flatten(-2).type_as(x)
 
 
 class FrameRope(nn.Module):
@@ -80,8 +79,8 @@ class FrameRope(nn.Module):
         self.register_buffer("freqs_sin", stock.freqs_sin, persistent=False)
         self.call: Call | None = None
 
-    def tables(self, frames: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """frames [b, n] absolute -> cos, sin [b, n * height * width, 1, D]"""
+    def turn(self, frames: Tensor, height: int, width: int) -> Tensor:
+        """frames [b, n] absolute -> cos + i sin [b, n * height * width, 1, D / 2]"""
         if int(frames.max()) >= len(self.freqs_cos):
             raise ValueError(f"frame {int(frames.max())} is past the table of {len(self.freqs_cos)} positions")
         out = []
@@ -91,7 +90,8 @@ class FrameRope(nn.Module):
             grid = (b, n, height, width, -1)
             parts = [t[frames][:, :, None, None], h[:height][None, None, :, None], w[:width][None, None, None]]
             out.append(torch.cat([part.expand(grid) for part in parts], -1).flatten(1, 3)[:, :, None])
-        return out[0].float(), out[1].float()
+        cos, sin = (table[..., 0::2].float() for table in out)  # the stock tables hold each angle twice
+        return torch.complex(cos, sin)
 
     def forward(self, hidden_states: Tensor) -> Call:
         return self.call
@@ -138,7 +138,7 @@ class WanBackbone(nn.Module):
         if timestep.ndim == 2:
             timestep = timestep.repeat_interleave(per_frame, 1)
         rope = self.transformer.rope
-        rope.call = Call(*rope.tables(frames, height // p_h, width // p_w), kv, mask, written)
+        rope.call = Call(rope.turn(frames, height // p_h, width // p_w), kv, mask, written)
         try:
             velocity = self.transformer(
                 hidden_states=x.transpose(1, 2),

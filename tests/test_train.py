@@ -397,17 +397,21 @@ def test_equal_rewards_give_no_update(make_pipeline):
         assert bitwise(run.weights(name), fresh.weights(name))
 
 
-def test_when_no_branch_beats_the_anchor(make_pipeline):
-    """unsafe_scale 0: no update at all; 0.5: half the loss and half the gradient."""
-    records = {}
+def test_when_no_branch_beats_the_anchor(make_pipeline, monkeypatch):
+    """unsafe_scale 0: no update at all, nor a replay with graph; 0.5: half the loss and half the gradient."""
+    records, replayed, plain = {}, [], training.replay_energies
+    monkeypatch.setattr(training, "replay_energies", lambda *a: replayed.append(plain(*a)) or replayed[-1])
     for scale in (0.0, 0.5, 1.0):
         run = Run(make_pipeline(), only(anchor_best), unsafe_scale=scale)
         before = run.weights()
+        replayed.clear()
         records[scale] = next(run)
+        assert any(energies.requires_grad for energies in replayed) == (scale > 0)
         assert not records[scale].groups[0].safe and records[scale].log()["safe"] == 0
         assert bitwise(run.weights(), before) == (scale == 0)
     assert records[0.0].grad_norm == records[0.0].groups[0].loss == 0
     assert records[1.0].groups[0].loss > 0.5
+    assert_close(records[0.0].groups[0].energies, records[1.0].groups[0].energies, rtol=1e-5, atol=1e-6)
     assert_close(records[0.5].groups[0].loss, records[1.0].groups[0].loss / 2)
     assert_close(records[0.5].grad_norm, records[1.0].grad_norm / 2, rtol=1e-5, atol=0)
     safe = next(Run(make_pipeline(), only(ranked), unsafe_scale=0.0))
