@@ -3,8 +3,8 @@
     python benchmarks/exploration.py --forks 64 --event "changes colour" --json docs/exploration_event.json
     python benchmarks/exploration.py --forks 64 --json docs/exploration.json
 
-Rows that are in the file already are not computed again. For each way to explore: forks on held-out prompts, G branches against the unrouted anchor, from the fork to the end
-of its chunk.
+Rows that are in the file already are not computed again. For each way to explore: forks on held-out prompts, G
+branches against the unrouted anchor, from the fork to the end of its chunk.
 - different: share of branches in which the judge reads another order of events (runs of 3 frames and more) than in
   the anchor, and the share in which colour, shape or motion alone differ
 - spread: standard deviation of the weighted reward inside a group
