@@ -245,6 +245,11 @@ def transformer_from(state_dict: Mapping[str, Tensor], num_heads: int | None = N
     return transformer.eval().requires_grad_(False)
 
 
+def refuse_memflow(source: str | Path) -> None:
+    if any("memflow" in part.lower() for part in Path(source).absolute().parts[-3:]):
+        raise ValueError(f"{source}: {MEMFLOW}")
+
+
 def load_transformer(
     source: str | Path, lora: str | Path | None = None, dtype: torch.dtype = torch.bfloat16,
     num_heads: int | None = None,
@@ -254,8 +259,7 @@ def load_transformer(
     Raises ValueError naming the file."""
     from diffusers import WanTransformer3DModel
 
-    if any("memflow" in part.lower() for part in Path(source).absolute().parts[-2:]):
-        raise ValueError(f"{source}: {MEMFLOW}")
+    refuse_memflow(source)
     path = fetch(source, ["transformer/*", "config.json", "diffusion_pytorch_model*"])
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     config = folder / "config.json"
@@ -324,6 +328,7 @@ def lora_from(state_dict: Mapping[str, Tensor], alpha: float | None = None) -> L
 
 def read_lora(source: str | Path) -> Lora:
     """A LoRA from any layout in the table above. Raises ValueError naming the file."""
+    refuse_memflow(source)
     names = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "lora.pt")
     path = fetch(source, ["adapter_config.json", *names])
     file = file_of(path, names, " or ".join(names))

@@ -1,8 +1,9 @@
 """Causal history routing (CHR): which past frames each branch may read. KVPO, arXiv 2605.14278, routing section.
 
 An autoregressive video model denoises one block of frames while attending to a window of past frames: the first ones
-(the sink) and the last ones. CHR explores by changing only this window. From one fork on, every branch reads the sink,
-its own few routed frames drawn from the older history, and the nearest frames; noise and solver stay as they are.
+(the sink) and the last ones. CHR explores by changing only this window. For a few blocks from one fork on, every branch
+reads the sink, its own few routed frames drawn from the older history, and the nearest frames; noise and solver stay as
+they are.
 
 Everything is a frame number counted from the start of the video, and every count is of PAST frames: the block being
 denoised always sees itself and is counted nowhere here.

@@ -15,7 +15,7 @@ Paper / authors' code / this file:
    reward component, then local and global signal fused and clamped.
 2. Safety. Paper: no update if no branch beats the anchor. Authors' default: a softmax with the anchor whose value is
    always one half, so the loss is halved. Here: a number, 0 (paper) or 0.5 (authors).
-3. KL weight. Paper: 5 is best of {0, 5, 20}. Authors' config: 10. Here: 5.
+3. KL weight. Paper: 5 is best of {0, 5, 20}. Authors' config: 10. Here: 5 (train.py takes 1 for the pocket model).
 4. KL. Authors add 1e-10 inside one logarithm. Here: log probabilities throughout, nothing to guard.
 5. Entropy. Authors report that of the halved probabilities when unsafe. Here: always that of pi.
 Symbols: G branches. KV: trainer/kvpo.py of the authors' LongLive variant.
@@ -69,7 +69,8 @@ def fuse(
 ) -> Tensor:
     """A [G] = clamp(local_weight * n(local) + global_weight * n(global_), -clamp, clamp) (KV:617-668).
 
-    local [G]: advantages for the chunk that was forked; global_ [G]: for the whole video, None if there is just one.
+    local [G]: advantages for the chunk that was forked; global_ [G]: for what follows it (authors: one clip a segment),
+    None if there is just one signal.
     n by mode: "none" leaves a signal as it is, "std" divides it by its population standard deviation over branches,
     "zscore" first subtracts its mean. A signal without spread is left as it is.
     """

@@ -344,7 +344,7 @@ def memory_plan(
     pool = history - sink - block * (routed - 1)  # frames that could be routed, and the nearest one
     own = max(block * (routed - 1), min(history, 2 * read + block) - sink)  # what rollout.generate keeps
     blocks = (75 - fork) // block  # that are replayed
-    fixed = {"transformer": BASE, "VAE": VAE, "adapters": 3 * adapter, "optimizer": 2 * adapter}
+    fixed = {"transformer": BASE, "VAE": VAE, "adapters": 2 * adapter, "optimizer": 2 * adapter}
     videos = latent * (total * 4 + n_branches * (total + 2 * blocks * 4 * block))  # noise; videos; z and x0
     branches = fixed | {
         "shared past": (sink + pool) * frame,

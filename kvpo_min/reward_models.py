@@ -102,6 +102,16 @@ def to_uint8(videos: Tensor):
     return (videos.detach().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
+def worker_environment() -> dict[str, str]:
+    """This process's, in which a worker of a torchrun process sees the GPU of that process alone, as its cuda:0."""
+    env = dict(os.environ)
+    if int(env.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available():
+        visible = env.get("CUDA_VISIBLE_DEVICES", "")
+        n = int(env["LOCAL_RANK"])
+        env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[n] if visible else str(n)
+    return env
+
+
 class _Worker:
     """The process behind one or more `WorkerReward`s."""
 
@@ -143,7 +153,9 @@ class _Worker:
     def start(self) -> None:
         pipe = subprocess.PIPE
         try:  # in a session of its own: Ctrl-C does not reach it, and its children end with it
-            self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+            self.process = subprocess.Popen(
+                self.command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True, env=worker_environment()
+            )  # fmt: skip
         except OSError as error:
             message = f"reward worker `{shlex.join(self.command)}` cannot be started: {error}; see envs/ for how to"
             raise RewardError(f"{message} make its environment") from error
@@ -311,7 +323,10 @@ class ClipReward:
             inputs = {key: inputs[key].to(self.model.device) for key in ("input_ids", "attention_mask", "pixel_values")}
             out = self.model(**inputs)  # its embeddings have length 1
             scores.append((out.image_embeds @ out.text_embeds[0]).mean())
-        return (self.scale * torch.stack(scores)).float().to(videos.device)
+        scores = (self.scale * torch.stack(scores)).float()
+        if not scores.isfinite().all():
+            raise RewardError(f"{type(self).__name__} must give finite scores, got {scores.tolist()}")
+        return scores.to(videos.device)
 
 
 class PickScoreReward(ClipReward):

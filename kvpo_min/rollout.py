@@ -36,7 +36,7 @@ class Backbone(Protocol):
         """[B, F, C, H, W], [B] -> v = noise - x0, same shape; `kv` is read only."""
 
     def encode(self, x0: Tensor, start: int, text: Tensor, kv: Tensor | None) -> Tensor:
-        """Clean block -> its keys and values [layers, 2, B, F, tokens a frame, heads, D]."""
+        """Clean block -> its keys and values [layers, 2, B, F, tokens a frame, heads, D], without gradient."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class KVHistory:
         for g, row in enumerate(frames.tolist()):  # copied once, into place: it is the largest tensor of a rollout
             for i, f in enumerate(row):
                 kv = self.frames[f]
-                out[:, :, g, i] = kv[:, :, min(g, kv.shape[2] - 1)]
+                out[:, :, g, i] = kv[:, :, 0 if kv.shape[2] == 1 else g]
         return out.flatten(3, 4)
 
 
@@ -138,7 +138,7 @@ def segment_at(frame: int, switches: Sequence[int]) -> int:
 
 
 def stale_from(frame: int, window: Window) -> int:
-    """The first frame that a prompt switch at `frame` encodes again; what it was encoded to before, nobody reads."""
+    """The first frame that a prompt switch at `frame` encodes again; its old keys are replaced before they are read."""
     first = max(window.sink, frame - (window.sink + window.past + window.block))
     return -(-first // window.block) * window.block
 
@@ -213,10 +213,10 @@ def generate(
 
 @dataclass(frozen=True)
 class Rollout:
-    """One group: G branches and, last in the batch, the anchor."""
+    """One group: G branches and, last in the batch, the anchor. (`pieces` makes smaller ones, without the anchor.)"""
 
-    prefix: Stream  # up to the fork, B = 1; its history is what a replay starts from
-    videos: Tensor  # [G + 1, T, C, H, W] latents of the whole video
+    prefix: Stream  # up to the fork, B = 1; every replay starts from its keys and values, the old policy's
+    videos: Tensor  # [G + 1, T, C, H, W] latents up to the last scored frame
     trajectory: Trajectory  # of all G + 1, from the fork to the end of its chunk
     plan: Plan
     text: Tensor  # [1, L, D] words that rule at the fork
@@ -288,7 +288,8 @@ def replay(
     -> [G, B, S, F, C, H, W]; the first `grad_steps` steps carry gradient. `branches`: how many (default: all but the
     anchor). context="stored": between blocks the branch's own x0 is encoded, so blocks are independent and run in one
     batch. context="own": the replaying policy's own last prediction is encoded, block after block (authors:
-    kvpo.py:2370-2388).
+    kvpo.py:2370-2388). No gradient flows through what is read. `replay_batch`: velocities at once; it bounds neither
+    contexts nor graph, as `pieces` does for training.
     """
     window, start, trajectory = sampler.window, rollout.prefix.frame, rollout.trajectory
     g = len(trajectory.z) - 1 if branches is None else branches
@@ -298,12 +299,12 @@ def replay(
     for b in range(n_blocks):
         here = start + b * window.block
         kv = history.read(ordinary_frames(here, window)).expand(-1, -1, g, -1, -1, -1)
-        contexts.append(kv)
         if context == "own":
             one = _velocities(backbone, z[:, b : b + 1], sampler, here, rollout.text, [kv], grad_steps, replay_batch)
             predicted.append(one)
             x0 = (z[:, b, -1] - sampler.sigmas[-1] * one[:, 0, -1]).detach()
         else:
+            contexts.append(kv)
             x0 = stored[:, b, -1]
         if b + 1 < n_blocks:
             history = history.append(here, backbone.encode(x0, here, rollout.text, kv))

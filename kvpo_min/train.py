@@ -55,7 +55,7 @@ from kvpo_min.tve import calibrate_tau, energy_weights, gibbs_log_prob, schedule
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]  # every linear layer of a block
 SKIPS = 3  # updates in a row whose rewards could not be had, after which a run stops
-LORA_FROZEN = r".*\.attn2\.to_(k|v)"  # the authors' never get gradient either: text keys and values are cached
+LORA_FROZEN = r".*\.attn2\.to_(k|v)"  # left out: the authors' get no gradient, since they cache text keys and values
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Pipeline:
     """A generator and what surrounds it. `pocket.load_pocket` makes one."""
 
     backbone: torch.nn.Module  # rollout.Backbone; `.transformer` is what LoRA is put on
-    decode: Callable[[Tensor], Tensor]  # latents [N, T, C, H, W] -> pixels [N, T', 3, H', W'] in [0, 1]
+    decode: Callable[[Tensor], Tensor]  # latents [N, T, C, H, W] -> pixels [N, T, 3, H', W'] in [0, 1], one a frame
     embed: Callable[[list[str]], Tensor]  # texts -> [B, L, D]
     latent_shape: tuple[int, int, int]  # C, H, W
     switches: tuple[int, ...]  # frames at which the second, third, ... segment begins
@@ -94,7 +94,7 @@ class TrainConfig:
     ema_decay: float = 0.95
     num_generations: int = 8  # branches G
     groups_per_update: int = 1  # scripts whose gradients are averaged in one update
-    old_policy_every: int = 1  # updates between refreshes of the policy that makes the rollouts
+    old_policy_every: int = 1  # updates between refreshes of the rollouts' policy; with 1 ratio and clip never act
     nearest: int = 2  # nearest past frames that every branch keeps; the other slots of the window are routed
     perturb_num_blocks: int = 5  # routed blocks after the fork
     grad_steps: int = 4  # denoising steps of the replay that carry gradient; all of them count in the energy
@@ -109,7 +109,7 @@ class TrainConfig:
     global_weight: float = 0.5
     global_frames: int = 36  # frames after the fork's chunk that the global reward sees, if the video goes on
     unsafe_scale: float = 0.0  # factor on the loss when no branch beats the anchor: 0 (paper) or 0.5 (authors)
-    compat: str = ""  # "official": the authors' routing, energy, replay context, tau, KL weight, safety rule
+    compat: str = ""  # "official": the authors' routing, energy and replay context, and the numbers below
     checkpointing_steps: int = 0  # updates between checkpoints (and one at the end); 0: none
     checkpoints_total_limit: int = 2
     resume_from_checkpoint: str = ""  # "latest", or the path of a checkpoint-N folder
@@ -205,7 +205,7 @@ class Step:
     grad_norm: float
     learning_rate: float
     step_time: float
-    weights: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)  # of the reward's components
     elsewhere: list[dict[str, float]] = field(default_factory=list)  # `group_numbers` of the other processes' groups
     skipped: str = ""  # why there was no update: what the reward model's error said
 
@@ -264,6 +264,9 @@ def add_policies(pipeline: Pipeline, config: TrainConfig):
     for name in ("old", "ema"):
         policies.add_adapter(name, lora)
         copy_adapter(policies, "default", name)
+    for weight in adapter_weights(policies, "ema").values():
+        if weight.is_cuda:  # it is kept and saved, and does not act: the GPU's memory is for the others
+            weight.data = weight.data.cpu()
     policies.set_adapter("default")
     return policies
 
@@ -278,12 +281,12 @@ def copy_adapter(policies, source: str, target: str, weight: float = 1.0) -> Non
     """target <- (1 - weight) * target + weight * source, tensor by tensor."""
     ours, theirs = adapter_weights(policies, target), adapter_weights(policies, source)
     for key in ours:
-        ours[key].lerp_(theirs[key], weight)
+        ours[key].lerp_(theirs[key].to(ours[key].device), weight)
 
 
 @contextlib.contextmanager
 def acting(policies, name: str):
-    """Lets one policy act: "default", "old", "ema", or "initial" (adapters off)."""
+    """Lets one policy act: "default", "old", "ema" (which a GPU run keeps on the CPU), or "initial" (adapters off)."""
     if name == "initial":
         with policies.disable_adapter():
             yield
@@ -511,7 +514,7 @@ def train(
         texts = [pipeline.embed([text]) for text in pipeline.segments(script)]
         near = range(plan.fork - 2 * (window.sink + window.past), plan.fork)  # as far as a prompt switch reaches back
         needed = {*range(window.sink), *plan.routes.flatten().tolist(), *near}
-        with acting(policies, "old"):  # the prefix gets no name here: `fork` may have to replace it
+        with acting(policies, "old"):  # no name for the prefix here: if `fork` encodes it again, it must be freed
             made = fork(
                 pipeline.backbone, texts, noise, plan, stop, chunk_end, sampler, config.nearest,
                 config.branch_batch or None,
@@ -543,7 +546,7 @@ def train(
         with torch.set_grad_enabled(scale > 0):  # else the loss is 0: a replay with gradient would be for nothing
             energies = energies_of(rollout, config.grad_steps if scale else 0)
         log_p = log_prob(energies)
-        log_p_old = log_p.detach()
+        log_p_old = log_p.detach()  # the same weights: their replay would give the same numbers, so the ratio is 1
         if not old_is_current:
             with torch.no_grad(), acting(policies, "old"):
                 log_p_old = log_prob(energies_of(rollout))
@@ -672,12 +675,8 @@ def load_checkpoint(folder: Path, policies, optimizer, generator: torch.Generato
         with torch.no_grad():
             for key, weight in live.items():
                 weight.copy_(saved[key])
-    training = torch.load(folder / "training_state.pt", weights_only=True)
+    training = torch.load(folder / "training_state.pt", weights_only=True, map_location="cpu")
     optimizer.load_state_dict(training["optimizer"])
     generator.set_state(training["generator"])
     state = json.loads((folder / "state.json").read_text())
     return {key: state[key] for key in ("step", "tau", "order")}
-
-
-def config_keys(config_class) -> list[str]:
-    return [f.name for f in fields(config_class)]

@@ -165,7 +165,9 @@ def show_videos(pixels: Tensor, labels: Sequence[str], fps: float = 8, columns: 
 
     _check_labels(pixels, labels)
     videos = list(_bytes(_enlarged(pixels)))
-    return HTML(_media().show_videos(videos, list(labels), fps=fps, columns=columns, return_html=True))
+    # Chromium passes clicks on a player by in JupyterLab's outputs unless it is positioned (notebooks/browser.py)
+    style = "<style>.show_videos video { position: relative }</style>"
+    return HTML(style + _media().show_videos(videos, list(labels), fps=fps, columns=columns, return_html=True))
 
 
 # --------------------------------------------------------------------------------------------------------------- routes
@@ -281,7 +283,8 @@ def energy_plot(step, group: int = 0):
     # differences are small against the energies themselves, and they are what the policy is made of
     room = (max(energies) - min(energies)) or max(energies) or 1.0
     left.set_ylim(max(0.0, min(energies) - room), max(energies) + 0.2 * room)
-    _plain(left, f"Energy (tau {step.tau:.2g})", "branch, and its advantage", "mean squared velocity (axis cut)")
+    difference = "mean squared velocity difference (axis cut)"
+    _plain(left, f"Energy (tau {step.tau:.2g})", "branch, and its advantage", difference)
     right.bar(names, probabilities, color=colours, edgecolor="#555555", linewidth=0.5)
     right.axhline(1 / n, color="#555555", linestyle="--", linewidth=1)
     _plain(right, "Gibbs probability", "branch, and its advantage", "probability")
@@ -436,7 +439,7 @@ def energy_map(energies: Tensor, sigma: Tensor, start: int = 0, block: int = 3):
     axes.set_xlabel("noise level sigma of the step")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, label="mean squared velocity", pad=0.01)
+    figure.colorbar(image, ax=axes, label="mean squared velocity difference", pad=0.01)
     return figure
 
 

@@ -10,9 +10,9 @@ Three additions, all by composition; weights, blocks and file formats stay diffu
 3. One noise level per frame: the stock model takes one timestep per token.
 
 Which frames are read is the caller's business (`rollout.py`, `chr.py`): the model never knows about routing. What a
-call reads travels with the call, in the argument that diffusers hands to every attention layer (`rotary_emb`), never
-as state on a module. So gradient checkpointing recomputes exactly what was computed: a history that grows meanwhile
-cannot change the gradient.
+call reads reaches every attention layer as an argument (`rotary_emb`); `FrameRope` holds it only until the stock model
+has asked for its positions. So gradient checkpointing recomputes exactly what was computed: a history that grows
+meanwhile cannot change the gradient.
 
 v = noise - x0 and x_sigma = (1 - sigma) x0 + sigma noise; timestep = 1000 sigma.
 """
@@ -39,7 +39,7 @@ class Call:
 class CausalProcessor:
     """Self-attention of one layer. Takes the place of diffusers' `WanAttnProcessor`."""
 
-    _attention_backend = None
+    _attention_backend = None  # diffusers expects these two on every processor
     _parallel_config = None
 
     def __init__(self, layer: int):

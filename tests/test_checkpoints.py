@@ -241,6 +241,32 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("layout, name", [
+    ("peft", "adapter_model.safetensors"), ("diffusers", "pytorch_lora_weights.safetensors"), ("authors", "lora.pt"),
+])  # fmt: skip
+def test_a_damaged_lora_of_every_layout_is_refused(layout, name, adapter, tmp_path):
+    export_lora(read_lora(adapter), tmp_path, layout)
+    cut(tmp_path / name)
+    for source in (tmp_path / name, tmp_path):
+        with pytest.raises(ValueError, match=f"{name}.*cut short"):
+            read_lora(source)
+
+
+@pytest.mark.parametrize("key, read", [("generator_lora", read_lora), ("generator_ema", load_transformer)])
+def test_code_under_a_known_key_is_refused(key, read, tmp_path):
+    path = write(tmp_path / "a.pt", {key: Code(tmp_path / "ran")})
+    with pytest.raises(ValueError, match="could run code"):
+        read(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_lora_of_memflow_is_refused(adapter, tmp_path):
+    folder = tmp_path / "memflow" / "models"
+    export_lora(read_lora(adapter), folder, "authors")
+    with pytest.raises(ValueError, match="memory bank"):
+        read_lora(folder / "lora.pt")
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_by_name(case, weights, tmp_path):
     make, phrase = REFUSED[case]

@@ -141,6 +141,9 @@ def test_paper_map_has_every_row():
     text = (ROOT / "docs" / "paper_map.md").read_text(encoding="utf-8")
     faults = text.split("## 7.1")[1].split("## 8.6")[0]
     assert re.findall(r"^\| (\d+) \|", faults, re.MULTILINE) == [str(n) for n in range(1, 15)]
+    for part, n_rows in (("7.2", 17), ("7.3", 17), ("7.4", 9), ("8.6", 9)):
+        table = text.split(f"\n## {part}")[1].split("\n## ")[0].split("\n[KV")[0]
+        assert len(re.findall(r"^\| (?!what|topic|-)", table, re.MULTILINE)) == n_rows, part
     for line in text.splitlines():
         if line.startswith("| ") and not line.startswith(("| what", "| #", "| topic")):
             assert "`test_" in line.rstrip(" |").split("|")[-1], f"no test is named in: {line[:60]}"

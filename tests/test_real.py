@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from kvpo_min import cli, real
-from kvpo_min.checkpoints import merge_lora, read_lora
+from kvpo_min.checkpoints import Lora, export_lora, merge_lora, read_lora
 from kvpo_min.cli import RunOptions, parse_options, split_options
 from kvpo_min.real import WanOptions, decode_stream, encode_texts, load_wan, read_prompts, text_cache
 from kvpo_min.rewards import Mixture
@@ -331,6 +331,7 @@ def test_config_is_the_authors():
         clip_range_low=0.1, clip_range_high=0.2, kl_coef=10.0, local_weight=1.0, global_weight=0.5, rank=256,
         lora_alpha=256, learning_rate=1e-5, adam_weight_decay=0.01, max_grad_norm=1.0, ema_decay=0.999, seed=42,
         max_train_steps=2 * 1500, lr_warmup_steps=2 * 5, old_policy_every=2, nearest=4 - 3, unsafe_scale=0.5,
+        tau=2.0, global_frames=126, groups_per_update=1,  # ours: the authors have no such numbers, or others
     )  # fmt: skip
     assert asdict(config) | authors == asdict(config)
     assert (config.branch_batch, config.replay_batch) == (1, 2)
@@ -569,15 +570,36 @@ def test_keys_of_a_real_model_are_refused_in_a_pocket_config(tmp_path, capsys):
 # --------------------------------------------------------------------------------------------------------------- README
 
 
+def authors_files(models):
+    """A random Wan of one layer and one head, and a LoRA for it, as the authors' files hold them."""
+    from test_checkpoints import original, prefixed
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformer = WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=1, attention_head_dim=128, in_channels=16, out_channels=16,
+            text_dim=32, freq_dim=32, ffn_dim=48, num_layers=1,
+        )  # fmt: skip
+    models.mkdir(parents=True)
+    torch.save({"generator": prefixed(original(transformer.state_dict()), "model.")}, models / "longlive_base.pt")
+    layer = "blocks.0.attn1.to_q"
+    lora = Lora({f"{layer}.lora_A.weight": draw(2, 128), f"{layer}.lora_B.weight": draw(128, 2, seed=1)}, alpha=2.0)
+    export_lora(lora, models, "authors")
+
+
 def test_the_readme_on_small_folders(folder, tmp_path, monkeypatch):
-    """The commands of "Your own GPU" as they are printed; of the config only paths and sizes are replaced."""
+    """The commands of "Your own GPU" as they are printed, on files in the layout of the released ones; of the config
+    only sizes, rewards and the places of prompts and components are replaced."""
     from test_readme import marked
 
     commands = [line for line in marked("gpu").splitlines() if line.startswith("kvpo-min ")]
     assert [command.split()[1] for command in commands] == ["train", "export"]
-    place = Place(tmp_path, folder)
-    small = yaml.safe_load(CONFIG.read_text()) | place.options | place.small
-    small |= dict(lora="", mq_model="", max_train_steps=1, num_frames=57, num_segments=2, checkpointing_steps=0)
+    place, printed = Place(tmp_path, folder), yaml.safe_load(CONFIG.read_text())
+    del place.options["model"]
+    small = printed | place.options | place.small
+    small |= dict(mq_model="", max_train_steps=1, num_frames=57, num_segments=2, checkpointing_steps=0)
+    assert (small["model"], small["lora"]) == (printed["model"], printed["lora"])
+    authors_files((tmp_path / printed["model"]).parent)
     (tmp_path / "prompts.txt").write_text("2,[a red disc],[it turns]\n2,[a square],[it moves left]\n")
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / CONFIG.name).write_text(yaml.safe_dump(small))

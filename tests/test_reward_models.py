@@ -18,6 +18,7 @@ from kvpo_min.reward_models import (
     even_frames,
     hpsv3_reward,
     videoalign_rewards,
+    worker_environment,
 )
 from kvpo_min.rewards import Mixture
 
@@ -396,3 +397,20 @@ def test_even_frames():
         for n in range(2, count + 1):
             picked = even_frames(count, n)
             assert len(set(picked)) == n and picked[0] == 0 and picked[-1] == count - 1
+
+
+def test_clip_scores_that_are_no_numbers_skip_the_update(clip_folder):
+    reward = ClipReward(clip_folder, frames=2)
+    reward.scale = float("nan")
+    with pytest.raises(RewardError, match="ClipReward must give finite scores"):
+        reward(VIDEOS, ["red"] * len(VIDEOS))
+
+
+@pytest.mark.parametrize("visible, expected", [("", "1"), ("4,6", "6")])
+def test_a_worker_sees_the_gpu_of_its_torchrun_process(monkeypatch, visible, expected):
+    for name, value in dict(WORLD_SIZE="2", LOCAL_RANK="1", CUDA_VISIBLE_DEVICES=visible).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert worker_environment()["CUDA_VISIBLE_DEVICES"] == expected
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert worker_environment()["CUDA_VISIBLE_DEVICES"] == visible
