@@ -1,6 +1,6 @@
 """Does a routed history tell another story? Measured before any training.
 
-    python benchmarks/exploration.py --forks 64 --event "changes colour" --json docs/exploration_event.json
+    python benchmarks/exploration.py --forks 64 --event wanders --json docs/exploration_wanders.json
     python benchmarks/exploration.py --forks 64 --json docs/exploration.json
 
 Rows that are in the file already are not computed again. For each way to explore: forks on held-out prompts, G
