@@ -38,7 +38,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from kvpo_min import chr as routing
 from kvpo_min.grpo import kvpo_loss
 from kvpo_min.real import SWITCHES, MixedBackbone, decode_stream
-from kvpo_min.rollout import KVHistory, Sampler, Stream, draw_noise, fork, generate, keep_frames, pieces, segment_at
+from kvpo_min.rollout import (
+    KVHistory,
+    Sampler,
+    Stream,
+    draw_noise,
+    fork,
+    generate,
+    keep_frames,
+    pieces,
+    segment_at,
+    switch_reach,
+)
 from kvpo_min.train import TrainConfig, acting, adapter_weights, add_policies, copy_adapter, replay_energies
 from kvpo_min.tve import calibrate_tau, gibbs_log_prob, schedule, trajectory_energy
 
@@ -204,7 +215,7 @@ def update(model: Model, task: Task, branch_batch: int, replay_batch: int, meter
     """One update as `train.train` does it, phase by phase; -> loss () and the gradients, on the host (none on the meta
     device)."""
     size, plan, backbone, policies = task.size, task.plan, model.backbone, model.policies
-    near = range(plan.fork - 2 * (WINDOW.sink + WINDOW.past), plan.fork)
+    near = range(plan.fork - switch_reach(WINDOW), plan.fork)
     with torch.no_grad(), acting(policies, "old"):
         with meter("prefix"):
             prefix = generate(backbone, Stream(), task.texts, task.noise, plan.fork, task.sampler)

@@ -143,6 +143,11 @@ def stale_from(frame: int, window: Window) -> int:
     return -(-first // window.block) * window.block
 
 
+def switch_reach(window: Window) -> int:
+    """How many frames before a prompt switch are encoded again, or read for that."""
+    return window.sink + window.past + window.block + window.past
+
+
 def switch_prompt(backbone: Backbone, stream: Stream, text: Tensor, sampler: Sampler, segment: int) -> Stream:
     """Re-encodes the recent past under new words, block by block (authors: diversity_sampling.py:243-309, there in
     one pass).
@@ -184,8 +189,7 @@ def generate(
             f"cannot generate up to frame {stop}: it must be a multiple of {window.block}, and there is noise for "
             f"{noise.shape[1] * window.block} frames"
         )
-    # without routing: the sink, and what a prompt switch reads, the last 12 frames and the 6 before them
-    unrouted = min(window.history, 2 * (window.sink + window.past) + window.block)
+    unrouted = min(window.history, window.sink + switch_reach(window))  # frames that are needed where nothing is routed
     for start in range(stream.frame, stop, window.block):
         kv = None  # freed before the next ones are gathered
         segment = segment_at(start, sampler.switches)

@@ -50,6 +50,7 @@ from kvpo_min.rollout import (
     pieces,
     replay,
     segment_at,
+    switch_reach,
 )
 from kvpo_min.tve import calibrate_tau, energy_weights, gibbs_log_prob, schedule, step_energies, trajectory_energy
 
@@ -334,7 +335,8 @@ def sample(
     if len(n_segments) != 1:
         raise ValueError(f"scripts of one call must have the same number of segments, got {sorted(n_segments)}")
     switches = pipeline.switches[: n_segments.pop() - 1]
-    window = routing.Window(history=21)  # nothing is routed: the sink, and the 12 + 6 frames a prompt switch reads
+    window = routing.Window()
+    window = replace(window, history=window.sink + switch_reach(window))  # nothing is routed
     sampler = Sampler(sigmas, window, switches=switches, eta=eta)
     for begin in tqdm(range(0, len(scripts), batch), desc="sample", disable=not bar, leave=False):
         part = scripts[begin : begin + batch]
@@ -483,16 +485,16 @@ def train(
         ):
             yield where, replay_energies(pipeline.backbone, part, its_sampler, len(its_sampler.sigmas), context)
 
-    def energies_of(rollout: Rollout, grad_steps: int = 0) -> Tensor:  # [G, B, S]
-        """Under the policy that acts; with `grad_steps` they have a graph, or are a leaf if that would be too large."""
+    @torch.no_grad()
+    def energies_of(rollout: Rollout) -> Tensor:  # [G, B, S]
+        """Under the policy that acts, without graph."""
         if not config.replay_batch:
-            return replay_energies(pipeline.backbone, rollout, sampler, grad_steps, context)
+            return replay_energies(pipeline.backbone, rollout, sampler, 0, context)
         z = rollout.trajectory.z[: config.num_generations]
         energies = z.new_zeros(z.shape[:3], dtype=torch.promote_types(z.dtype, torch.float32))
-        with torch.no_grad():
-            for where, part in energies_in_pieces(rollout):
-                energies[where] = part
-        return energies.requires_grad_(grad_steps > 0)
+        for where, part in energies_in_pieces(rollout):
+            energies[where] = part
+        return energies
 
     def log_prob(energies: Tensor) -> Tensor:  # [G]
         return gibbs_log_prob(trajectory_energy(energies, energy_weight), state["tau"])
@@ -512,7 +514,7 @@ def train(
     def roll_out(script: str, plan: routing.Plan, noise: Tensor, chunk_end: int) -> Rollout:
         noise, stop = noise.to(device), noise.shape[1] * window.block
         texts = [pipeline.embed([text]) for text in pipeline.segments(script)]
-        near = range(plan.fork - 2 * (window.sink + window.past), plan.fork)  # as far as a prompt switch reaches back
+        near = range(plan.fork - switch_reach(window), plan.fork)
         needed = {*range(window.sink), *plan.routes.flatten().tolist(), *near}
         with acting(policies, "old"):  # no name for the prefix here: if `fork` encodes it again, it must be freed
             made = fork(
@@ -541,14 +543,18 @@ def train(
         safe = any(branch_is_safe(b, a, rewards.weights) for b, a in zip(branches, anchors, strict=True))
 
         scale = safety_scale(safe, config.unsafe_scale)
-        with torch.no_grad(), acting(policies, "initial"):
+        with acting(policies, "initial"):
             log_p_init = log_prob(energies_of(rollout))
-        with torch.set_grad_enabled(scale > 0):  # else the loss is 0: a replay with gradient would be for nothing
-            energies = energies_of(rollout, config.grad_steps if scale else 0)
+        if not scale:  # the loss will be 0: a replay with gradient would be for nothing
+            energies = energies_of(rollout)
+        elif config.replay_batch:  # a leaf: backward stops at dL/dE, and the pieces below go on from there
+            energies = energies_of(rollout).requires_grad_()
+        else:
+            energies = replay_energies(pipeline.backbone, rollout, sampler, config.grad_steps, context)
         log_p = log_prob(energies)
         log_p_old = log_p.detach()  # the same weights: their replay would give the same numbers, so the ratio is 1
         if not old_is_current:
-            with torch.no_grad(), acting(policies, "old"):
+            with acting(policies, "old"):
                 log_p_old = log_prob(energies_of(rollout))
         loss = kvpo_loss(log_p, log_p_old, log_p_init, A, config.clip_range_low, config.clip_range_high,
                          config.kl_coef, scale)  # fmt: skip
@@ -556,7 +562,7 @@ def train(
             raise FloatingPointError(f"update {state['step']}: the loss is {loss.total.item()}; lower learning_rate")
         if scale:
             (loss.total / config.groups_per_update).backward()
-        if scale and config.replay_batch and energies.grad.any():  # it has reached the energies: now the weights
+        if scale and config.replay_batch and energies.grad.any():  # every piece once more, with graph, times its dL/dE
             for where, part in energies_in_pieces(rollout, config.grad_steps):
                 (part * energies.grad[where]).sum().backward()
         return Group(
@@ -576,8 +582,7 @@ def train(
         for k in range(config.tau_groups):
             drawn = draw(state["step"])
             if k % world == rank:
-                with torch.no_grad():
-                    spread[k] = trajectory_energy(energies_of(roll_out(*drawn)), energy_weight)
+                spread[k] = trajectory_energy(energies_of(roll_out(*drawn)), energy_weight)
         state["tau"] = calibrate_tau(sum_over_all(spread), config.tau_target)
 
     skips = 0  # in a row
