@@ -15,7 +15,8 @@ All but Best-of-N are two independent choices, so `update` takes both as argumen
 | consistency | CM-GRPO, DanceGRPO | yes | refused | yes |
 | routing | refused | yes (the paper's ablation) | KVPO | yes |
 
-Why six cells are refused says `REFUSED`. Symbols: G branches, B blocks, S steps; v = noise - x0,
+Reward-weighted regression trains on the samples of fresh x nft, without the contrast. Why six cells are refused says
+`REFUSED`. Symbols: G branches, B blocks, S steps; v = noise - x0,
 z = (1 - sigma) x0 + sigma noise.
 """
 
@@ -365,6 +366,7 @@ class Method:
     pivot_blocks: int | None = None  # blocks that differ; None: as many as the caller's plan routes
     beta: float = 1.0  # nft
     adaptive: bool = False  # nft: DiffusionNFT's own weights instead of Astrolabe's contrast
+    weighted: bool = False  # nft: reward-weighted regression instead of a contrast
     regression: bool = False  # gaussian: CM-GRPO's regression instead of PPO
     quasi_norm: float | None = None  # Neighbor GRPO's p
     keep: int | None = None  # DanceGRPO: train on this many branches, the best and worst
@@ -374,9 +376,12 @@ class Method:
         check_cell(self.exploration, self.policy)
         if self.kernel is not consistency_kernel and (self.policy != "gaussian" or self.regression):
             raise ValueError("another kernel than the sampler's own is for policy 'gaussian', without regression")
-        for name, policy in (("adaptive", "nft"), ("regression", "gaussian"), ("quasi_norm", "distance")):
+        for name, policy in (("adaptive", "nft"), ("weighted", "nft"), ("regression", "gaussian"),
+                             ("quasi_norm", "distance")):  # fmt: skip
             if getattr(self, name) and self.policy != policy:
                 raise ValueError(f"{name} belongs to policy {policy!r}, got {self.policy!r}")
+        if self.adaptive and self.weighted:
+            raise ValueError("adaptive and weighted are two losses: give one of them")
         if not 0 < self.step_share <= 1:
             raise ValueError(f"step_share must lie in (0, 1], got {self.step_share}")
 
@@ -392,6 +397,7 @@ METHODS = {
     "ar_copo": Method("initial", "distance", strength=0.5, pivot_blocks=1),
     "diffusion_nft": Method("fresh", "nft", adaptive=True),
     "astrolabe": Method("fresh", "nft"),
+    "rwr": Method("fresh", "nft", weighted=True),
 }
 
 
@@ -450,6 +456,8 @@ def policy_loss(
         return flow_grpo_loss(trajectory, v, v_old, A, method.kernel, method.clip, steps=steps)
     if method.policy == "energy":
         return energy_loss(trajectory, v, v_old, A, tau, method.clip)
+    if method.weighted:
+        return rwr_loss(v, trajectory.velocity, A)
     if method.adaptive:
         return diffusion_nft_loss(trajectory.z, trajectory.sigma[0], v, v_old, trajectory.x0, A, method.beta)
     return contrast(v, v_old, trajectory.velocity, positive_share(A), method.beta)
@@ -458,12 +466,13 @@ def policy_loss(
 def update(
     pipeline, script: str, rewards: Mixture, method: Method, optimizer, generator: torch.Generator, state: State,
     num_frames: int = 39, num_generations: int = 8, n_blocks: int = 5, nearest: int = 1, inner_steps: int = 1,
-    tau_groups: int = 4, max_grad_norm: float = 1.0,
+    tau_groups: int = 4, tau_target: float = 1.0, max_grad_norm: float = 1.0,
 ) -> dict:  # fmt: skip
     """One update of whatever weights the optimizer holds: fork, reward of the fork's chunk, replay, loss, step.
 
     The policy that makes the rollout is the one at hand, so `inner_steps` > 1 is where clipping acts. The first
-    `tau_groups` groups of a softmax policy set its temperature and are not trained on. -> numbers for a log; "forwards"
+    `tau_groups` groups of a softmax policy set its temperature (log scores spread by `tau_target` in a group) and are
+    not trained on. -> numbers for a log; "forwards"
     are generator passes (one block of one video at one level, or its encoding), the budget of a fair comparison.
     """
     backbone, sigmas, window = pipeline.backbone, pipeline.sigmas, routing.Window()
@@ -505,7 +514,9 @@ def update(
                 state.first.append(log_scores(method, made, at, replay(backbone, at, level, branches=rows)))
             if len(state.first) == tau_groups:
                 spread = torch.cat(state.first)
-                state.tau = calibrate_tau(spread[spread.std(1) > 1e-12])  # steps before the branches part say nothing
+                state.tau = calibrate_tau(
+                    spread[spread.std(1) > 1e-12], tau_target
+                )  # steps before the branches part say nothing
             return log | {"tau": state.tau, "forwards": sum(counts.values())}
         v_old = None
         weights = [w for group in optimizer.param_groups for w in group["params"]]

@@ -1,5 +1,5 @@
-"""The command line: `kvpo-min demo | train | sample | eval | export | distill | doctor | parity`. Each command is one
-function below.
+"""The command line: `kvpo-min demo | train | sample | eval | export | distill | arena | doctor | parity`. Each command
+is one function below.
 
 Options are the fields of dataclasses (`TrainConfig` and the ones here), read by jsonargparse from flags and from a
 YAML file (`--config FILE`, `--print_config`). An unknown name is an error that names the nearest known one. What the
@@ -113,6 +113,39 @@ class ExportOptions:
             raise ValueError("--adapter FOLDER is required")
         if self.layout not in ("diffusers", "peft", "authors"):
             raise ValueError(f"layout must be diffusers, peft or authors, got {self.layout!r}")
+
+
+@dataclass
+class ArenaOptions:
+    """Compares methods on one model, at equal cost"""
+
+    csv: str = ""  # file that every measurement is appended to; what is in it is not computed again
+    methods: str = "main"  # names with commas between: kvpo, rwr, routing+distance, ...; or main, grid
+    seeds: str = "0,1,2"  # that are reported
+    learning_rates: str = "1e-4,3e-4,1e-3"  # swept on sweep_seed; a single one is taken as it is
+    sweep_seed: int = 100  # on which each method's learning rate is chosen; never reported
+    forwards: int = 40000  # budget of a run: forward passes of the generator
+    evaluations: int = 3  # of a run, evenly spaced, the last when the budget is spent
+    mode: str = "short"  # short: 39 frames, one prompt; long: 147 frames, four prompts
+    event: str = ""  # words that every script must hold, such as 'changes colour'
+    eval_prompts: int = 64  # held-out scripts
+    set: str = ""  # other settings of the methods, for ablations: name=value with commas between
+    vq: float = 1.0  # weight of visual quality in the reward
+    mq: float = 1.0  # weight of motion quality
+    ta: float = 1.0  # weight of text alignment
+    model: str = ""  # folder with autoencoder/ and student/; empty: the embedded model
+    plan: bool = False  # measure one update of each method, print what would be run and how long it takes, and stop
+
+    def __post_init__(self):
+        if not self.csv:
+            raise ValueError("--csv FILE is required")
+        if self.mode not in ("short", "long"):
+            raise ValueError(f"mode must be short or long, got {self.mode!r}")
+        if self.eval_prompts < 2:
+            raise ValueError(f"eval_prompts must be at least 2, for a standard error, got {self.eval_prompts}")
+        if not 1 <= self.evaluations <= self.forwards:
+            raise ValueError(f"evaluations must be 1 to forwards, got {self.evaluations} and {self.forwards}")
+        check_weights(self.vq, self.mq, self.ta)
 
 
 @dataclass
@@ -488,7 +521,7 @@ def run(config, options: RunOptions, wan=None) -> int:
     return {"": 0, INTERRUPTED: 130}.get(stopped, 2)
 
 
-def run_rewards(options: RunOptions | EvalOptions, wan):
+def run_rewards(options: RunOptions | EvalOptions | ArenaOptions, wan):
     """What the videos are scored with: formulas on the pocket world, or the models that `wan` names."""
     from kvpo_min.pocket import pocket_rewards
     from kvpo_min.real import load_rewards
@@ -962,6 +995,23 @@ def distill_command(argv: Sequence[str]) -> int:
     return 0
 
 
+def arena_command(argv: Sequence[str]) -> int:
+    (options,) = split_options(parse_options("arena", [ArenaOptions], argv), ArenaOptions)
+    from kvpo_min.arena import arena, line, plan
+
+    def make_pipeline():
+        return load_model(options.model)
+
+    rewards = run_rewards(options, None)
+    if options.plan:
+        print(plan(make_pipeline, rewards, options))
+        return 0
+    for row in arena(make_pipeline, rewards, options):
+        print(line(row), flush=True)
+    print(f"\nall rows are in {options.csv}")
+    return 0
+
+
 def doctor(argv: Sequence[str]) -> int:
     (options,) = split_options(parse_options("doctor", [DoctorOptions], argv), DoctorOptions)
     if options.output_dir and not Path(options.output_dir).is_dir():
@@ -1260,6 +1310,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "eval": (eval_command, "Measures a model or an adapter on a prompts file: rewards, standard errors, judge."),
     "export": (export_command, "Writes an adapter for other programs: diffusers, peft or the authors' layout."),
     "distill": (distill_command, "Makes the pocket model from nothing: autoencoder, teacher, 4-step student."),
+    "arena": (arena_command, "Compares KVPO with other methods at equal cost: one row of a CSV for each measurement."),
     "doctor": (doctor, "Runs one update and prints every invariant with PASS or FAIL and the usual cause."),
     "parity": (parity_command, "Compares this code with numbers recorded from the authors': the largest differences."),
 }

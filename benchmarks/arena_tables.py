@@ -1,0 +1,217 @@
+"""Tables and figures of the arena, from its CSV.
+
+    python benchmarks/arena_tables.py --csv docs/arena.csv --figures figures/arena > tables.md
+
+Files of several machines can be given together. Changes are after - before on the evaluation prompts, with their
+standard error over seeds; one seed has none. "over prompts" is the standard error of the paired change, mean over
+seeds. The learning rate of a method was chosen on a seed and on evaluation prompts that are in the table of the sweep
+alone. Curves are means over seeds, bands one standard error; Best-of-N trains nothing and is a level.
+"""
+
+import argparse
+import itertools
+import math
+import re
+import statistics
+from pathlib import Path
+
+from kvpo_min.arena import HERE, UNTRAINED, read_rows
+from kvpo_min.baselines import EXPLORATIONS, POLICIES, REFUSED
+from kvpo_min.viz import ANCHOR, BRANCHES
+
+SHOWN = {"reward": "reward", "vq": "VQ", "mq": "MQ", "ta": "TA", "judge_all": "judge: all", "judge_valid": "valid",
+         "judge_distance": "distance", "sharpness": "sharpness", "motion_energy": "motion energy",
+         "diversity": "diversity"}  # fmt: skip
+SMALL = ("sharpness", "motion_energy")  # whose changes need more digits
+PANELS = ("reward", "judge_all", "judge_distance", "sharpness", "motion_energy", "diversity")
+
+
+def change(row: dict[str, str], name: str) -> float:
+    """After - before; nan where the row has no such number."""
+    if not row[f"{name}_after"]:
+        return math.nan
+    return float(row[f"{name}_after"]) - float(row[f"{name}_before"])
+
+
+def mean_error(values: list[float]) -> tuple[float, float]:
+    """Mean and standard error; the error of one value is nan."""
+    return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+
+
+def shown(values: list[float], digits: int = 3) -> str:
+    mean, error = mean_error(values)
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:+.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+
+
+def by(rows: list[dict], *names: str) -> dict[tuple[str, ...], list[dict]]:
+    """Rows in groups of equal values, in the order they first come in."""
+    out: dict[tuple[str, ...], list[dict]] = {}
+    for row in rows:
+        out.setdefault(tuple(row[name] for name in names), []).append(row)
+    return out
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
+
+
+def thousands(rows: list[dict], name: str) -> str:
+    return f"{statistics.fmean(float(row[name]) for row in rows) / 1000:.1f}"
+
+
+def best_of(sweep: list[dict]) -> str:
+    """The learning rate with the largest gain in reward."""
+    gains = {row["learning_rate"]: -math.inf if row["note"] else change(row, "reward") for row in sweep}
+    return max(gains, key=gains.get)
+
+
+def chosen(rows: list[dict]) -> list[dict]:
+    """The results; of a method that was swept those at the best rate alone, should there be others from before the
+    sweep was widened."""
+    best = {key: best_of(own) for key, own in by(sweeps_of(rows), "method", "set").items()}
+    return [row for row in rows if row["purpose"] == "result"
+            and row["learning_rate"] == best.get((row["method"], row["set"]), row["learning_rate"])]  # fmt: skip
+
+
+def sweeps_of(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["purpose"] == "sweep"]
+
+
+def main_table(rows: list[dict]) -> str:
+    """One line a method and learning rate: the rows of its last budget."""
+    header = ["method", "learning rate", "seeds", "forward, thousands", "backward, thousands", "passes a video",
+              "minutes", "reward", "over prompts", *list(SHOWN.values())[1:]]  # fmt: skip
+    lines = []
+    for (method, rate), own in by(rows, "method", "learning_rate").items():
+        ran = [row for row in own if not row["note"]]
+        lost = f" ({len(own) - len(ran)} diverged)" if len(ran) < len(own) else ""
+        rate = "-" if method in UNTRAINED else rate
+        if not ran:
+            lines.append([method, rate, f"0{lost}", *["-"] * (len(header) - 3)])
+            continue
+        changes = [shown([change(r, name) for r in ran], 5 if name in SMALL else 3) for name in SHOWN]
+        prompts = statistics.fmean(float(r["reward_sem"]) for r in ran)
+        lines.append([method, rate, f"{len(ran)}{lost}", thousands(ran, "forwards"), thousands(ran, "backwards"),
+                      f"{float(ran[0]['passes_per_video']):.0f}",
+                      f"{statistics.fmean(float(r['seconds']) for r in ran) / 60:.1f}",
+                      changes[0], f"{prompts:.3f}", *changes[1:]])  # fmt: skip
+    before = [f"{float(rows[0][f'{name}_before'] or 'nan'):.{5 if name in SMALL else 3}f}" for name in SHOWN]
+    lines.insert(0, ["base model", *["-"] * 6, before[0], "-", *before[1:]])
+    return markdown(header, lines)
+
+
+def sweep_table(rows: list[dict]) -> str:
+    """Change of the reward at each learning rate, with its error over prompts; the chosen one in bold."""
+    rates = sorted({row["learning_rate"] for row in rows}, key=float)
+    lines = []
+    for (method, settings), own in by(rows, "method", "set").items():
+        best, tried = best_of(own), sorted((row["learning_rate"] for row in own), key=float)
+        cells = {row["learning_rate"]: "diverged" if row["note"] else
+                 f"{change(row, 'reward'):+.3f} ± {float(row['reward_sem']):.3f}" for row in own}  # fmt: skip
+        cells[best] = f"**{cells[best]}**"
+        edge = "edge" if best in (tried[0], tried[-1]) else ""
+        lines.append([f"{method} {settings}".strip(), *(cells.get(rate, "") for rate in rates), edge])
+    return markdown(["method", *rates, "best at the edge"], lines)
+
+
+def grid_table(rows: list[dict]) -> str:
+    """Change of the reward, and of the judge, in the 16 cells; below it, why some are refused."""
+    reasons, found = list(dict.fromkeys(REFUSED.values())), {}
+    for (method, _), own in by(rows, "method", "learning_rate").items():
+        ran = [row for row in own if not row["note"]]
+        changes = [shown([change(row, name) for row in ran] or [math.nan]) for name in ("reward", "judge_all")]
+        found.setdefault(method, []).append("; ".join(changes))
+
+    def cell(exploration: str, policy: str) -> str:
+        if reason := REFUSED.get((exploration, policy)):
+            return f"refused ({reasons.index(reason) + 1})"
+        return " / ".join(found.get(f"{exploration}+{policy}", ["-"]))
+
+    lines = [[e, *(cell(e, p) for p in POLICIES)] for e in EXPLORATIONS]
+    notes = "\n".join(f"{k}. {reason}" for k, reason in enumerate(reasons, start=1))
+    return markdown(["exploration", *POLICIES], lines) + "\n\n" + notes
+
+
+def ablation_table(rows: list[dict]) -> str:
+    names = ("reward", "vq", "mq", "ta", "judge_all", "judge_valid", "judge_distance", "diversity")
+    lines = []
+    for (settings, method, rate), own in by(rows, "set", "method", "learning_rate").items():
+        ran = [row for row in own if not row["note"]]
+        changes = [shown([change(row, name) for row in ran] or [math.nan]) for name in names]
+        lines.append([settings, method, "-" if method in UNTRAINED else rate, str(len(ran)), *changes])
+    return markdown(["changed", "method", "learning rate", "seeds", *(SHOWN[name] for name in names)], lines)
+
+
+def curve(rows: list[dict], name: str) -> tuple[list[float], list[float], list[float]]:
+    """Forward passes, mean change and its standard error over seeds, from (0, 0) on."""
+    points = [(0.0, 0.0, 0.0)]
+    for _, own in sorted(by(rows, "budget").items(), key=lambda item: int(item[0][0])):
+        mean, error = mean_error([change(row, name) for row in own])
+        spent = statistics.fmean(float(row["forwards"]) for row in own)
+        points.append((spent, mean, 0.0 if math.isnan(error) else error))
+    return tuple(map(list, zip(*points, strict=True)))
+
+
+def curves(rows: list[dict]):
+    """Six panels: change against forward passes of training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 8), layout="constrained")
+    styles = list(itertools.product(("-", ":"), BRANCHES))
+    for axes, name in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+        lines = zip(styles, by(rows, "method", "learning_rate").items(), strict=False)
+        for (style, colour), ((method, rate), own) in lines:
+            own = [row for row in own if not row["note"]]
+            if not own:
+                continue
+            if method in UNTRAINED:
+                label = f"{method}, {float(own[0]['passes_per_video']):.0f} passes a video"
+                axes.axhline(mean_error([change(row, name) for row in own])[0], color=colour, ls="--", label=label)
+                continue
+            x, mean, error = curve(own, name)
+            axes.plot(x, mean, style, color=colour, marker="o", ms=3, label=f"{method}, {rate}")
+            low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+        axes.axhline(0, color=ANCHOR, lw=0.8)
+        axes.set(title=f"change of {SHOWN[name]}", xlabel="forward passes of training")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    return figure
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--csv", nargs="+", default=["docs/arena.csv"])
+    parser.add_argument("--figures", default="figures/arena", help="folder of the figures")
+    args = parser.parse_args(argv)
+    rows = [row for path in args.csv for row in read_rows(Path(path))]
+    for here, group in by(rows, *(name for name in HERE if name != "set")).items():
+        model, mode, event, weights, prompts = here
+        free = [row for row in group if row["asked"] == "0"]
+        for asked in sorted({int(row["asked"]) for row in group} - {0}) or [0]:
+            mine = [row for row in group if row["asked"] == str(asked)] + (free if asked else [])
+            results = chosen(mine)
+            plain = [row for row in results if not row["set"]]
+            parts = {
+                "methods": (main_table, [row for row in plain if "+" not in row["method"]]),
+                "exploration x policy: reward; judge": (grid_table, [row for row in plain if "+" in row["method"]]),
+                "other settings": (ablation_table, [row for row in results if row["set"]]),
+            }
+            title = f"{mode} mode" + (f", '{event}'" if event else "") + (f", {model}" if model else "")
+            print(f"## {title}, reward {weights}, {prompts} prompts, {asked:,} forward passes\n")
+            for name, (table, own) in parts.items():
+                if own := [row for row in own if row["budget"] == row["asked"]]:
+                    print(f"### {name}\n\n{table(own)}\n")
+            if sweep := sweeps_of(mine):
+                print(f"### Sweep: change of the reward on a seed and prompts of its own\n\n{sweep_table(sweep)}\n")
+            if competitors := parts["methods"][1]:
+                path = Path(args.figures) / (re.sub(r"[^\w]+", "_", f"{title} {weights} {asked}") + ".png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                curves(competitors).savefig(path, dpi=110)
+                print(f"![change against forward passes]({path})\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,527 @@
+"""The arena (`kvpo-min arena`): KVPO, Astrolabe and what a user would pick instead, on one model, at equal cost.
+
+Cost is counted in forward passes of the generator: one block of one video at one noise level, or its encoding. A hook
+on the backbone counts them while a method trains, and counts apart those that a gradient came back through. A run goes
+on until its budget is spent, so it may exceed it by less than one update. Evaluation is not part of it.
+
+The same for every method: base checkpoint, the 256 training scripts of a seed, reward, G, LoRA, AdamW without warm-up,
+and the evaluation prompts, each with a noise of its own. Not the same:
+- "kvpo" is `train.train`; it forks where `baselines.update` may fork, but draws its own forks, and sees the global
+  reward too. "astrolabe" is `astrolabe.train`; its active window stands for the fork.
+- all others and the cells of the grid ("exploration+policy") are `baselines.update`; there group k of a seed has the
+  same script, fork and noise whatever the method. "routing+energy" is KVPO without anchor, safety rule and KL,
+  "routing+distance" the same with a latent distance, "fresh+nft" the bare Astrolabe.
+- "best_of_n" (whole video) and "best_of_n_chunks" train nothing; what they cost is `passes_per_video`.
+
+Learning rates are swept on `sweep_seed` and on evaluation prompts that no result is measured on; the best reward there
+chooses the rate of the other seeds. One row of the CSV is one (run, budget); it is on the disk before the next one is
+begun, and what is in the file is not computed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvpo_min import astrolabe
+from kvpo_min.baselines import EXPLORATIONS, METHODS, POLICIES, REFUSED, Method, State, best_of_n, check_cell, update
+from kvpo_min.chr import Window, chunk_starts
+from kvpo_min.cli import EVAL_SEED, ArenaOptions, check_geometry, nearest_known, say
+from kvpo_min.pocket.world import prompt_set
+from kvpo_min.rewards import Mixture
+from kvpo_min.rollout import Sampler, draw_noise
+from kvpo_min.train import Pipeline, TrainConfig, adapter_weights, add_policies, sample, score, train
+
+MODES = {"short": (39, 1), "long": (147, 4)}  # frames, prompts a script
+TRAINED = ("kvpo", "astrolabe", "flow_grpo", "dance_grpo", "cm_grpo", "neighbor_grpo", "ar_copo", "diffusion_nft",
+           "rwr")  # fmt: skip
+UNTRAINED = ("best_of_n", "best_of_n_chunks")
+GRID = [f"{e}+{p}" for e in EXPLORATIONS for p in POLICIES]
+SCRIPTS = 256  # training scripts of a seed
+NOISE = 99_999  # seed of the evaluation noise
+AGAIN = 16  # evaluation prompts that get a second video from other noise, for the diversity
+
+# fields of the configurations that --set may not give: the arena does, or has no use for them
+GIVEN = ("seed", "learning_rate", "num_frames", "num_segments", "max_train_steps", "output_dir", "checkpointing_steps",
+         "checkpoints_total_limit", "resume_from_checkpoint")  # fmt: skip
+LOOP = ("num_generations", "perturb_num_blocks", "nearest", "max_grad_norm", "adam_weight_decay", "rank", "lora_alpha")
+
+HERE = ("model", "mode", "event", "weights", "set", "eval_prompts")  # what all runs of one call share
+KEY = ("method", *HERE, "purpose", "learning_rate", "seed", "asked", "budget")  # a row is known by these
+PAIRED = ("vq", "mq", "ta", "reward", "judge_all")  # sem: standard error over prompts of after - before
+PLAIN = ("judge_valid", "judge_colour", "judge_shape", "judge_motion", "judge_warm", "judge_distance", "sharpness",
+         "motion_energy", "diversity")  # fmt: skip
+COLUMNS = (*KEY, "forwards", "backwards", "updates", "seconds", "passes_per_video",
+           *(f"{name}_{when}" for name in PAIRED for when in ("before", "after", "sem")),
+           *(f"{name}_{when}" for name in PLAIN for when in ("before", "after")), "note", "settings")  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------- methods and settings
+
+
+def methods_of(text: str) -> list[str]:
+    """Names with commas between; "main" is all that train and Best-of-N, "grid" the cells that make sense.
+    Raises ValueError, for a refused cell with the reason."""
+    groups = {"main": [*TRAINED, *UNTRAINED], "grid": [c for c in GRID if tuple(c.split("+")) not in REFUSED]}
+    names = [name for part in text.split(",") for name in groups.get(part, [part])]
+    for name in names:
+        if "+" in name:
+            check_cell(*name.split("+", 1))
+        elif name not in groups["main"]:
+            raise ValueError(f"unknown method '{name}'{nearest_known(name, [*groups, *groups['main']])}")
+    return list(dict.fromkeys(names))
+
+
+def cell_of(method: str) -> Method | None:
+    """What `baselines.update` is given; None: the method has a loop of its own, or trains nothing."""
+    if method in ("kvpo", "astrolabe", *UNTRAINED):
+        return None
+    return METHODS[method] if method in METHODS else Method(*method.split("+"))
+
+
+def known_settings(method: str) -> list[str]:
+    """The names that --set may give: those that the method reads."""
+    if method in UNTRAINED:
+        return ["num_generations"]
+    if cell := cell_of(method):
+        return [*LOOP, *(["tau", "tau_groups", "tau_target"] if cell.policy in ("distance", "energy") else [])]
+    kind = astrolabe.AstrolabeConfig if method == "astrolabe" else TrainConfig
+    return [f.name for f in fields(kind) if f.name not in GIVEN]
+
+
+def changes(text: str) -> dict[str, str]:
+    """a=1,b=2 -> {"a": "1", "b": "2"}"""
+    parts = [part.partition("=") for part in text.split(",") if part]
+    if bad := [name for name, equals, _ in parts if not equals]:
+        raise ValueError(f"--set takes name=value with commas between, got {bad[0]!r}")
+    return {name.strip(): value.strip() for name, _, value in parts}
+
+
+def config_of(method: str, options: ArenaOptions, learning_rate: float, seed: int):
+    """The method's own configuration, with what --set changes. Raises ValueError for a name that it does not read."""
+    num_frames, num_segments = MODES[options.mode]
+    kind, known = astrolabe.AstrolabeConfig if method == "astrolabe" else TrainConfig, known_settings(method)
+    given = {"seed": seed, "num_frames": num_frames, "max_train_steps": 10**9}
+    if method not in UNTRAINED:
+        given["learning_rate"] = learning_rate
+    if kind is TrainConfig:
+        given |= {"num_segments": num_segments, "lr_warmup_steps": 0}
+    defaults = {f.name: f.default for f in fields(kind)}
+    for name, text in changes(options.set).items():
+        if name not in known:
+            raise ValueError(f"--set {name}: {method} has no such setting{nearest_known(name, known)}")
+        of = type(defaults[name])
+        try:
+            given[name] = {"true": True, "false": False}[text.lower()] if of is bool else of(text)
+        except (ValueError, KeyError):
+            raise ValueError(f"--set {name}={text}: expected a {of.__name__}") from None
+    return kind(**given)
+
+
+def settings_of(method: str, config) -> dict:
+    """All that the method reads, for the row."""
+    return {name: getattr(config, name) for name in known_settings(method)}
+
+
+# ------------------------------------------------------------------------------------------------------------- counting
+
+
+@contextlib.contextmanager
+def counting(backbone: torch.nn.Module, counts: Counter, block: int = 3) -> Iterator[None]:
+    """Adds to counts["forward"] every block of every video that the backbone is called with while this lasts, and to
+    counts["backward"] those whose output a gradient arrives at."""
+
+    def passed(module, args, out: Tensor) -> None:
+        n = out.shape[0] * out.shape[1] // block  # [B, F, C, H, W]
+        counts["forward"] += n
+        if out.requires_grad:
+            out.register_hook(lambda grad: counts.update(backward=n))
+
+    handle = backbone.register_forward_hook(passed)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+def sharpness(pixels: Tensor) -> Tensor:
+    """[N]: mean squared second difference of neighbouring pixels, down and across. pixels [N, T, 3, H, W]"""
+    return sum(pixels.diff(n=2, dim=dim).square().mean((1, 2, 3, 4)) for dim in (-2, -1))
+
+
+def motion_energy(pixels: Tensor) -> Tensor:
+    """[N]: mean squared change of a pixel from frame to frame. pixels [N, T, 3, H, W]"""
+    return pixels.diff(dim=1).square().mean((1, 2, 3, 4))
+
+
+def diversity(reading, n: int, again: int) -> float:
+    """Share of frames in which the judge reads another colour, shape or motion in video n + i than in video i < again:
+    the same words, other noise."""
+    named = [getattr(reading, f.name) for f in fields(reading)]
+    named = [r for r in named if r.ndim == 2 and not r.is_floating_point()]  # [N, T] what is shown, not how well
+    return torch.stack([r[:again] != r[n : n + again] for r in named]).any(0).float().mean().item()
+
+
+def rows_of(reading, index: slice):
+    return type(reading)(**{f.name: getattr(reading, f.name)[index] for f in fields(reading)})
+
+
+def twice(scripts: Sequence[str]) -> list[str]:
+    """What is sampled for an evaluation: every script, and the first ones once more."""
+    return [*scripts, *scripts[:AGAIN]]
+
+
+@torch.no_grad()
+def measure(pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, videos: Iterator[Tensor]) -> dict:
+    """-> {"each": {name of PAIRED: [n]}, a number for each of PLAIN, "passes_per_video"}. videos: latents
+    [b, T, C, H, W] of `twice(scripts)`, in any batches."""
+    n, told, begin, counts = len(scripts), twice(scripts), 0, Counter()
+    scores, readings, looks = [], [], []
+    with counting(pipeline.backbone, counts):
+        for latents in videos:
+            pixels = pipeline.decode(latents)
+            scores.append(score(pipeline, rewards, pixels, told[begin : begin + len(pixels)], 0))
+            looks.append(torch.stack([sharpness(pixels), motion_energy(pixels)]))
+            if pipeline.judge:
+                readings.append(pipeline.read(pixels))
+            begin += len(pixels)
+    each = {name: torch.cat([s[name] for s in scores])[:n].double() for name in scores[0]}
+    each["reward"] = rewards.total(each)
+    looks = torch.cat(looks, 1)[:, :n].mean(1)
+    out = {"sharpness": looks[0].item(), "motion_energy": looks[1].item()}
+    if readings:
+        parts = zip(*([getattr(r, f.name) for f in fields(r)] for r in readings), strict=True)
+        reading = type(readings[0])(*map(torch.cat, parts))
+        judged = pipeline.judge(rows_of(reading, slice(n)), list(scripts))
+        out |= {f"judge_{name}": value for name, value in judged.items() if name != "all"}
+        alone = [pipeline.judge(rows_of(reading, slice(i, i + 1)), [scripts[i]])["all"] for i in range(n)]
+        each["judge_all"] = torch.tensor(alone, dtype=torch.double)
+        out["diversity"] = diversity(reading, n, len(told) - n)
+    return out | {"each": each, "passes_per_video": counts["forward"] / len(told)}
+
+
+def ordinary(pipeline: Pipeline, scripts: Sequence[str], num_frames: int) -> Iterator[Tensor]:
+    """The videos of the policy at hand, for `measure`."""
+    return sample(pipeline, twice(scripts), num_frames, seed=NOISE)
+
+
+def best_videos(
+    pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, config: TrainConfig, method: str, seed: int
+) -> Iterator[Tensor]:
+    """The same for Best-of-N: the first of the N = G candidates has the noise that `ordinary` gives it."""
+    window, sigmas, num_frames, n = Window(history=21), pipeline.sigmas, config.num_frames, config.num_generations
+    borders = [*(chunk_starts(num_frames)[1:] if method == "best_of_n_chunks" else []), num_frames]
+    shape = (num_frames // window.block, len(sigmas), (window.block, *pipeline.latent_shape))
+    others = torch.Generator().manual_seed(seed)
+    for i, script in enumerate(twice(scripts)):
+        texts = [pipeline.embed([text]) for text in pipeline.segments(script)]
+        own = draw_noise(*shape, torch.Generator().manual_seed(NOISE + 10_000 * i))
+        noise = torch.cat([own, draw_noise(*shape, others, batch=n - 1)]).to(pipeline.backbone.device)
+
+        def judge(latents: Tensor, first: int, script=script) -> Tensor:
+            pixels = pipeline.decode(latents)
+            return rewards.total(score(pipeline, rewards, pixels, [script] * n, first))
+
+        sampler = Sampler(sigmas, window, switches=pipeline.switches[: len(texts) - 1])
+        yield best_of_n(pipeline.backbone, texts, noise, borders, sampler, judge)[0].latents
+
+
+def compared(before: dict, after: dict) -> dict[str, float]:
+    """The columns of PAIRED and PLAIN."""
+    out = {"passes_per_video": after["passes_per_video"]}
+    for name in before["each"]:
+        a, b = before["each"][name], after["each"][name]
+        sem = (b - a).std() / len(a) ** 0.5
+        out |= {f"{name}_before": a.mean(), f"{name}_after": b.mean(), f"{name}_sem": sem}
+    for name in PLAIN:
+        if name in before:
+            out |= {f"{name}_before": before[name], f"{name}_after": after[name]}
+    return {name: float(value) for name, value in out.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, or one Best-of-N; evaluated at each of its budgets."""
+
+    method: str
+    purpose: str  # "sweep": chooses a learning rate; "result": is reported
+    learning_rate: float  # nan: a sweep has yet to choose it; 0: nothing is trained
+    seed: int
+    budgets: tuple[int, ...]  # forward passes, ascending; 0: nothing is trained
+
+    def key(self, here: dict[str, str], budget: int) -> dict[str, str]:
+        """What the row of that budget is known by; here: `HERE`."""
+        own = {"method": self.method, "purpose": self.purpose, "learning_rate": f"{self.learning_rate:g}",
+               "seed": str(self.seed), "asked": str(self.budgets[-1]), "budget": str(budget)}  # fmt: skip
+        return {name: (own | here)[name] for name in KEY}
+
+
+def numbers(text: str, kind: type, flag: str) -> list:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--{flag} takes numbers with commas between, got {text!r}") from None
+
+
+def shared_key(options: ArenaOptions, rewards: Mixture) -> dict[str, str]:
+    weights = " ".join(f"{name}={weight:g}" for name, weight in rewards.weights.items())
+    canonical = ",".join(f"{name}={value}" for name, value in sorted(changes(options.set).items()))
+    return {"model": options.model, "mode": options.mode, "event": options.event, "weights": weights, "set": canonical,
+            "eval_prompts": str(options.eval_prompts)}  # fmt: skip
+
+
+def runs_of(options: ArenaOptions, here: dict[str, str], rows: Sequence[dict[str, str]]) -> list[Run]:
+    """All runs that are asked for, the sweeps first, then seed by seed. A method whose sweep gave no finite reward has
+    no further runs."""
+    rates = numbers(options.learning_rates, float, "learning_rates")
+    points = tuple(round(options.forwards * k / options.evaluations) for k in range(1, options.evaluations + 1))
+    names, sweeps, results = methods_of(options.methods), {}, []
+    for name in names:
+        if name in TRAINED or "+" in name:
+            last = points[-1:]
+            sweeps[name] = [Run(name, "sweep", rate, options.sweep_seed, last) for rate in rates if len(rates) > 1]
+    for seed in numbers(options.seeds, int, "seeds"):
+        for name in names:
+            if name in UNTRAINED:
+                results.append(Run(name, "result", 0.0, seed, (0,)))
+            elif (rate := best_rate(sweeps[name], here, rows) if sweeps[name] else rates[0]) is not None:
+                results.append(Run(name, "result", rate, seed, points))
+    return [*itertools.chain(*sweeps.values()), *results]
+
+
+def best_rate(sweep: Sequence[Run], here: dict[str, str], rows: Sequence[dict[str, str]]) -> float | None:
+    """The learning rate with the largest gain in reward; nan while some are missing, None if none is finite."""
+    gains = {}
+    for run in sweep:
+        row = find(rows, run.key(here, run.budgets[-1]))
+        if row is None:
+            return math.nan
+        if not row["note"]:
+            gains[run.learning_rate] = float(row["reward_after"]) - float(row["reward_before"])
+    return max(gains, key=gains.get) if gains else None
+
+
+def find(rows: Sequence[dict[str, str]], key: dict[str, str]) -> dict[str, str] | None:
+    return next((row for row in rows if all(row[name] == value for name, value in key.items())), None)
+
+
+def left(options: ArenaOptions, here: dict[str, str], rows: Sequence[dict[str, str]]) -> list[Run]:
+    """The runs that lack a row."""
+    return [run for run in runs_of(options, here, rows) if any(not find(rows, run.key(here, b)) for b in run.budgets)]
+
+
+def updates(
+    pipeline: Pipeline, method: str, scripts: Sequence[str], rewards: Mixture, config, policies
+) -> Iterator[dict]:
+    """Trains without end and yields the log of every update."""
+    if method == "kvpo":
+        for step in train(pipeline, scripts, rewards, config, policies):
+            yield step.log()
+        return
+    if method == "astrolabe":
+        yield from astrolabe.train(pipeline, scripts, rewards, config, policies)
+        return
+    weights = adapter_weights(policies, "default").values()
+    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
+    generator, state, order = torch.Generator().manual_seed(config.seed), State(tau=config.tau), []
+    for k in itertools.count():
+        order = order or torch.randperm(len(scripts), generator=generator).tolist()
+        group = torch.Generator().manual_seed(1_000_003 * config.seed + k)
+        yield update(
+            pipeline, scripts[order.pop()], rewards, cell_of(method), optimizer, group, state, config.num_frames,
+            config.num_generations, config.perturb_num_blocks, config.nearest, tau_groups=config.tau_groups,
+            tau_target=config.tau_target, max_grad_norm=config.max_grad_norm,
+        )  # fmt: skip
+
+
+def compete(
+    pipeline: Pipeline, prompts: Sequence[str], rewards: Mixture, run: Run, options: ArenaOptions, before: dict,
+    lacking: Sequence[int],
+) -> Iterator[tuple[int, dict]]:  # fmt: skip
+    """One run on a pipeline of its own -> (budget, the row without its key) for each of the `lacking` budgets. A run
+    whose loss or gradient is not finite has rows with a note, and no numbers after it."""
+    config, n_segments = config_of(run.method, options, run.learning_rate, run.seed), MODES[options.mode][1]
+    settings = {"settings": json.dumps(settings_of(run.method, config))}
+    counts, steps, seconds, note, stream = Counter(forward=0, backward=0), 0, 0.0, "", None
+    if run.method not in UNTRAINED:
+        scripts = prompt_set(SCRIPTS, n_segments, run.seed, options.event)
+        stream = updates(pipeline, run.method, scripts, rewards, config, add_policies(pipeline, config))
+    for budget in run.budgets:
+        begun, row = time.perf_counter(), {}
+        with counting(pipeline.backbone, counts):
+            while counts["forward"] < budget and not note:
+                try:
+                    steps += bool(next(stream).get("grad_norm"))  # groups that set tau or are unsafe move nothing
+                except FloatingPointError as error:
+                    note = f"diverged: {error}"
+        seconds += time.perf_counter() - begun
+        if budget not in lacking:  # an interrupted run came this far
+            continue
+        if not note:
+            made = ordinary(pipeline, prompts, config.num_frames)
+            if run.method in UNTRAINED:
+                made = best_videos(pipeline, prompts, rewards, config, run.method, run.seed)
+            row = compared(before, measure(pipeline, prompts, rewards, made))
+        spent = {"forwards": counts["forward"], "backwards": counts["backward"], "updates": steps, "seconds": seconds}
+        yield budget, spent | row | settings | {"note": note}
+
+
+def eval_prompts(options: ArenaOptions, run: Run) -> list[str]:
+    """Those of a sweep are others than those of the results."""
+    seed, n_segments = EVAL_SEED + (run.purpose == "sweep"), MODES[options.mode][1]
+    return prompt_set(options.eval_prompts, n_segments, seed, options.event)
+
+
+def check(options: ArenaOptions, here: dict[str, str], rows: Sequence[dict[str, str]]) -> None:
+    """Raises ValueError before any work: wrong names, seeds that evaluate, or rows made with other settings."""
+    seeds = numbers(options.seeds, int, "seeds")
+    if {*seeds, options.sweep_seed} & {EVAL_SEED, EVAL_SEED + 1}:
+        raise ValueError(f"the seeds {EVAL_SEED} and {EVAL_SEED + 1} draw the evaluation prompts; take others")
+    if options.sweep_seed in seeds:
+        raise ValueError(f"seed {options.sweep_seed} chooses the learning rates, so it cannot be reported: take others")
+    for method in methods_of(options.methods):
+        config = config_of(method, options, 1e-4, 0)
+        if isinstance(config, TrainConfig):
+            check_geometry(config)
+        now = settings_of(method, config)
+        for row in rows:
+            if row["method"] == method and all(row[name] == here[name] for name in HERE):
+                then = json.loads(row["settings"])
+                if other := [name for name in now if name in then and now[name] != then[name]]:
+                    raise ValueError(f"{options.csv} holds rows of {method} made with {other[0]} {then[other[0]]!r}, "
+                                     f"now it is {now[other[0]]!r}: name another file")  # fmt: skip
+
+
+def arena(make_pipeline: Callable[[], Pipeline], rewards: Mixture, options: ArenaOptions) -> Iterator[dict[str, str]]:
+    """Computes what the CSV lacks and yields each row once it is on the disk."""
+    path, here, before = Path(options.csv), shared_key(options, rewards), {}
+    rows = read_rows(path)
+    check(options, here, rows)
+    if "grid" in options.methods.split(","):
+        for (exploration, policy), reason in REFUSED.items():
+            say(f"{exploration}+{policy} is refused: {reason}")
+    while todo := left(options, here, rows):  # a sweep that is complete names the next learning rates
+        run, pipeline = todo[0], make_pipeline()
+        prompts = eval_prompts(options, run)
+        if run.purpose not in before:
+            made = ordinary(pipeline, prompts, MODES[options.mode][0])
+            before[run.purpose] = measure(pipeline, prompts, rewards, made)
+        lacking = [budget for budget in run.budgets if not find(rows, run.key(here, budget))]
+        for budget, found in compete(pipeline, prompts, rewards, run, options, before[run.purpose], lacking):
+            values = run.key(here, budget) | found
+            row = {name: cell_text(values.get(name, "")) for name in COLUMNS}
+            append_row(path, row)
+            rows.append(row)
+            yield row
+
+
+def plan(make_pipeline: Callable[[], Pipeline], rewards: Mixture, options: ArenaOptions) -> str:
+    """What `arena` would do, as a markdown table. An evaluation, one update of each method and one Best-of-N are really
+    made and timed on few prompts; the update is one whose group trains, with the whole replay."""
+    here, rows = shared_key(options, rewards), read_rows(Path(options.csv))
+    check(options, here, rows)
+    todo, (num_frames, n_segments) = left(options, here, rows), MODES[options.mode]
+    few, videos = prompt_set(2, n_segments, EVAL_SEED, options.event), len(twice(range(options.eval_prompts)))
+
+    def timed(call: Callable, *args) -> float:
+        begun = time.perf_counter()
+        call(*args)
+        return time.perf_counter() - begun
+
+    pipeline = make_pipeline()
+    for _ in range(2):  # the first call pays for what is loaded once
+        evaluation = timed(measure, pipeline, few, rewards, ordinary(pipeline, few, num_frames)) * videos / 4
+    total = evaluation * len({run.purpose for run in todo})
+    lines = ["| method | runs left | passes a run | an update: forward | backward | seconds | minutes |",
+             "|---" * 7 + "|"]  # fmt: skip
+    for method in dict.fromkeys(run.method for run in todo):
+        mine = [run for run in todo if run.method == method]
+        pipeline, config, counts = make_pipeline(), config_of(method, options, 1e-4, 0), Counter(forward=0, backward=0)
+        if method in UNTRAINED:
+            made = best_videos(pipeline, few[:1], rewards, config, method, 0)
+            one, cost = timed(measure, pipeline, few[:1], rewards, made), "- | - | -"
+            seconds = one * videos / 2 * len(mine)
+        else:
+            if isinstance(config, TrainConfig):
+                config = replace(config, tau=1.0, unsafe_scale=1.0)
+            scripts = prompt_set(SCRIPTS, n_segments, 0, options.event)
+            stream = updates(pipeline, method, scripts, rewards, config, add_policies(pipeline, config))
+            with counting(pipeline.backbone, counts):
+                one = timed(next, stream)
+            cost = f"{counts['forward']:,} | {counts['backward']:,} | {one:.1f}"
+            seconds = one * sum(math.ceil(run.budgets[-1] / counts["forward"]) for run in mine)
+            seconds += evaluation * sum(len(run.budgets) for run in mine)
+        lines.append(f"| {method} | {len(mine)} | {mine[0].budgets[-1]:,} | {cost} | {seconds / 60:.1f} |")
+        total += seconds
+    budgets = sum(run.budgets[-1] for run in todo)
+    minutes = f"{total / 60:.0f} minutes on this machine as loaded now; an evaluation takes {evaluation:.0f} s"
+    return "\n".join([*lines, "", f"{len(todo)} runs, {budgets:,} forward passes of training, {minutes}"])
+
+
+# ------------------------------------------------------------------------------------------------------------------ CSV
+
+
+def cell_text(value) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of the file; one that was cut off while it was written is removed from it. Raises ValueError when the
+    file has other columns."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        say(f"{path}: the last line was cut off; it is removed")
+        os.truncate(path, whole)
+    reader = csv.DictReader(io.StringIO(content[:whole].decode()))
+    if whole and tuple(reader.fieldnames) != COLUMNS:
+        raise ValueError(f"{path} is no file of this arena: its columns are {reader.fieldnames}; name another file")
+    return list(reader)
+
+
+def append_row(path: Path, row: dict[str, str]) -> None:
+    """Adds one line, and the header to an empty file; on return it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    with path.open("a", encoding="utf-8", newline="") as file:
+        if not file.tell():
+            writer.writeheader()
+        writer.writerow(row)
+        file.write(text.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def line(row: dict[str, str]) -> str:
+    """A row, for the terminal."""
+    head = f"{row['method']} {row['set']}".strip() + f", {row['purpose']}, seed {row['seed']}"
+    head += f", learning rate {row['learning_rate']}" if float(row["learning_rate"]) else ""
+    if row["note"]:
+        return f"{head}: {row['note']}"
+    changes = []
+    for name in ("reward", "judge_all"):
+        if row[f"{name}_after"]:
+            before, after, sem = (float(row[f"{name}_{when}"]) for when in ("before", "after", "sem"))
+            changes.append(f"{name} {after - before:+.3f} ± {sem:.3f}")
+    return f"{head}, {int(row['forwards']):,} forward passes: {', '.join(changes)}; {float(row['seconds']):.0f} s"

@@ -1,0 +1,389 @@
+"""The arena: costs against hand counts, rows that outlive interruptions, what is refused, tables from rows."""
+
+import csv
+import json
+import math
+import statistics
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvpo_min import arena as ring
+from kvpo_min import cli
+from kvpo_min import train as training
+from kvpo_min.arena import COLUMNS, TRAINED, UNTRAINED, arena, config_of, counting, methods_of, runs_of, shared_key
+from kvpo_min.baselines import REFUSED
+from kvpo_min.chr import chunk_starts
+from kvpo_min.pocket import world
+from kvpo_min.rewards import Mixture
+from kvpo_min.train import add_policies
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import arena_tables  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+REWARDS = Mixture(  # as many as the pocket's and as cheap as can be: how red, how much of it moves, how blue
+    {
+        "vq": lambda videos, prompts: videos[:, :, 0].mean((1, 2, 3)),
+        "mq": lambda videos, prompts: videos.diff(dim=1).abs().mean((1, 2, 3, 4)),
+        "ta": lambda videos, prompts: videos[:, :, 2].mean((1, 2, 3)),
+    },
+    dict(vq=1.0, mq=1.0, ta=1.0),
+)
+SMALL = "num_generations=3,perturb_num_blocks=2,rank=2"
+
+
+def cheap_reading(pixels):
+    """Stands for the judge's exhaustive search, which would take most of the time here."""
+    colour, place = pixels.mean((3, 4)).argmax(2), torch.zeros(*pixels.shape[:2], 2)
+    distance = pixels.std((2, 3, 4))
+    return world.Reading(colour, colour * 0, (pixels[:, :, 0].mean((2, 3)) > 0.5).long(), distance, place)
+
+
+@pytest.fixture(scope="module")
+def make(make_pipeline):
+    return lambda: replace(make_pipeline(), read=cheap_reading)
+
+
+def options_for(path, methods="rwr", **more):
+    given = dict(seeds="0", learning_rates="1e-3", forwards=1, evaluations=1, eval_prompts=2, set=SMALL)
+    return cli.ArenaOptions(csv=str(path), methods=methods, **given | more)
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def numbers(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+# -------------------------------------------------------------------------------------------------------------- passes
+
+
+def trained_once(make, method, settings, **more):
+    """-> the log of one update, and the passes it took"""
+    options = options_for("unused", method, set=settings, **more)
+    pipeline, config, counts = make(), config_of(method, options, 1e-3, 0), Counter(forward=0, backward=0)
+    n_segments = ring.MODES[options.mode][1]
+    scripts = world.prompt_set(4, n_segments, 0)
+    stream = ring.updates(pipeline, method, scripts, REWARDS, config, add_policies(pipeline, config))
+    with counting(pipeline.backbone, counts):
+        log = next(stream)
+    return log, counts["forward"], counts["backward"]
+
+
+def test_passes_of_kvpo_by_hand(make, monkeypatch):
+    seen, make_plan = [], training.make_plan
+    monkeypatch.setattr(training, "make_plan", lambda *a: seen.append(make_plan(*a)) or seen[-1])
+    log, forward, backward = trained_once(make, "kvpo", f"{SMALL},tau=1,unsafe_scale=1,grad_steps=3")
+    p, b = seen[0].fork // 3, (min(s for s in [*chunk_starts(39), 39] if s > seen[0].fork) - seen[0].fork) // 3
+    rest = (39 - seen[0].fork) // 3  # blocks that are made: to the end of the video
+    rollout = 5 * p + 4 * 5 * rest  # 4 steps and the encoding; 3 branches and the anchor
+    replays = 2 * (3 * b * 4 + 3 * (b - 1))  # initial and present policy: all steps, and the context between blocks
+    assert (forward, backward) == (rollout + replays, 3 * b * 3)
+    assert log["grad_norm"] > 0
+
+
+def test_passes_of_astrolabe_by_hand(make):
+    log, forward, backward = trained_once(make, "astrolabe", "num_generations=3,selective=false,kl_coef=0,rank=2")
+    group = 5 * log["window_start"] // 3 + 3 * 5 * 6  # prefix, then 3 candidates of 6 blocks
+    assert (forward, backward) == (2 * (group + 2 * (3 * 6 + 3 * 5)), 2 * 3 * 6)  # 2 groups; old and present policy
+
+
+@pytest.mark.parametrize("method", ["rwr", "flow_grpo", "cm_grpo", "fresh+nft"])
+def test_passes_agree_with_the_loops_own_count(make, method):
+    """`baselines.update` counts at another place: the calls of velocity and encode."""
+    log, forward, backward = trained_once(make, method, SMALL)
+    assert forward == log["forwards"] and 0 < backward < forward
+
+
+def test_passes_of_a_whole_video_are_its_blocks(make_backbone):
+    """A call that takes several blocks at once costs as many passes; without gradient nothing comes back."""
+    backbone, counts = make_backbone(), Counter(forward=0, backward=0)
+    x = torch.zeros(2, 9, 8, 4, 4, requires_grad=True)
+    with counting(backbone, counts):
+        backbone(x, torch.ones(2), torch.arange(9), world.embed(["a disc"])).sum().backward()
+    backbone(x, torch.ones(2), torch.arange(9), world.embed(["a disc"]))
+    assert counts == {"forward": 6, "backward": 6} and not backbone._forward_hooks
+
+
+def test_budget_is_kept_within_one_update(make, tmp_path):
+    options = options_for(tmp_path / "a.csv", forwards=900, evaluations=2)
+    rows = list(arena(make, REWARDS, options))
+    _, one, back = trained_once(make, "rwr", SMALL)
+    assert [row["budget"] for row in rows] == ["450", "900"]
+    for row in rows:
+        assert int(row["budget"]) <= int(row["forwards"]) < int(row["budget"]) + 1.5 * one  # forks differ in cost
+        assert abs(int(row["forwards"]) / one - int(row["updates"])) < 0.5 * int(row["updates"])
+    assert int(rows[1]["forwards"]) > int(rows[0]["forwards"]) and int(rows[0]["backwards"]) >= 0.5 * back
+
+
+# ---------------------------------------------------------------------------------------------------------- the methods
+
+
+@pytest.fixture(scope="module")
+def all_rows(make, tmp_path_factory):
+    path = tmp_path_factory.mktemp("arena") / "all.csv"
+    softmax = options_for(path, "kvpo,neighbor_grpo,ar_copo,routing+distance", set=f"{SMALL},tau=0.01")
+    others = options_for(path, "flow_grpo,dance_grpo,cm_grpo,diffusion_nft,rwr,routing+nft,initial+nft")
+    rest = options_for(path, "astrolabe,best_of_n,best_of_n_chunks", set="num_generations=3")
+    return [row for options in (softmax, others, rest) for row in arena(make, REWARDS, options)], path
+
+
+def test_every_method_gives_a_finite_row(all_rows):
+    rows, path = all_rows
+    assert {row["method"] for row in rows} >= {*TRAINED, *UNTRAINED} and read(path) == rows
+    for row in rows:
+        assert tuple(row) == COLUMNS and not row["note"]
+        for name in ("reward_after", "reward_sem", "vq_after", "mq_before", "ta_sem", "judge_all_after",
+                     "judge_distance_after", "sharpness_after", "motion_energy_after", "diversity_before"):  # fmt: skip
+            assert math.isfinite(float(row[name])), (row["method"], name)
+        assert float(row["passes_per_video"]) == (195 if row["method"] in UNTRAINED else 65)  # 3 videos of 13 blocks
+        if row["method"] in UNTRAINED:
+            assert row["forwards"] == row["backwards"] == row["budget"] == "0"
+        elif row["method"] != "kvpo":  # whose first group may be unsafe
+            assert int(row["forwards"]) > 0 and int(row["backwards"]) > 0 and row["updates"] == "1"
+        json.loads(row["settings"])
+
+
+def test_best_of_n_does_not_lose(all_rows):
+    """The first candidate is the video without choice, so the reward of the best cannot be below."""
+    row = next(row for row in all_rows[0] if row["method"] == "best_of_n")
+    assert float(row["reward_after"]) >= float(row["reward_before"])
+    assert float(row["reward_after"]) == pytest.approx(sum(float(row[f"{n}_after"]) for n in ("vq", "mq", "ta")), 1e-4)
+
+
+def test_training_changes_what_is_measured(make, tmp_path):
+    """Against an evaluation by `train.evaluate` of the same base model."""
+    from kvpo_min.train import evaluate
+
+    (row,) = arena(make, REWARDS, options_for(tmp_path / "a.csv", "cm_grpo", learning_rates="1e-1"))
+    assert row["reward_after"] != row["reward_before"] and float(row["reward_sem"]) > 0
+    scripts = world.prompt_set(2, 1, cli.EVAL_SEED)
+    base = evaluate(make(), scripts, REWARDS, 39)
+    for name in ("vq", "mq", "ta", "reward"):
+        assert float(row[f"{name}_before"]) == pytest.approx(base[name], rel=1e-4)
+    assert float(row["judge_all_before"]) == pytest.approx(base["judge"]["all"], abs=1e-5)
+    assert float(row["judge_distance_before"]) == pytest.approx(base["judge"]["distance"], rel=1e-4)
+
+
+def test_a_run_that_diverges_is_a_row(make, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise FloatingPointError("the loss is nan")
+
+    monkeypatch.setattr(ring, "update", broken)
+    options = options_for(tmp_path / "a.csv", "rwr", learning_rates="1e-3,1e-2")
+    rows = list(arena(make, REWARDS, options))
+    assert [row["purpose"] for row in rows] == ["sweep", "sweep"]  # no rate is left to report
+    assert all(row["note"] == "diverged: the loss is nan" and row["reward_after"] == "" for row in rows)
+    assert not list(arena(None, REWARDS, options))
+
+
+def test_numbers_on_pixels_by_hand():
+    pixels = torch.zeros(1, 2, 3, 4, 4)
+    pixels[:, 1, :, 1, 1] = 0.5  # one pixel lights up in the second frame
+    assert ring.motion_energy(pixels).item() == pytest.approx(0.25 / 16)
+    # second differences along a row of 4: (0, .5, 0, 0) -> (-1, .5); of 4 rows, 2 frames and 2 directions
+    assert ring.sharpness(pixels).item() == pytest.approx(2 * (1 + 0.25) / (2 * 4 * 2))
+    r = world.Reading(*torch.zeros(3, 3, 4).long(), torch.rand(3, 4), torch.rand(3, 4, 2))
+    r.colour[2, 0], r.motion[2, 0], r.motion[2, 1] = 1, 1, 1
+    assert ring.diversity(r, 2, 1) == 0.5  # frames 0 and 1 of 4; what is a distance or a place does not count
+
+
+# ---------------------------------------------------------------------------------------------------- rows, sweep, file
+
+
+def test_a_second_call_computes_nothing(make, tmp_path):
+    options = options_for(tmp_path / "a.csv", "rwr,best_of_n", set="num_generations=3")
+    assert len(list(arena(make, REWARDS, options))) == 2
+    before = (tmp_path / "a.csv").read_bytes()
+    assert not list(arena(None, REWARDS, options))  # there is no pipeline to compute with
+    assert (tmp_path / "a.csv").read_bytes() == before
+    assert len(ring.left(replace(options, seeds="0,1"), shared_key(options, REWARDS), read(tmp_path / "a.csv"))) == 2
+
+
+def test_interruption_loses_one_run_and_changes_no_number(make, tmp_path, monkeypatch):
+    more = dict(seeds="0,1", forwards=600, evaluations=2)
+    whole = list(arena(make, REWARDS, options_for(tmp_path / "whole.csv", **more)))
+    options = options_for(tmp_path / "a.csv", **more)
+    measure, calls = ring.measure, []
+
+    def stopped(*args):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return measure(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ring, "measure", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            list(arena(make, REWARDS, options))
+    kept = read(tmp_path / "a.csv")
+    assert [row["budget"] for row in kept] == ["300"]  # the base model and seed 0 at its first budget were measured
+    with open(tmp_path / "a.csv", "a") as file:  # and the machine failed within a line
+        file.write("rwr,,short,,vq=1 mq")
+    rows = list(arena(make, REWARDS, options))
+    assert [(row["seed"], row["budget"]) for row in rows] == [("0", "600"), ("1", "300"), ("1", "600")]
+    assert numbers(read(tmp_path / "a.csv")) == numbers(whole)
+
+
+def test_half_a_header_and_foreign_files(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("method,mod")
+    assert ring.read_rows(path) == [] and path.read_bytes() == b""
+    row = dict.fromkeys(COLUMNS, "x") | {"settings": '{"a": "b, c"}'}
+    ring.append_row(path, row)
+    assert ring.read_rows(path) == [row]
+    path.write_text("seed,reward\n1,2\n")
+    with pytest.raises(ValueError, match="name another file"):
+        ring.read_rows(path)
+
+
+def fake(options, method, rate, seed, gain, purpose="result", budget=None, note="", **more):
+    """A row as the arena would write it."""
+    budgets = (0,) if method in UNTRAINED else (options.forwards,)
+    run = ring.Run(method, purpose, rate, seed, budgets)
+    row = dict.fromkeys(COLUMNS, "") | run.key(shared_key(options, REWARDS), budget or budgets[-1])
+    row |= {f"{name}_before": "1" for name in (*ring.PAIRED, *ring.PLAIN)}
+    row |= {f"{name}_after": str(1 + gain) for name in (*ring.PAIRED, *ring.PLAIN)}
+    row |= {f"{name}_sem": "0.01" for name in ring.PAIRED}
+    row |= {"forwards": row["budget"], "backwards": "9", "updates": "3", "seconds": "60", "passes_per_video": "65"}
+    return row | {"note": note, "settings": "{}"} | more
+
+
+def test_the_sweep_chooses_on_a_seed_of_its_own(tmp_path):
+    options = options_for("a.csv", "rwr,best_of_n", learning_rates="1e-4,3e-4,1e-3", seeds="0,1", forwards=90,
+                          evaluations=3)  # fmt: skip
+    here = shared_key(options, REWARDS)
+    runs = runs_of(options, here, [])
+    assert [(r.purpose, r.seed, r.budgets) for r in runs[:3]] == [("sweep", 100, (90,))] * 3
+    assert all(math.isnan(r.learning_rate) and r.budgets == (30, 60, 90) for r in runs[3:] if r.method == "rwr")
+    rows = [fake(options, "rwr", rate, 100, gain, "sweep") for rate, gain in ((1e-4, 0.1), (3e-4, 0.3))]
+    assert math.isnan(runs_of(options, here, rows)[3].learning_rate)  # one is missing
+    lost = fake(options, "rwr", 1e-3, 100, 9.0, "sweep", note="diverged: x")
+    runs = runs_of(options, here, [*rows, lost])
+    assert [(r.method, r.seed, r.learning_rate) for r in runs[3:]] == [
+        ("rwr", 0, 3e-4), ("best_of_n", 0, 0.0), ("rwr", 1, 3e-4), ("best_of_n", 1, 0.0)]  # fmt: skip
+    sweep, result = (ring.eval_prompts(replace(options, eval_prompts=32), runs[k]) for k in (0, 3))
+    assert sweep != result and result == world.prompt_set(32, 1, cli.EVAL_SEED)
+    with pytest.raises(ValueError, match="cannot be reported"):
+        ring.check(replace(options, sweep_seed=1), here, [])
+    assert [r.purpose for r in runs_of(replace(options, learning_rates="1e-4"), here, [])] == ["result"] * 4
+
+
+def test_rows_made_with_other_settings_are_not_mixed(make, tmp_path):
+    options = options_for(tmp_path / "a.csv")
+    row = fake(options, "rwr", 1e-3, 0, 0.1, settings=json.dumps({"nearest": 1, "gone": 3}))
+    ring.append_row(tmp_path / "a.csv", row)
+    with pytest.raises(ValueError, match="rows of rwr made with nearest 1, now it is 2"):
+        list(arena(make, REWARDS, options))
+    assert not ring.check(replace(options, methods="cm_grpo"), shared_key(options, REWARDS), [row])
+
+
+# ------------------------------------------------------------------------------------------------------------- refused
+
+
+def test_refused_cells_say_why(make, tmp_path, capsys):
+    assert len(ring.GRID) == 16 and len(methods_of("grid")) == 10
+    for (exploration, policy), reason in REFUSED.items():
+        with pytest.raises(ValueError, match="makes no sense") as error:
+            methods_of(f"{exploration}+{policy}")
+        assert reason in str(error.value)
+    options = options_for(tmp_path / "a.csv", "grid")
+    here, path = shared_key(options, REWARDS), tmp_path / "a.csv"
+    for method in methods_of("grid"):
+        settings = ring.settings_of(method, config_of(method, options, 1e-3, 0))
+        ring.append_row(path, fake(options, method, 1e-3, 0, 0.1, settings=json.dumps(settings)))
+    assert not ring.left(options, here, read(path)) and not list(arena(None, REWARDS, options))
+    said = capsys.readouterr().err
+    assert said.count("is refused: ") == 6 and all(reason in said for reason in REFUSED.values())
+
+
+WRONG = {
+    "method": (["--methods", "kvpo,astrolab"], "unknown method 'astrolab' (did you mean 'astrolabe'?)"),
+    "cell": (["--methods", "routing+ppo"], "policy one of"),
+    "setting": (["--methods", "kvpo", "--set", "kl_coeff=3"], "kvpo has no such setting (did you mean 'kl_coef'?)"),
+    "setting of another": (["--methods", "kvpo,rwr", "--set", "kl_coef=3"], "rwr has no such setting"),
+    "unused": (["--methods", "rwr", "--set", "tau=1"], "rwr has no such setting"),
+    "given": (["--methods", "kvpo", "--set", "seed=1"], "kvpo has no such setting"),
+    "no value": (["--methods", "kvpo", "--set", "tau"], "name=value"),
+    "value": (["--methods", "kvpo", "--set", "kl_coef=much"], "expected a float"),
+    "truth": (["--methods", "astrolabe", "--set", "selective=maybe"], "expected a bool"),
+    "range": (["--methods", "kvpo", "--set", "num_generations=1"], "num_generations must be at least 2"),
+    "fork": (["--methods", "kvpo", "--set", "perturb_num_blocks=9"], "no block can fork"),
+    "seeds": (["--seeds", "0;1"], "--seeds takes numbers"),
+    "eval seed": (["--seeds", str(cli.EVAL_SEED)], "draw the evaluation prompts"),
+    "mode": (["--mode", "middle"], "mode must be short or long"),
+    "prompts": (["--eval_prompts", "1"], "at least 2"),
+    "flag": (["--sead", "1"], "did you mean 'seeds'?"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_said_before_any_work(case, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "load_model", lambda folder: pytest.fail("a model was loaded"))
+    argv, message = WRONG[case]
+    assert cli.main(["arena", "--csv", str(tmp_path / "a.csv"), *argv]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "a.csv").exists()
+
+
+def test_the_command(make, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "load_model", lambda folder: make())
+    argv = ["arena", "--csv", str(tmp_path / "a.csv"), "--methods", "rwr", "--seeds", "0", "--learning_rates", "1e-3",
+            "--forwards", "1", "--evaluations", "1", "--eval_prompts", "2", "--set", SMALL]  # fmt: skip
+    assert cli.main([*argv, "--plan"]) == 0
+    planned = capsys.readouterr().out
+    assert "| rwr | 1 | 1 |" in planned and "1 runs, 1 forward passes" in planned and not (tmp_path / "a.csv").exists()
+    passes = int(planned.split("| rwr | 1 | 1 | ")[1].split(" |")[0])
+    assert cli.main(argv) == 0
+    assert "rwr" in capsys.readouterr().out and int(read(tmp_path / "a.csv")[0]["forwards"]) == passes
+    with pytest.raises(SystemExit):
+        cli.main(["arena", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "never reported" in text and "forward passes of the generator" in text
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_tables_and_figures(tmp_path, capsys):
+    options = options_for(tmp_path / "a.csv", "main", forwards=90, set="", learning_rates="1e-4,1e-3")
+    gains = [0.10, 0.16, 0.31]
+    rows = [fake(options, "rwr", rate, 100, gain, "sweep") for rate, gain in ((1e-4, 0.1), (1e-3, 0.4))]
+    rows += [fake(options, "rwr", 1e-3, seed, gain / 2, budget=45) for seed, gain in enumerate(gains)]
+    rows += [fake(options, "rwr", 1e-3, seed, gain) for seed, gain in enumerate(gains)]
+    rows += [fake(options, "rwr", 1e-4, 0, 7.0)]  # from before 1e-3 was tried: not to be mixed in
+    rows += [fake(options, "best_of_n", 0.0, 0, 0.2, passes_per_video="520")]
+    rows += [fake(options, "routing+energy", 1e-3, 0, -0.05)]
+    changed = replace(options, set="num_generations=4")
+    rows += [fake(changed, "rwr", 1e-3, 0, 0.07)]
+    for row in rows:
+        ring.append_row(tmp_path / "a.csv", row)
+    assert arena_tables.main(["--csv", str(tmp_path / "a.csv"), "--figures", str(tmp_path / "figures")]) is None
+    out = capsys.readouterr().out
+    mean, error = statistics.mean(gains), statistics.stdev(gains) / 3**0.5
+    (line,) = [line for line in out.splitlines() if line.startswith("| rwr | 0.001")]
+    assert f"{mean:+.3f} ± {error:.3f}" in line and "| 3 |" in line
+    assert "| best_of_n |" in out and "520" in out
+    assert "**+0.400 ± 0.010**" in out and "edge" in out  # the largest of the rates was chosen
+    assert "| routing | refused (2) | - | -0.050; -0.050 | - |" in out
+    for reason in REFUSED.values():
+        assert reason in out
+    assert "| num_generations=4 | rwr |" in out and "+0.070" in out
+    (figure,) = (tmp_path / "figures").glob("*.png")
+    assert figure.stat().st_size > 10_000
+
+
+def test_curves_are_means_over_seeds_at_each_budget():
+    options = options_for("a.csv", forwards=90, set="")
+    rows = [fake(options, "rwr", 1e-3, s, g * k / 90, budget=k) for s, g in enumerate((0.1, 0.3)) for k in (45, 90)]
+    x, mean, error = arena_tables.curve(rows, "reward")
+    assert x == [0, 45, 90]
+    assert mean == pytest.approx([0, 0.1, 0.2]) and error == pytest.approx([0, 0.05, 0.1])
