@@ -1049,7 +1049,7 @@ def doctor_config(options: DoctorOptions):
     return TrainConfig(
         output_dir="", seed=options.seed, max_train_steps=1, num_frames=options.num_frames, rank=options.rank,
         lora_alpha=options.rank, num_segments=options.num_segments, num_generations=options.num_generations,
-        perturb_num_blocks=options.perturb_num_blocks, unsafe_scale=1.0,
+        perturb_num_blocks=options.perturb_num_blocks, tau_groups=2, unsafe_scale=1.0,
     )  # fmt: skip
 
 
