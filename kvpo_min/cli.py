@@ -4,19 +4,22 @@ is one function below.
 Options are the fields of dataclasses (`TrainConfig` and the ones here), read by jsonargparse from flags and from a
 YAML file (`--config FILE`, `--print_config`). An unknown name is an error that names the nearest known one. What the
 user can mend (words, values, files, folders) ends with one line on stderr and exit code 2, before anything is written.
-Exit codes: 0 done, 1 a check or an update failed, 2 wrong input, 130 interrupted. Heavy imports stay inside functions,
-so that `kvpo-min --help` answers at once.
+Exit codes: 0 done, 1 a check or an update failed, 2 wrong input or a full disk, 130 interrupted (Ctrl-C or SIGTERM).
+Heavy imports stay inside functions, so that `kvpo-min --help` answers at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -407,25 +410,42 @@ def check_folder(folder: Path, overwrite: bool, how: str = ", or give --overwrit
         raise FileExistsError(f"{folder} is not empty; name another --output_dir{how}")
 
 
+def check_writable(folder: Path) -> None:
+    """Makes the folder and writes into it. Raises OSError now rather than after the work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / "probe.aside"
+        probe.write_bytes(b"kvpo")
+        probe.unlink()
+    except OSError as error:
+        what_to_do = "free space, or name another --output_dir"
+        raise OSError(f"{folder} cannot be written to: {error.strerror}; {what_to_do}") from error
+
+
 def clear_run(folder: Path) -> None:
     """Deletes what an earlier run left, by name; anything else in the folder stays."""
     import shutil
+
+    from kvpo_min.train import checkpoints, discard
 
     patterns = (
         "config.yaml", "metrics.jsonl", "summary.json", "README.md", "adapter_config.json", "adapter_model.safetensors",
         "videos/*.mp4", "videos/*.png", "figures/*.png", "runs/events.*",
     )  # fmt: skip
-    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+    for path in [path for pattern in (*patterns, *(f"{p}.aside" for p in patterns)) for path in folder.glob(pattern)]:
         path.unlink()
-    for checkpoint in folder.glob("checkpoint-*"):
-        if (checkpoint / "state.json").exists():
-            shutil.rmtree(checkpoint)
+    for step in checkpoints(folder):
+        discard(folder / f"checkpoint-{step}")
+    for left in (*folder.glob("checkpoint-*.aside"), folder / "adapter.aside"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes aside and renames, so that a file is either the old or the new one."""
-    aside = path.with_name(path.name + ".aside")
-    aside.write_text(text, encoding="utf-8")
+    """Writes aside and renames, so that a file is either the old or the new one. Raises OSError naming it."""
+    from kvpo_min.train import writing
+
+    with writing(path.with_name(path.name + ".aside")) as aside:
+        aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
 
 
@@ -462,7 +482,7 @@ def run(config, options: RunOptions, wan=None) -> int:
     """One training run with its evaluation, and the folder it leaves behind (`demo` and `train`). `wan`: the options of
     a real model. Under torchrun all processes train, and the first one alone evaluates and writes. -> exit code"""
     begun = time.perf_counter()
-    from kvpo_min.train import add_policies, check_share, join_processes, processes, told_by_all, train
+    from kvpo_min.train import add_policies, check_share, join_processes, processes, told_by_all, train, uninterrupted
 
     join_processes()
     rank, _ = processes()
@@ -481,44 +501,89 @@ def run(config, options: RunOptions, wan=None) -> int:
             pass
         return 0
     told_by_all("")
+    folder = Path(config.output_dir)
+    check_writable(folder)
 
     batch, fps = (1, REAL_FPS) if wan else (32, 8)
     say(f"{pipeline.name}: {len(held_out)} held-out prompts before training")
     before, before_pixels = measure(pipeline, held_out, rewards, config.num_frames, batch)
 
-    folder = Path(config.output_dir)
-    if options.overwrite_output_dir and not config.resume_from_checkpoint:
-        clear_run(folder)
+    make_room(folder, config, options)
     for name in ("videos", "figures"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     write_config(folder, config, options, wan)
     policies = add_policies(pipeline, config)
-    stopped, logs, ended, steps = train_loop(pipeline, scripts, rewards, config, policies, folder, report)
+    stopped, code, logs, ended, steps = train_loop(pipeline, scripts, rewards, config, policies, folder, report)
 
-    save_adapter(policies, folder, pipeline.name)
-    earlier = sum(line["step_time"] for line in logs[:ended])
     updates = [line for line in logs if "skipped" not in line]
+    if stopped and len(logs) == ended:  # nothing is new, and the policies may not even be loaded
+        say(f"kvpo-min: {stopped} before an update was done; {way_on(folder)}")
+        return code
+    with uninterrupted():
+        save_adapter(policies, folder, pipeline.name)
+    if stopped:
+        say(f"kvpo-min: {stopped} after {len(updates)} updates; what there is was saved; {way_on(folder)}")
+    earlier = sum(line["step_time"] for line in logs[:ended])
     result = {"before": before, "after": None, "updates": len(updates), "seconds": 0.0, "seed": config.seed}
     if len(updates) < len(logs):
         result["skipped"] = len(logs) - len(updates)
+    write_json(folder / "summary.json", result)  # should what follows be interrupted
     draw_curves(folder, updates, steps[-1] if steps else None)
     draw_groups(pipeline, folder, config, steps, fps)
-    write_json(folder / "summary.json", result)  # should the evaluation be interrupted
     if not stopped:
         say("held-out prompts after training")
         result["after"], after_pixels = measure(pipeline, held_out, rewards, config.num_frames, batch)
         draw_before_after(folder, before_pixels, after_pixels, held_out, fps)
     result["seconds"] = round(earlier + time.perf_counter() - begun, 1)
-    write_json(folder / "summary.json", result)
     seen = len(set(held_out) & set(scripts))
     write_text(folder / "README.md", model_card(pipeline.name, config, options, result, len(scripts), seen, wan))
+    write_json(folder / "summary.json", result)  # last: whoever has it has all (`is_complete`)
     if result["after"]:
         print(table({"before": before, "after": result["after"]}))
-    else:
-        say(f"kvpo-min: {stopped} after {len(updates)} updates; what there is was saved")
     print(f"\n{folder}/ holds the adapter, metrics.jsonl, summary.json and a model card (README.md);")
     print(f"videos are in {folder}/videos, curves in {folder}/figures.")
-    return {"": 0, INTERRUPTED: 130}.get(stopped, 2)
+    return code
+
+
+def make_room(folder: Path, config, options: RunOptions) -> None:
+    """Deletes what the user let be overwritten: an earlier run, or what comes after the checkpoint that is resumed."""
+    from kvpo_min.train import checkpoints, discard, find_checkpoint, read_state
+
+    if not options.overwrite_output_dir:
+        return
+    if not resumes_in_place(config):
+        clear_run(folder)
+        return
+    done = read_state(find_checkpoint(config))["step"]
+    for step in checkpoints(folder):
+        if step > done:
+            discard(folder / f"checkpoint-{step}")
+
+
+def way_on(folder: Path) -> str:
+    """What to do after a run was stopped."""
+    from kvpo_min.train import checkpoints
+
+    if steps := checkpoints(folder):
+        return f"go on from checkpoint-{steps[-1]}: the same command with --resume_from_checkpoint latest"
+    return "there is no checkpoint: start again with --overwrite_output_dir"
+
+
+@contextlib.contextmanager
+def ends_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM, with which clusters end a job, is taken as Ctrl-C is."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_rewards(options: RunOptions | EvalOptions | ArenaOptions, wan):
@@ -589,18 +654,35 @@ def check_geometry(config) -> None:
 
 def check_output(config, options: RunOptions, wan=None) -> None:
     """Raises FileExistsError for a folder in use, and FileNotFoundError or ValueError for a run that cannot go on."""
-    from kvpo_min.train import find_checkpoint
+    from kvpo_min.train import checkpoints, find_checkpoint, read_state
 
-    may_write = options.overwrite_output_dir or bool(config.resume_from_checkpoint)
-    how = ", or give --overwrite_output_dir or --resume_from_checkpoint latest"
-    check_folder(Path(config.output_dir), may_write, how)
-    if config.resume_from_checkpoint:
-        check_resume(find_checkpoint(config), config, options, wan)
+    folder = Path(config.output_dir)
+    if not resumes_in_place(config):
+        how = ", or give --overwrite_output_dir or --resume_from_checkpoint latest"
+        check_folder(folder, options.overwrite_output_dir, how)
+    if not config.resume_from_checkpoint:
+        return
+    checkpoint = find_checkpoint(config)
+    check_resume(checkpoint, config, options, wan)
+    newest = max(checkpoints(folder), default=0)
+    if resumes_in_place(config) and newest > read_state(checkpoint)["step"] and not options.overwrite_output_dir:
+        raise FileExistsError(
+            f"{folder} holds checkpoint-{newest}, which is newer than {checkpoint.name}: resume latest, or give "
+            f"--overwrite_output_dir to delete what came after {checkpoint.name}"
+        )
+
+
+def resumes_in_place(config) -> bool:
+    """Whether a run goes on in the folder that its checkpoint lies in; otherwise output_dir is a new run's."""
+    which, folder = config.resume_from_checkpoint, Path(config.output_dir)
+    return which == "latest" or bool(which) and Path(which).resolve().parent == folder.resolve()
 
 
 def check_resume(checkpoint: Path, config, options: RunOptions, wan=None) -> None:
     """A run goes on as it was: refuses options that differ from the checkpoint's, and a run that is over."""
-    state = json.loads((checkpoint / "state.json").read_text())
+    from kvpo_min.train import read_state
+
+    state = read_state(checkpoint)
     beside = checkpoint.parent / "config.yaml"
     saved = (read_yaml(beside) if beside.exists() else {}) | state["config"]
     for name, value in all_options(options, config, wan).items():
@@ -609,8 +691,17 @@ def check_resume(checkpoint: Path, config, options: RunOptions, wan=None) -> Non
                 f"{checkpoint} was made with {name} {saved[name]!r}, not {value!r}; resume with the same options"
             )
     done, wanted = state["step"], config.max_train_steps
-    if done >= wanted:
+    if done > wanted or done == wanted and is_complete(checkpoint.parent, done):
         raise ValueError(f"{checkpoint} has {done} updates and max_train_steps is {wanted}: nothing is left to do")
+
+
+def is_complete(folder: Path, updates: int) -> bool:
+    """Whether a run of so many updates has been measured and all its files written."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+        return bool(summary["after"]) and summary["updates"] + summary.get("skipped", 0) == updates
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def all_options(*parts) -> dict:
@@ -657,42 +748,56 @@ def measure(pipeline, scripts: list[str], rewards, num_frames: int, batch: int =
 
 def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, report):
     """Runs the updates under a progress bar and appends each to metrics.jsonl.
-    -> (why it stopped early, or ""; all lines of metrics; how many of them are of earlier calls; the first and the last
-    `Step` of this call that were not skipped, as `set_aside` leaves them)"""
+    -> (why it stopped early, or ""; exit code; all lines of metrics; how many of them are of earlier calls; the first
+    and the last `Step` of this call that were not skipped, as `set_aside` leaves them)"""
     from tqdm import tqdm
 
     from kvpo_min.reward_models import RewardError
-    from kvpo_min.train import train
+    from kvpo_min.train import checkpoints, find_checkpoint, read_state, train, writing
 
-    path = folder / "metrics.jsonl"
-    logs = read_metrics(path) if config.resume_from_checkpoint else []
-    earlier, steps, begun = len(logs), [], False
-    with tqdm(total=config.max_train_steps, desc="train", unit="update") as bar:
+    path, logs, steps = folder / "metrics.jsonl", [], []
+
+    def go_on_after(lines: list[dict]) -> list[dict]:
+        """A checkpoint's lines: those in the file may go further, or less far, or end in the middle."""
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        return lines
+
+    if config.resume_from_checkpoint:
+        logs = go_on_after(read_state(find_checkpoint(config))["logs"])
+    earlier, stopped, code = len(logs), "", 0
+    updates = train(pipeline, scripts, rewards, config, policies, True)
+    with tqdm(total=config.max_train_steps, initial=earlier, desc="train", unit="update") as bar:
         try:
-            for step in train(pipeline, scripts, rewards, config, policies):
-                if not begun:  # a checkpoint may be older than the last line
-                    logs = [line for line in logs if line["step"] < step.step]
-                    write_text(path, "".join(json.dumps(line) + "\n" for line in logs))
-                    earlier, begun = len(logs), True
-                    bar.update(step.step)
-                line = step.log()
-                if step.skipped:
-                    say(f"\nupdate {step.step} was skipped: {step.skipped}")
-                else:
-                    steps = [*steps[:1], set_aside(step)]
-                    bar.set_postfix(reward=f"{line['reward']:.3f}", anchor=f"{line['anchor_reward']:.3f}")
-                del step  # what it holds would stay on the GPU during the next update
-                logs.append(line)
-                with path.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                if report:
-                    report(line)
-                bar.update()
+            try:
+                for step in updates:
+                    line = step.log()
+                    if step.skipped:
+                        say(f"\nupdate {step.step} was skipped: {step.skipped}")
+                    else:
+                        steps = [*steps[:1], set_aside(step)]
+                        bar.set_postfix(reward=f"{line['reward']:.3f}", anchor=f"{line['anchor_reward']:.3f}")
+                    del step  # what it holds would stay on the GPU during the next update
+                    logs.append(line)
+                    with writing(path), path.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+                    if report:
+                        report(line)
+                    bar.update()
+            except BaseException as error:  # it may have come between two updates, where only we see it
+                updates.throw(error)
         except KeyboardInterrupt:
-            return INTERRUPTED, logs, earlier, steps
-        except RewardError as error:
-            return f"error: {' '.join(str(error).split())}; stopped", logs, earlier, steps
-    return "", logs, earlier, steps
+            stopped, code = INTERRUPTED, 130
+        except (RewardError, FloatingPointError) as error:
+            stopped = f"error: {' '.join(str(error).split())}; stopped"
+            code = 2 if isinstance(error, (RewardError, ValueError)) else 1
+        except Exception:
+            if len(logs) > earlier:
+                say(f"\nkvpo-min: stopped after {len(logs)} updates; {way_on(folder)}")
+            raise
+    newest = checkpoints(folder)[-1:]
+    if stopped and newest and newest[0] > len(logs):  # stopped between an update and its line
+        logs = go_on_after(read_state(folder / f"checkpoint-{newest[0]}")["logs"])
+    return stopped, code, logs, earlier, steps
 
 
 def set_aside(step):
@@ -712,9 +817,21 @@ def write_config(folder: Path, config, options: RunOptions, wan=None) -> None:
 
 
 def save_adapter(policies, folder: Path, base: str) -> None:
-    """The trained policy (adapter `default`) as peft writes it, at the top of the folder."""
+    """The trained policy (adapter `default`) as peft writes it, at the top of the folder. Raises OSError."""
+    import shutil
+
+    from kvpo_min.train import sync, writing
+
     policies.peft_config["default"].base_model_name_or_path = base
-    policies.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+    aside = folder / "adapter.aside"
+    try:
+        with writing(aside):
+            policies.save_pretrained(str(aside), selected_adapters=["default"], save_embedding_layers=False)
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                sync(aside / name)
+                os.replace(aside / name, folder / name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def draw_curves(folder: Path, logs: list[dict], last) -> None:
@@ -885,7 +1002,8 @@ def demo(argv: Sequence[str]) -> int:
     values = parse_options(
         "demo", [TrainConfig, RunOptions], argv, {"output_dir": "kvpo_demo", "event": "changes colour"}
     )
-    return run(*split_options(values, TrainConfig, RunOptions))
+    with ends_like_ctrl_c():
+        return run(*split_options(values, TrainConfig, RunOptions))
 
 
 def train_command(argv: Sequence[str]) -> int:
@@ -894,7 +1012,8 @@ def train_command(argv: Sequence[str]) -> int:
 
     classes = TrainConfig, RunOptions, WanOptions
     config, options, wan = split_options(parse_options("train", classes, argv), *classes)
-    return run(config, options, real_options(argv, options.model, wan))
+    with ends_like_ctrl_c():
+        return run(config, options, real_options(argv, options.model, wan))
 
 
 def sample_command(argv: Sequence[str]) -> int:
@@ -1079,6 +1198,8 @@ def check_update(options: DoctorOptions) -> list[Check]:
     except (ValueError, FloatingPointError, RuntimeError) as error:
         cause = "equal energies mean that routes changed nothing; not finite means that weights or rewards are broken"
         return [Check("one update runs", False, " ".join(str(error).split()), cause)]
+    if step.skipped:
+        return [Check("one update runs", False, step.skipped, cause)]
     with acting(policies, "initial"):
         initial = fingerprint()
     checks = [Check("one update runs", True, f"{step.step_time:.1f} s", "")]

@@ -168,3 +168,5 @@ def _check_components(rewards: Mapping, anchor: Mapping, weights: Mapping) -> No
             raise ValueError(f"rewards[{name!r}] must be [G] like the others, got {list(r.shape)}")
         if not r.isfinite().all():
             raise ValueError(f"rewards[{name!r}] must be finite, got {r.tolist()}: mend or drop that branch")
+        if not torch.as_tensor(anchor[name]).isfinite().all():
+            raise ValueError(f"anchor[{name!r}] must be finite, got {float(anchor[name])}: mend it or drop the group")

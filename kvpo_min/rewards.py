@@ -22,6 +22,10 @@ import torch
 from torch import Tensor
 
 
+class NotFinite(FloatingPointError, ValueError):
+    """A reward gave NaN or infinity. A training run skips the update."""
+
+
 class Reward(Protocol):
     """Anything that scores videos: `reward(videos [N, F, 3, H, W] in [0, 1], prompts list of N) -> [N]`, higher is
     better."""
@@ -167,12 +171,15 @@ class Mixture:
             raise ValueError(f"weights for {sorted(self.rewards)} are needed, got weights for {sorted(self.weights)}")
 
     def scores(self, videos: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        """Each component's own scores; a component that returns anything but N finite numbers is an error naming it."""
+        """Each component's own scores; a component that returns anything but N numbers is a ValueError naming it, and
+        NotFinite if they are not finite."""
         out = {}
         for name, reward in self.rewards.items():
             score = torch.as_tensor(reward(videos, prompts)).float()
-            if score.shape != (len(videos),) or not score.isfinite().all():
+            if score.shape != (len(videos),):
                 raise ValueError(f"reward '{name}' must give {len(videos)} finite numbers, got {score.tolist()}")
+            if not score.isfinite().all():
+                raise NotFinite(f"reward '{name}' must give {len(videos)} finite numbers, got {score.tolist()}")
             out[name] = score
         return out
 

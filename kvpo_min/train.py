@@ -8,7 +8,7 @@ One update (paper section 3; authors: trainer/kvpo.py:985-1582 and 2833-3341):
 
 Policies are adapters on one base: `default` (trained), `old` (makes the rollouts, refreshed every `old_policy_every`
 updates), `ema`; the initial policy is the base with the adapter switched off. Everything random comes from one
-generator, and a checkpoint holds all of it, so a resumed run goes on as if it had not stopped.
+generator, and a checkpoint holds all of it, so a resumed run goes on as if it had not stopped, to the last bit.
 
 Memory: with `replay_batch` the update holds no graph larger than that many forwards, and its gradient is the same. The
 loss sees the weights through the energies alone, so energies without graph give dL/dE; then every piece is replayed
@@ -21,10 +21,13 @@ so that their generators, and with them order and checkpoints, are those of one 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -38,7 +41,7 @@ from torch import Tensor
 from kvpo_min import chr as routing
 from kvpo_min.grpo import anchor_advantages, branch_is_safe, fuse, kvpo_loss, safety_scale
 from kvpo_min.reward_models import RewardError
-from kvpo_min.rewards import Mixture
+from kvpo_min.rewards import Mixture, NotFinite
 from kvpo_min.rollout import (
     Rollout,
     Sampler,
@@ -55,7 +58,7 @@ from kvpo_min.rollout import (
 from kvpo_min.tve import calibrate_tau, energy_weights, gibbs_log_prob, schedule, step_energies, trajectory_energy
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]  # every linear layer of a block
-SKIPS = 3  # updates in a row whose rewards could not be had, after which a run stops
+SKIPS = 3  # updates in a row that were skipped, after which a run stops
 LORA_FROZEN = r".*\.attn2\.to_(k|v)"  # left out: the authors' get no gradient, since they cache text keys and values
 
 
@@ -111,7 +114,7 @@ class TrainConfig:
     global_frames: int = 36  # frames after the fork's chunk that the global reward sees, if the video goes on
     unsafe_scale: float = 0.0  # factor on the loss when no branch beats the anchor: 0 (paper) or 0.5 (authors)
     compat: str = ""  # "official": the authors' routing, energy and replay context, and the numbers below
-    checkpointing_steps: int = 0  # updates between checkpoints (and one at the end); 0: none
+    checkpointing_steps: int = 0  # updates between checkpoints (and one at the end); 0: one only if a run is stopped
     checkpoints_total_limit: int = 2
     resume_from_checkpoint: str = ""  # "latest", or the path of a checkpoint-N folder
     branch_batch: int = 0  # branches that run at once; 0: all
@@ -208,7 +211,7 @@ class Step:
     step_time: float
     weights: dict[str, float] = field(default_factory=dict)  # of the reward's components
     elsewhere: list[dict[str, float]] = field(default_factory=list)  # `group_numbers` of the other processes' groups
-    skipped: str = ""  # why there was no update: what the reward model's error said
+    skipped: str = ""  # why there was no update: the reward model's error, or what was not finite
 
     def log(self) -> dict[str, float]:
         """Keys as TRL users know them, and the method's own; of a skipped update only its own numbers."""
@@ -431,6 +434,32 @@ def sum_gradients(weights: Sequence[Tensor]) -> None:
 # ----------------------------------------------------------------------------------------------------------------- loop
 
 
+def check_finite(what: str, numbers: Tensor) -> None:
+    """Raises FloatingPointError: the update is skipped, and no NaN reaches a weight."""
+    if not numbers.isfinite().all():
+        raise FloatingPointError(f"{what} not finite")
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block is done, so that it is done as a whole."""
+    if threading.current_thread() is not threading.main_thread():  # signals come to the main thread alone
+        yield
+        return
+    came = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if handler is not None}  # None: not Python's
+    for number in handlers:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
 def make_plan(config: TrainConfig, step: int, index: int, window: routing.Window, generator: torch.Generator):
     """Where to fork and what each branch reads: the paper's plan, or the authors' with compat="official"."""
     sizes = (config.num_frames, window, config.nearest, config.perturb_num_blocks, config.num_generations)
@@ -448,13 +477,17 @@ def replay_energies(
 
 
 def train(
-    pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, config: TrainConfig, policies=None
-) -> Iterator[Step]:
+    pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, config: TrainConfig, policies=None,
+    save_when_stopped: bool = False,
+) -> Iterator[Step]:  # fmt: skip
     """Trains in place and yields one `Step` an update. `policies`: from `add_policies` (made here if not given).
 
-    Raises ValueError before the first update when the scripts do not fit the mode, and FloatingPointError when a loss
-    or gradient is not finite. When a reward model fails (RewardError), the update is skipped; after the third in a row
-    a checkpoint is written, if there are checkpoints at all, and its error raised."""
+    Raises ValueError before the first update when the scripts do not fit the mode. When a reward model fails
+    (RewardError), or a reward, video, energy, loss or gradient is not finite (FloatingPointError), the update is
+    skipped: weights, optimizer and moving average stay as they are. After the third in a row that error is raised.
+
+    Whatever ends the run early, Ctrl-C included, a checkpoint of the last whole update is written on the way out, if
+    there are checkpoints at all or with `save_when_stopped`."""
     n_segments = {len(pipeline.segments(script)) for script in scripts}
     if n_segments != {config.num_segments}:
         raise ValueError(f"num_segments is {config.num_segments}, but the scripts have {sorted(n_segments)} segments")
@@ -464,7 +497,7 @@ def train(
     weights = adapter_weights(policies, "default")
     optimizer = torch.optim.AdamW(weights.values(), lr=config.learning_rate, weight_decay=config.adam_weight_decay)
     generator = torch.Generator().manual_seed(config.seed)
-    state = {"step": 0, "tau": config.tau, "order": []}
+    state = {"step": 0, "tau": config.tau, "order": [], "skips": 0, "logs": []}
     if config.resume_from_checkpoint:
         state = load_checkpoint(find_checkpoint(config), policies, optimizer, generator)
         state["order"] = [k for k in state["order"] if k < len(scripts)]  # there may be fewer now
@@ -496,7 +529,8 @@ def train(
             energies[where] = part
         return energies
 
-    def log_prob(energies: Tensor) -> Tensor:  # [G]
+    def log_prob(energies: Tensor, policy: str) -> Tensor:  # [G]
+        check_finite(f"the energies of the {policy} policy are", energies)
         return gibbs_log_prob(trajectory_energy(energies, energy_weight), state["tau"])
 
     def draw(step: int) -> tuple[str, routing.Plan, Tensor, int]:
@@ -528,6 +562,7 @@ def train(
     def one_group(script: str, plan: routing.Plan, noise: Tensor, chunk_end: int, old_is_current: bool) -> Group:
         """Rollout, rewards, loss and, on the weights, its gradient."""
         rollout = roll_out(script, plan, noise, chunk_end)
+        check_finite("the latents of the videos are", rollout.videos)
         chunk = max(s for s in routing.chunk_starts(config.num_frames) if s <= plan.fork)
         local, rest = pipeline.decode(rollout.videos[:, chunk:chunk_end]), rollout.videos[:, chunk_end:]
         several = [script] * len(local)
@@ -544,22 +579,21 @@ def train(
 
         scale = safety_scale(safe, config.unsafe_scale)
         with acting(policies, "initial"):
-            log_p_init = log_prob(energies_of(rollout))
+            log_p_init = log_prob(energies_of(rollout), "initial")
         if not scale:  # the loss will be 0: a replay with gradient would be for nothing
             energies = energies_of(rollout)
         elif config.replay_batch:  # a leaf: backward stops at dL/dE, and the pieces below go on from there
             energies = energies_of(rollout).requires_grad_()
         else:
             energies = replay_energies(pipeline.backbone, rollout, sampler, config.grad_steps, context)
-        log_p = log_prob(energies)
+        log_p = log_prob(energies, "trained")
         log_p_old = log_p.detach()  # the same weights: their replay would give the same numbers, so the ratio is 1
         if not old_is_current:
             with acting(policies, "old"):
-                log_p_old = log_prob(energies_of(rollout))
+                log_p_old = log_prob(energies_of(rollout), "old")
         loss = kvpo_loss(log_p, log_p_old, log_p_init, A, config.clip_range_low, config.clip_range_high,
                          config.kl_coef, scale)  # fmt: skip
-        if not loss.total.isfinite():
-            raise FloatingPointError(f"update {state['step']}: the loss is {loss.total.item()}; lower learning_rate")
+        check_finite(f"the loss is {loss.total.item()}, that is,", loss.total)
         if scale:
             (loss.total / config.groups_per_update).backward()
         if scale and config.replay_batch and energies.grad.any():  # every piece once more, with graph, times its dL/dE
@@ -585,65 +619,157 @@ def train(
                 spread[k] = trajectory_energy(energies_of(roll_out(*drawn)), energy_weight)
         state["tau"] = calibrate_tau(sum_over_all(spread), config.tau_target)
 
-    skips = 0  # in a row
-    while state["step"] < config.max_train_steps:
-        begun, step, groups, failure = time.perf_counter(), state["step"], [], ""
-        old_is_current = step % config.old_policy_every == 0
-        if old_is_current:
-            copy_adapter(policies, "default", "old")
-        learning_rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
-        optimizer.param_groups[0]["lr"] = learning_rate
-        optimizer.zero_grad()
-        for k in range(config.groups_per_update):
-            drawn = draw(step)
-            if k % world == rank and not failure:
-                try:
-                    groups.append(one_group(*drawn, old_is_current))
-                except RewardError as error:
-                    failure = str(error)
-        told = told_by_all((failure, [group_numbers(g, rewards.weights) for g in groups] if world > 1 else []))
-        skipped = next((theirs for theirs, _ in told if theirs), "")
-        elsewhere = [line for r, (_, lines) in enumerate(told) if r != rank for line in lines]
-        grad_norm, skips = 0.0, skips + 1 if skipped else 0
-        if not skipped:
-            sum_gradients(list(weights.values()))
-            grad_norm = torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm).item()
-            if not math.isfinite(grad_norm):
-                raise FloatingPointError(f"update {step}: the gradient's norm is {grad_norm}; lower learning_rate")
-        if grad_norm:  # all groups unsafe: no update, not even a step of the optimizer's momentum
-            optimizer.step()
-            copy_adapter(policies, "default", "ema", 1 - config.ema_decay)
-        state["step"] = step + 1
-        due = state["step"] == config.max_train_steps or skips == SKIPS
-        if rank == 0 and config.checkpointing_steps and (due or state["step"] % config.checkpointing_steps == 0):
-            save_checkpoint(config, policies, optimizer, generator, state)
-        seconds = time.perf_counter() - begun
-        yield Step(step, [] if skipped else groups, state["tau"], grad_norm, learning_rate, seconds,
-                   dict(rewards.weights), [] if skipped else elsewhere, skipped)  # fmt: skip
-        if skips == SKIPS:
-            raise RewardError(f"the rewards of {SKIPS} updates in a row could not be had; {skipped}")
+    whole, saved = (generator.get_state(), list(state["order"])), state["step"]
+
+    def checkpoint() -> None:
+        """Saves the last whole update, as if nothing had been drawn since."""
+        nonlocal saved
+        generator.set_state(whole[0])
+        state["order"] = list(whole[1])
+        save_checkpoint(config, policies, optimizer, generator, state)
+        saved = state["step"]
+
+    try:
+        while state["step"] < config.max_train_steps:
+            begun, step, groups, failure = time.perf_counter(), state["step"], [], None
+            old_is_current = step % config.old_policy_every == 0
+            if old_is_current:
+                copy_adapter(policies, "default", "old")
+            learning_rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
+            optimizer.param_groups[0]["lr"] = learning_rate
+            optimizer.zero_grad()
+            for k in range(config.groups_per_update):
+                drawn = draw(step)
+                if k % world == rank and not failure:
+                    try:
+                        groups.append(one_group(*drawn, old_is_current))
+                    except (RewardError, FloatingPointError) as error:
+                        failure = type(error)(str(error))  # anew: the frames of the other hold the group's tensors
+            told = told_by_all((failure, [group_numbers(g, rewards.weights) for g in groups] if world > 1 else []))
+            failure = next((theirs for theirs, _ in told if theirs), None)
+            elsewhere = [line for r, (_, lines) in enumerate(told) if r != rank for line in lines]
+            grad_norm = 0.0
+            if not failure:
+                sum_gradients(list(weights.values()))
+                grad_norm = torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm).item()
+                if not math.isfinite(grad_norm):  # the sum's, so all processes skip alike
+                    failure, grad_norm = FloatingPointError(f"the gradient's norm is {grad_norm}, not finite"), 0.0
+            with uninterrupted():
+                random, whole = (generator.get_state(), list(state["order"])), None
+                if grad_norm:  # all groups unsafe: no update, not even a step of the optimizer's momentum
+                    optimizer.step()
+                    copy_adapter(policies, "default", "ema", 1 - config.ema_decay)
+                state["step"], state["skips"] = step + 1, state["skips"] + 1 if failure else 0
+                stop = state["skips"] == SKIPS
+                state["skips"] %= SKIPS  # whoever resumes has mended it
+                seconds = time.perf_counter() - begun
+                record = Step(step, [] if failure else groups, state["tau"], grad_norm, learning_rate, seconds,
+                              dict(rewards.weights), [] if failure else elsewhere, str(failure or ""))  # fmt: skip
+                state["logs"].append(record.log())
+                whole = random
+            due = state["step"] == config.max_train_steps or state["step"] % max(1, config.checkpointing_steps) == 0
+            if rank == 0 and config.checkpointing_steps and due:
+                checkpoint()
+            yield record
+            record = None  # what it holds would stay in memory during the next update
+            if stop:
+                raise too_many_skips(failure, step)
+    except (Exception, KeyboardInterrupt):
+        if rank == 0 and whole and state["step"] > saved and (config.checkpointing_steps or save_when_stopped):
+            checkpoint()
+        raise
+
+
+def too_many_skips(failure: Exception, step: int) -> Exception:
+    """What ends a run after the skipped update `step`, with what was wrong in it and what to do."""
+    if isinstance(failure, RewardError):
+        return RewardError(f"the rewards of {SKIPS} updates in a row could not be had; {failure}")
+    what_to_do = "the weights have diverged: start again with a lower learning_rate or a higher kl_coef"
+    if isinstance(failure, NotFinite):
+        what_to_do = "mend that reward or leave it out, then go on"
+    return type(failure)(f"updates {step + 1 - SKIPS} to {step} were skipped; in update {step} {failure}: {what_to_do}")
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Writes a file: afterwards it is on the disk, not only on its way there. Raises OSError that names it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield path
+        sync(path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise OSError(f"{path} could not be written: {reason}. Free space there, or name another folder") from error
+
+
+def sync(path: Path) -> None:
+    """Waits until a file is on the disk, or the names in a folder, where the system can tell."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some network disks refuse for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def discard(folder: Path) -> None:
+    """Deletes a checkpoint: under another name, so that none that is half deleted can be taken for a whole one."""
+    aside = folder.with_name(f"{folder.name}.old.aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def save_checkpoint(config: TrainConfig, policies, optimizer, generator: torch.Generator, state: dict) -> Path:
-    """Writes `checkpoint-N` aside and renames it; older ones beyond the limit are deleted only afterwards."""
+    """Writes `checkpoint-N` aside and renames it once it is on the disk; older ones beyond the limit are deleted only
+    afterwards, and what an interrupted call left. Raises OSError naming the file; the earlier checkpoints are then as
+    they were."""
     from safetensors.torch import save_file
 
-    folder = Path(config.output_dir) / f"checkpoint-{state['step']}"
-    aside = folder.with_name(folder.name + ".aside")
+    output_dir = Path(config.output_dir)
+    folder = output_dir / f"checkpoint-{state['step']}"
+    aside, before = folder.with_name(folder.name + ".aside"), folder.with_name(folder.name + ".old.aside")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for name in ("default", "old", "ema"):
-        tensors = {key: weight.detach().contiguous() for key, weight in adapter_weights(policies, name).items()}
-        save_file(tensors, aside / f"{name}.safetensors")
-    torch.save({"optimizer": optimizer.state_dict(), "generator": generator.get_state()}, aside / "training_state.pt")
-    (aside / "state.json").write_text(json.dumps({"config": asdict(config), **state}))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
-    for old in sorted(checkpoints(Path(config.output_dir)))[: -max(1, config.checkpoints_total_limit)]:
-        shutil.rmtree(folder.with_name(f"checkpoint-{old}"))
+    try:
+        with writing(aside):
+            aside.mkdir(parents=True)
+        for name in ("default", "old", "ema"):
+            tensors = {key: weight.detach().contiguous() for key, weight in adapter_weights(policies, name).items()}
+            with writing(aside / f"{name}.safetensors") as path:
+                save_file(tensors, path)
+        training = io.BytesIO()  # torch.save to a file does not say when the disk is full
+        torch.save({"optimizer": optimizer.state_dict(), "generator": generator.get_state()}, training)
+        with writing(aside / "training_state.pt") as path:
+            path.write_bytes(training.getbuffer())
+        with writing(aside / "state.json") as path:
+            path.write_text(json.dumps({"config": asdict(config), **state}))
+        with writing(folder):
+            sync(aside)
+            if folder.exists():  # of a run that came this far before: kept until the new one has its name
+                shutil.rmtree(before, ignore_errors=True)
+                os.replace(folder, before)
+            os.replace(aside, folder)
+            sync(output_dir)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)  # the space it took
+        whole = checkpoints(output_dir)
+        then = "there is no earlier checkpoint"
+        if whole:
+            then = f"checkpoint-{whole[-1]} is whole, so then go on with --resume_from_checkpoint latest"
+        raise OSError(f"{error}; {then}") from error
+    older = [step for step in checkpoints(output_dir) if step != state["step"]]
+    for step in older[: max(0, len(older) + 1 - config.checkpoints_total_limit)]:
+        discard(folder.with_name(f"checkpoint-{step}"))
+    for left in output_dir.glob("checkpoint-*.aside"):
+        shutil.rmtree(left, ignore_errors=True)
     return folder
 
 
@@ -663,25 +789,50 @@ def find_checkpoint(config: TrainConfig) -> Path:
     steps = checkpoints(Path(config.output_dir))
     if not steps:
         raise FileNotFoundError(
-            f"there is no checkpoint in {config.output_dir}: train with --checkpointing_steps N first"
+            f"there is no checkpoint in {config.output_dir}, so nothing to resume: start the run without "
+            f"--resume_from_checkpoint, with --overwrite_output_dir if it left files, and with --checkpointing_steps N "
+            f"for a checkpoint every N updates"
         )
     return Path(config.output_dir) / f"checkpoint-{steps[-1]}"
 
 
+def read_state(folder: Path) -> dict:
+    """state.json of a checkpoint: {config, step, tau, order, skips, logs (a line for every update so far)}.
+    Raises ValueError naming the folder."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        return {key: state[key] for key in ("config", "step", "tau", "order", "skips", "logs")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(folder, error) from None
+
+
+def damaged(folder: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{folder} is damaged, or comes from another version ({type(error).__name__}: {' '.join(str(error).split())}): "
+        f"delete it and resume from an earlier checkpoint, or start again"
+    )
+
+
 def load_checkpoint(folder: Path, policies, optimizer, generator: torch.Generator) -> dict:
-    """Restores all policies, the optimizer and the generator; -> {step, tau, order}."""
+    """Restores all policies, the optimizer and the generator; -> {step, tau, order, skips, logs}. Raises ValueError
+    naming the folder before anything is changed."""
     from safetensors.torch import load_file
 
-    for name in ("default", "old", "ema"):
-        saved, live = load_file(folder / f"{name}.safetensors"), adapter_weights(policies, name)
-        shapes = {k: tuple(v.shape) for k, v in live.items()}
-        if shapes != {k: tuple(v.shape) for k, v in saved.items()}:
+    try:
+        saved = {name: load_file(folder / f"{name}.safetensors") for name in ("default", "old", "ema")}
+        training = torch.load(folder / "training_state.pt", weights_only=True, map_location="cpu")
+        training = training["optimizer"], training["generator"]
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise damaged(folder, error) from None
+    state = read_state(folder)
+    for name, tensors in saved.items():
+        shapes = {key: tuple(weight.shape) for key, weight in adapter_weights(policies, name).items()}
+        if shapes != {key: tuple(weight.shape) for key, weight in tensors.items()}:
             raise ValueError(f"{folder}: the saved adapter does not fit; use the rank and model it was trained with")
-        with torch.no_grad():
-            for key, weight in live.items():
-                weight.copy_(saved[key])
-    training = torch.load(folder / "training_state.pt", weights_only=True, map_location="cpu")
-    optimizer.load_state_dict(training["optimizer"])
-    generator.set_state(training["generator"])
-    state = json.loads((folder / "state.json").read_text())
-    return {key: state[key] for key in ("step", "tau", "order")}
+    with torch.no_grad():
+        for name, tensors in saved.items():
+            for key, weight in adapter_weights(policies, name).items():
+                weight.copy_(tensors[key])
+    optimizer.load_state_dict(training[0])
+    generator.set_state(training[1])
+    return {key: state[key] for key in ("step", "tau", "order", "skips", "logs")}

@@ -329,7 +329,8 @@ def test_interrupted_run_keeps_what_it_has(model, tmp_path, capsys, monkeypatch,
     monkeypatch.setattr("kvpo_min.train.train", interrupted)
     argv = ["train", "--model", str(model), "--output_dir", str(tmp_path / "run"), *SMALL]
     assert cli.main(argv) == 130
-    assert "interrupted after 1 updates; what there is was saved" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "interrupted after 1 updates; what there is was saved; there is no checkpoint: start again with" in err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["after"] is None and summary["before"]["reward"] > 0 and len(metrics(tmp_path / "run")) == 1
     pipeline = load_pocket(folder=model)

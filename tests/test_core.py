@@ -617,6 +617,11 @@ ONE = {"vq": torch.ones(2)}
             ValueError,
             r"rewards\['vq'\] must be finite, got \[1.0, nan\]",
         ),
+        (
+            lambda: anchor_advantages({"vq": torch.ones(2)}, {"vq": torch.tensor(NAN)}, {"vq": 1}),
+            ValueError,
+            r"anchor\['vq'\] must be finite, got nan",
+        ),
         (lambda: fuse(torch.ones(2), None, mode="max"), ValueError, r'"none", "std" or "zscore", got \'max\''),
         (lambda: fuse(torch.ones(2), torch.ones(3)), ValueError, r"alike, got \[2\] and \[3\]"),
         (lambda: clipped_objective(torch.ones(2), torch.ones(2), torch.ones(1)), ValueError, r"\[2\], \[2\] and \[1\]"),
