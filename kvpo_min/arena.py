@@ -39,7 +39,7 @@ from torch import Tensor
 from kvpo_min import astrolabe
 from kvpo_min.baselines import EXPLORATIONS, METHODS, POLICIES, REFUSED, Method, State, best_of_n, check_cell, update
 from kvpo_min.chr import Window, chunk_starts
-from kvpo_min.cli import EVAL_SEED, ArenaOptions, check_geometry, nearest_known, say
+from kvpo_min.cli import EVAL_SEED, ArenaOptions, check_geometry, check_seed, nearest_known, say
 from kvpo_min.pocket.world import prompt_set
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import Sampler, draw_noise
@@ -393,6 +393,11 @@ def eval_prompts(options: ArenaOptions, run: Run) -> list[str]:
 def check(options: ArenaOptions, here: dict[str, str], rows: Sequence[dict[str, str]]) -> None:
     """Raises ValueError before any work: wrong names, seeds that evaluate, or rows made with other settings."""
     seeds = numbers(options.seeds, int, "seeds")
+    for seed in seeds:
+        check_seed(seed, "seeds")
+    for rate in numbers(options.learning_rates, float, "learning_rates"):
+        if not 0 < rate < math.inf:
+            raise ValueError(f"learning_rates must be above 0 and finite, got {rate}")
     if {*seeds, options.sweep_seed} & {EVAL_SEED, EVAL_SEED + 1}:
         raise ValueError(f"the seeds {EVAL_SEED} and {EVAL_SEED + 1} draw the evaluation prompts; take others")
     if options.sweep_seed in seeds:
@@ -493,10 +498,21 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     if whole < len(content):
         say(f"{path}: the last line was cut off; it is removed")
         os.truncate(path, whole)
-    reader = csv.DictReader(io.StringIO(content[:whole].decode()))
-    if whole and tuple(reader.fieldnames) != COLUMNS:
-        raise ValueError(f"{path} is no file of this arena: its columns are {reader.fieldnames}; name another file")
-    return list(reader)
+    try:
+        reader = csv.DictReader(io.StringIO(content[:whole].decode()), strict=True)
+        columns, rows = reader.fieldnames, list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no file of this arena: {error}; name another file") from None
+    if whole and tuple(columns or ()) != COLUMNS:
+        raise ValueError(f"{path} is no file of this arena: its columns are {columns}; name another file")
+    for number, row in enumerate(rows, start=1):
+        try:
+            whole = None not in row and isinstance(json.loads(row["settings"]), dict)
+        except (ValueError, TypeError, RecursionError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{path}: row {number} is damaged: expected {len(COLUMNS)} columns, settings in JSON")
+    return rows
 
 
 def append_row(path: Path, row: dict[str, str]) -> None:

@@ -291,9 +291,16 @@ class AstrolabeConfig:
 
     def __post_init__(self):
         for name in ("max_train_steps", "num_generations", "groups_per_update", "levels_per_group", "rank", "beta",
-                     "adv_clip_max", "learning_rate", "max_grad_norm"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+                     "adv_clip_max", "learning_rate", "max_grad_norm", "lora_alpha"):  # fmt: skip
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        for name in ("adam_weight_decay", "kl_coef", "tau_kl", "k_max", "branch_batch", "replay_batch"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
+        if not (0 <= self.old_decay <= 1 and 0 <= self.ema_decay <= 1):
+            raise ValueError(f"old_decay and ema_decay must lie in [0, 1], got {self.old_decay} and {self.ema_decay}")
+        if self.levels_per_group > 4:
+            raise ValueError(f"levels_per_group must be at most 4 (noise levels), got {self.levels_per_group}")
         if self.num_generations < 2:
             raise ValueError("num_generations must be at least 2: a candidate alone has no advantage")
         if self.window_frames % 3 or self.num_frames % 3 or not 3 <= self.window_frames <= self.num_frames:

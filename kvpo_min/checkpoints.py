@@ -119,6 +119,8 @@ def tensors_of(content: Mapping, names: Sequence[str]) -> dict[str, Tensor]:
     found = next((content[name] for name in names if isinstance(content.get(name), dict)), content)
     if not found or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
         raise ValueError(f"expected tensors at the top or under {' or '.join(names)}, found {some(content)}")
+    if odd := [k for k, v in found.items() if v.layout != torch.strided or v.is_complex() or v.is_meta]:
+        raise ValueError(f"expected dense tensors of real numbers, but these are not: {some(odd)}")
     return found
 
 
@@ -318,12 +320,17 @@ def lora_from(state_dict: Mapping[str, Tensor], alpha: float | None = None) -> L
     a_keys, b_keys = ({key for key in weights if name in key} for name in ("lora_A", "lora_B"))
     alone = {key.replace("lora_A", "lora_B") for key in a_keys} ^ b_keys
     ranks = {t.shape[key in b_keys] if t.ndim == 2 else None for key, t in weights.items()}
-    if alone or len(ranks) != 1 or None in ranks:
+    if alone or len(ranks) != 1 or ranks & {None, 0}:
         raise ValueError(
             f"expected matrices lora_A [rank, in] and lora_B [out, rank] for every layer, all of one rank; "
             f"ranks: {some(ranks)}; without a partner: {some(alone)}"
         )
-    return Lora(weights, float(alpha or ranks.pop()))
+    (rank,) = ranks
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ValueError(f"expected an alpha above 0, got {alpha}")
+    if broken := [key for key, t in weights.items() if not t.isfinite().all()]:
+        raise ValueError(f"these hold numbers that are not finite: {some(broken)}")
+    return Lora(weights, float(rank if alpha is None else alpha))
 
 
 def read_lora(source: str | Path) -> Lora:
@@ -341,12 +348,15 @@ def read_lora(source: str | Path) -> Lora:
                 text = beside.read_text()
             config = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
             alpha = float(config["lora_alpha"]) if config else None
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise ValueError("its adapter_config.json, or the like in its header, is damaged") from None
         special = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save")
         if used := [name for name in special if config.get(name)]:
             raise ValueError(f"expected a plain LoRA of one rank and alpha, but it uses {', '.join(used)}")
-        return lora_from(tensors_of(content, ("generator_lora",)), alpha)
+        lora = lora_from(tensors_of(content, ("generator_lora",)), alpha)
+        if config.get("r", lora.rank) != lora.rank:
+            raise ValueError(f"its config says rank {config['r']}, but its matrices have rank {lora.rank}")
+        return lora
 
 
 @torch.no_grad()

@@ -39,6 +39,9 @@ class Window:
     history: int = 33  # frames kept resident, sink included; routing cannot reach further back
 
     def __post_init__(self):
+        for name, size in vars(self).items():
+            if not isinstance(size, int):
+                raise ValueError(f"Window.{name} must be a whole number of frames, got {size!r}")
         for name, least in (("sink", 0), ("past", 1), ("block", 1), ("history", self.sink + self.past)):
             if getattr(self, name) < least:
                 raise ValueError(f"Window.{name} must be at least {least} frames, got {getattr(self, name)}")
@@ -80,6 +83,10 @@ def pool(fork: int, window: Window, nearest: int, n_blocks: int, gap: int = 0) -
     """
     if not 0 <= nearest < window.past:
         raise ValueError(f"nearest must be 0..{window.past - 1}, to leave room for a routed frame, got {nearest}")
+    if fork < 0 or n_blocks < 1 or gap < 0:
+        raise ValueError(
+            f"fork must be a frame, n_blocks at least 1 and gap 0 or more, got {fork}, {n_blocks} and {gap}"
+        )
     last = fork + window.block * (n_blocks - 1)
     lo = max(window.sink, last - (window.history - window.sink))
     return range(lo, max(lo, fork - nearest - gap))
@@ -170,6 +177,11 @@ def branch_frames(routes: Tensor, start: int, window: Window, nearest: int) -> T
     `routes` [G, n_routed] stay the same in all routed blocks while the nearest frames move with `start` (CM:103-170).
     Raises ValueError for a frame that does not exist yet, or that would be read twice.
     """
+    if routes.ndim != 2 or 0 in routes.shape or routes.is_floating_point() or nearest < 0:
+        raise ValueError(
+            f"routes must be frame numbers [G, n_routed] and nearest 0 or more, got {list(routes.shape)} of "
+            f"{routes.dtype} and {nearest}"
+        )
     shared = torch.tensor([*range(window.sink), *range(start - nearest, start)], dtype=torch.long, device=routes.device)
     frames = torch.cat([shared.expand(len(routes), -1), routes], dim=1).sort(dim=1).values  # [G, L]
     if frames.min() < 0 or frames.max() >= start:
@@ -190,6 +202,8 @@ def route_mask(frames: Tensor, start: int, window: Window, nearest: int) -> Tens
 
     For an ordinary block give `ordinary_frames(start, window)[None]` and nearest = window.past.
     """
+    if frames.numel() and not (0 <= frames.min() and frames.max() < start):
+        raise ValueError(f"a block at frame {start} can read frames 0..{start - 1}, got {frames.tolist()}")
     label = torch.full_like(frames, ROUTED)
     label[frames >= start - nearest] = NEAREST
     label[frames < window.sink] = SINK

@@ -79,6 +79,7 @@ class SampleOptions:
     def __post_init__(self):
         if bool(self.script.strip()) == bool(self.prompts):
             raise ValueError("give either a script in quotes, or --prompts FILE")
+        check_seed(self.seed)
 
 
 @dataclass
@@ -100,6 +101,7 @@ class EvalOptions:
             if not getattr(self, name):
                 raise ValueError(f"--{name} FILE is required")
         check_weights(self.vq, self.mq, self.ta)
+        check_seed(self.seed)
 
 
 @dataclass
@@ -149,6 +151,7 @@ class ArenaOptions:
         if not 1 <= self.evaluations <= self.forwards:
             raise ValueError(f"evaluations must be 1 to forwards, got {self.evaluations} and {self.forwards}")
         check_weights(self.vq, self.mq, self.ta)
+        check_seed(self.sweep_seed, "sweep_seed")
 
 
 @dataclass
@@ -166,8 +169,14 @@ class DoctorOptions:
 
 
 def check_weights(*weights: float) -> None:
-    if min(weights) < 0 or not sum(weights) > 0:
+    if not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
         raise ValueError(f"the weights vq, mq, ta must be 0 or more and not all 0, got {', '.join(map(str, weights))}")
+
+
+def check_seed(seed: int, name: str = "seed") -> None:
+    """Refuses what torch's generators do not take, before any work."""
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{name} must lie in -2**63 .. 2**63 - 1, got {seed}")
 
 
 def field_comments(config_class: type) -> dict[str, str]:
@@ -193,12 +202,12 @@ def parse_options(command: str, classes: Sequence[type], argv: Sequence[str], de
     summary = COMMANDS[command][1]
     parser = ArgumentParser(prog=f"kvpo-min {command}", description=summary, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below; flags win over it")
-    known, defaults = [], defaults or {}
+    kinds, defaults = {}, defaults or {}
     for config_class in classes:
         group = parser.add_argument_group(config_class.__doc__.split(".")[0].strip())
         hints, comments = typing.get_type_hints(config_class), field_comments(config_class)
         for field in dataclasses.fields(config_class):
-            known.append(field.name)
+            kinds[field.name] = hints[field.name]
             kind = {"action": "store_true"} if hints[field.name] is bool else {"type": hints[field.name]}
             flag = f"--{field.name}"
             if field.name == POSITIONAL:
@@ -206,6 +215,7 @@ def parse_options(command: str, classes: Sequence[type], argv: Sequence[str], de
             default = defaults.get(field.name, field.default)
             text = comments.get(field.name, field.name.replace("_", " "))  # without a text, no default would be shown
             group.add_argument(flag, default=default, help=text, **kind)
+    known = list(kinds)
     flags = [name for name in known if name != POSITIONAL]
     for token in argv:
         name = token.split("=")[0].removeprefix("--")
@@ -218,6 +228,11 @@ def parse_options(command: str, classes: Sequence[type], argv: Sequence[str], de
     except argparse.ArgumentError as error:
         message = re.sub(r"<class '(\w+)'>", r"\1", str(error))
         raise ValueError(re.sub(r'^Parser key "(\w+)":', r"--\1:", message)) from None
+    for name, kind in kinds.items():  # a YAML file may say null, and anything at all for a flag without a value
+        if not isinstance(values[name], kind):
+            raise ValueError(f"--{name}: expected a {kind.__name__}, got {values[name]!r}")
+        if kind is float and not math.isfinite(values[name]):
+            raise ValueError(f"--{name}: expected a finite number, got {values[name]}")
     return {name: values[name] for name in known}
 
 
@@ -246,6 +261,18 @@ def real_options(argv: Sequence[str], model: str, wan):
     return None
 
 
+def check_official(values: Mapping) -> None:
+    """Refuses an option beside compat that compat replaces; as it is by default, it cannot be told from not given."""
+    from kvpo_min.train import TrainConfig
+
+    ours, theirs = (vars(TrainConfig(compat=compat)) for compat in ("", values["compat"]))
+    for name, value in theirs.items():
+        if name != "compat" and value != ours[name] and values[name] not in (value, ours[name]):
+            raise ValueError(
+                f"{name} is {value} with compat {values['compat']}, got {values[name]}: leave one of them out"
+            )
+
+
 def check_yaml(path: str, known: Sequence[str]) -> None:
     """Refuses a config file that is missing, not a YAML mapping, or that holds a key nobody reads."""
     content = read_yaml(Path(path))
@@ -260,13 +287,17 @@ def read_yaml(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"there is no config file {path}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
+        text = path.read_text(encoding="utf-8")
+        content, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+    except Exception as error:  # malformed dates, tags and nesting raise nearly anything
+        raise ValueError(f"{path} is not YAML: {error or type(error).__name__}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold lines like 'seed: 0', got a {type(content).__name__}")
+    keys = [key.value for key, _ in tree.value]  # of a key that is there twice, YAML would take the last
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"{path}: the key '{twice[0]}' is there twice; keep one")
     return content
 
 
@@ -315,8 +346,10 @@ def load_adapter(pipeline, folder: str | Path):
 
     Raises FileNotFoundError when a file is missing and ValueError when it is damaged, no LoRA, or made for another
     model; the pipeline is then as it was."""
+    import copy
+
+    import torch
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder, transformer = Path(folder), pipeline.backbone.transformer
@@ -331,20 +364,23 @@ def load_adapter(pipeline, folder: str | Path):
         config = LoraConfig.from_pretrained(folder)
         config.base_model_name_or_path = None  # a note for readers; peft would compare it with the base's path
         saved = load_file(folder / "adapter_model.safetensors")
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:  # a JSON error is a ValueError
-        raise ValueError(f"{folder}: the adapter is damaged or not a LoRA: {error}") from None
+    except Exception as error:  # JSON, safetensors and peft have kinds of their own
+        raise ValueError(f"{folder}: the adapter is damaged or not a LoRA: {error or type(error).__name__}") from None
+    if broken := [key for key, weight in saved.items() if not weight.float().isfinite().all()]:
+        raise ValueError(f"{folder}: the adapter's {broken[0]} holds numbers that are not finite")
     try:
-        policies = get_peft_model(transformer, config)
-    except ValueError as error:  # peft found none of the layers
-        raise ValueError(f"{folder}: the adapter was made for another model: {error}") from None
-    wanted = get_peft_model_state_dict(policies, save_embedding_layers=False)
+        with torch.device("meta"):  # first on a model without weights: what fails half-way would leave its layers
+            trial = get_peft_model(type(transformer).from_config(transformer.config), copy.deepcopy(config))
+    except Exception as error:  # peft found none of the layers, or cannot use what the config says
+        raise ValueError(f"{folder}: the adapter was made for another model: {error or type(error).__name__}") from None
+    wanted = get_peft_model_state_dict(trial, save_embedding_layers=False)
     wrong = [key for key in sorted({*wanted, *saved}) if not same_shape(wanted.get(key), saved.get(key))]
     if wrong:
-        policies.unload()
         raise ValueError(
             f"{folder}: the adapter was made for another model, or is incomplete: {len(wrong)} of its tensors do not "
             f"fit, the first is {wrong[0]}"
         )
+    policies = get_peft_model(transformer, config)
     set_peft_model_state_dict(policies, saved)
     return policies.requires_grad_(False).eval()
 
@@ -399,11 +435,19 @@ def check_length(num_frames: int, n_segments: int) -> None:
         raise ValueError(f"num_frames must be above {begins}, where segment {n_segments} begins, got {num_frames}")
 
 
+def check_positions(pipeline, num_frames: int) -> None:
+    """Raises ValueError when the model has no positions for so many frames, before the first one is made."""
+    most = len(pipeline.backbone.transformer.rope.freqs_cos)
+    if num_frames > most:
+        raise ValueError(f"num_frames must be at most {most} with {pipeline.name}, got {num_frames}")
+
+
 # -------------------------------------------------------------------------------------------------------------- folders
 
 
 def check_folder(folder: Path, overwrite: bool, how: str = ", or give --overwrite_output_dir") -> None:
     """Refuses an output folder that holds something, unless it may be overwritten."""
+    check_parents(folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
@@ -420,6 +464,13 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         what_to_do = "free space, or name another --output_dir"
         raise OSError(f"{folder} cannot be written to: {error.strerror}; {what_to_do}") from error
+
+
+def check_parents(path: Path) -> None:
+    """Refuses a path below a file, which could not be made."""
+    above = next((parent for parent in path.parents if parent.exists()), None)
+    if above and not above.is_dir():
+        raise NotADirectoryError(f"{above} is a file, so {path} cannot be made; name another place")
 
 
 def clear_run(folder: Path) -> None:
@@ -465,13 +516,16 @@ def finite(content):
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl. Raises ValueError naming a line that is no JSON."""
+    """The lines of metrics.jsonl. Raises ValueError naming a line that is no record of an update."""
     lines = []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
         try:
             lines.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
+            lines[-1]["step"]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(
+                f"{path}, line {number}: expected the JSON of an update, got {line[:60]!r} ({error})"
+            ) from None
     return lines
 
 
@@ -496,6 +550,7 @@ def run(config, options: RunOptions, wan=None) -> int:
     if rank:
         told_by_all("")  # the first process encodes the prompts; then the others find them encoded
     pipeline = load_real(options.model, scripts + held_out, options.prompts, wan) if wan else load_model(options.model)
+    check_positions(pipeline, config.num_frames)
     if rank:
         for _ in train(pipeline, scripts, rewards, config, add_policies(pipeline, config)):
             pass
@@ -1002,6 +1057,7 @@ def demo(argv: Sequence[str]) -> int:
     values = parse_options(
         "demo", [TrainConfig, RunOptions], argv, {"output_dir": "kvpo_demo", "event": "changes colour"}
     )
+    check_official(values)
     with ends_like_ctrl_c():
         return run(*split_options(values, TrainConfig, RunOptions))
 
@@ -1011,7 +1067,9 @@ def train_command(argv: Sequence[str]) -> int:
     from kvpo_min.train import TrainConfig
 
     classes = TrainConfig, RunOptions, WanOptions
-    config, options, wan = split_options(parse_options("train", classes, argv), *classes)
+    values = parse_options("train", classes, argv)
+    check_official(values)
+    config, options, wan = split_options(values, *classes)
     with ends_like_ctrl_c():
         return run(config, options, real_options(argv, options.model, wan))
 
@@ -1037,6 +1095,7 @@ def sample_command(argv: Sequence[str]) -> int:
         pipeline = load_real(options.model, scripts, options.prompts or folder / "script", wan)
     else:
         pipeline = load_model(options.model)
+    check_positions(pipeline, max(video_length(options.num_frames, n) for n in counts))
     if options.adapter:
         load_adapter(pipeline, options.adapter)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1064,11 +1123,13 @@ def eval_command(argv: Sequence[str]) -> int:
     num_frames = video_length(options.num_frames, count_segments(scripts, bool(wan)))
     if out.is_dir():
         raise IsADirectoryError(f"--json must name a file, {out} is a folder")
+    check_parents(out)
 
     from kvpo_min.train import evaluate
 
     rewards = run_rewards(options, wan)
     pipeline = load_real(options.model, scripts, options.prompts, wan) if wan else load_model(options.model)
+    check_positions(pipeline, num_frames)
     if options.adapter:
         load_adapter(pipeline, options.adapter)
     result = evaluate(pipeline, scripts, rewards, num_frames, options.seed, 1 if wan else 32, bar=True)
@@ -1348,11 +1409,13 @@ def check_run_folder(folder: Path, model: str) -> list[Check]:
     """The files of a finished run: complete, finite, and an adapter that loads and does something."""
     import torch
 
+    from kvpo_min.checkpoints import read_file, read_lora
+
     def check(name: str, cause: str, look: Callable[[], tuple[bool, str]]) -> Check:
         try:
             passed, seen = look()
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            passed, seen = False, " ".join(str(error).split())
+        except Exception as error:  # a damaged file can raise nearly anything, and each is a finding
+            passed, seen = False, " ".join(f"{error or type(error).__name__}".split())
         return Check(name, passed, seen, cause)
 
     def config_reads():
@@ -1365,9 +1428,13 @@ def check_run_folder(folder: Path, model: str) -> list[Check]:
 
     def metrics_finite():
         lines = read_metrics(folder / "metrics.jsonl")
-        numbers = all(math.isfinite(value) for line in lines for value in line.values())
-        steps = [line["step"] for line in lines] == list(range(len(lines)))
-        return bool(lines) and numbers and steps, f"{len(lines)} updates"
+        for k, line in enumerate(lines):
+            if line["step"] != k:
+                return False, f"line {k + 1} is of update {line['step']}, expected {k}"
+            odd = [key for key, value in line.items() if not isinstance(value, int | float) or not math.isfinite(value)]
+            if odd:
+                return False, f"line {k + 1}: {odd[0]} is {line[odd[0]]!r}, expected a finite number"
+        return bool(lines), f"{len(lines)} updates"
 
     def summary_complete():
         summary = json.loads((folder / "summary.json").read_text())
@@ -1379,6 +1446,30 @@ def check_run_folder(folder: Path, model: str) -> list[Check]:
             if (summary.get(when) or {}).get(key) is None
         ]
         return not lacking, f"lacks {', '.join(lacking)}" if lacking else ""
+
+    def adapter_whole():
+        lora = read_lora(folder)
+        rank = read_yaml(folder / "config.yaml").get("rank", lora.rank)
+        return lora.rank == rank, f"rank {lora.rank}" + (f", but config.yaml says {rank}" if lora.rank != rank else "")
+
+    def checkpoints_whole():
+        found = sorted(path for path in folder.glob("checkpoint-*") if not path.name.endswith(".aside"))
+        for path in found:
+            for name in ("default", "old", "ema"):
+                weights, _ = read_file(path / f"{name}.safetensors")
+                if broken := [key for key, weight in weights.items() if not weight.isfinite().all()]:
+                    return False, f"{path.name}/{name}.safetensors: {broken[0]} is not finite"
+            read_file(path / "training_state.pt")
+            state = json.loads((path / "state.json").read_text())
+            if lacking := [key for key in ("config", "step", "tau", "order") if key not in state]:
+                return False, f"{path.name}/state.json lacks {', '.join(lacking)}"
+            if path.name != f"checkpoint-{state['step']}":
+                return False, f"{path.name} holds update {state['step']}"
+        return True, ", ".join(path.name for path in found) or "none"
+
+    def nothing_aside():
+        left = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.aside"))
+        return not left, ", ".join(left)
 
     def adapter_acts():
         pipeline = load_model(model)
@@ -1396,6 +1487,21 @@ def check_run_folder(folder: Path, model: str) -> list[Check]:
         check("config.yaml reads as a run", "the file was edited, or comes from another version", config_reads),
         check("metrics.jsonl is complete and finite", "the run diverged, or was cut off in a line", metrics_finite),
         check("summary.json is complete", "the run was interrupted: resume it, or run it again", summary_complete),
+        check(
+            "the adapter is whole, finite and of the run's rank",
+            "the run diverged, the file was cut off, or it comes from another run: take a checkpoint's, or train again",
+            adapter_whole,
+        ),
+        check(
+            "checkpoints can be resumed from",
+            "a file was deleted or cut off, or the weights diverged: delete that folder and resume an earlier one",
+            checkpoints_whole,
+        ),
+        check(
+            "nothing is half-written",
+            "the run was killed while it wrote: nothing reads what ends in .aside, delete it",
+            nothing_aside,
+        ),
         check("the adapter loads and changes the model", other, adapter_acts),
     ]
 

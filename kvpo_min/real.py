@@ -57,6 +57,10 @@ class WanOptions:
             raise ValueError(f"dtype must be bfloat16 or float32, got {self.dtype!r}")
         if min(self.height, self.width) < 16 or self.height % 16 or self.width % 16:
             raise ValueError(f"height and width must be multiples of 16 (a token), got {self.height} x {self.width}")
+        try:
+            torch.device(self.device)
+        except RuntimeError:
+            raise ValueError(f"device must be one of torch's, such as cuda or cpu, got {self.device!r}") from None
 
 
 def load_rewards(options: WanOptions, **weights: float) -> Mixture:
@@ -252,7 +256,8 @@ def read_prompts(path: str | Path, num_segments: int = 0) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no prompts file {path}")
     try:
-        lines = [(n, line.strip()) for n, line in enumerate(path.read_text("utf-8").splitlines(), 1) if line.strip()]
+        text = path.read_text("utf-8-sig")  # its lines end in \n alone: a prompt may hold other separators
+        lines = [(n, line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not a text file in UTF-8") from None
     numbered = any(re.match(r"\d+,\s*\[", line) for _, line in lines)
@@ -263,6 +268,8 @@ def read_prompts(path: str | Path, num_segments: int = 0) -> list[str]:
                 prompts = json_prompts(line)
             else:
                 prompts = bracketed(line) if numbered else [p.strip() for p in line.split(BETWEEN)]
+            if not all(prompts):
+                raise ValueError(f"a prompt is empty, got {line[:60]!r}")
             if any(BETWEEN in prompt for prompt in prompts):
                 raise ValueError(f"{BETWEEN!r} separates the prompts of a script: take it out of the prompt")
         except ValueError as error:
@@ -284,7 +291,7 @@ def read_prompts(path: str | Path, num_segments: int = 0) -> list[str]:
 def json_prompts(line: str) -> list[str]:
     try:
         prompts = json.loads(line)["prompts"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         prompts = None
     if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
         raise ValueError(f'expected {{"prompts": ["...", "..."]}}, got {line[:60]!r}')

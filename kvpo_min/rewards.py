@@ -14,6 +14,7 @@ three. Torch only; copy this file alone. The palette, shapes and directions of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -47,10 +48,14 @@ class Scene:
 
 
 def check_videos(videos: Tensor, prompts: list[str]) -> None:
-    if videos.ndim != 5 or videos.shape[2] != 3 or len(prompts) != len(videos):
+    if videos.ndim != 5 or videos.shape[2] != 3 or 0 in videos.shape or len(prompts) != len(videos):
         raise ValueError(
             f"a reward takes videos [N, F, 3, H, W] and N prompts, got {list(videos.shape)} and {len(prompts)} prompts"
         )
+    if not videos.is_floating_point():
+        raise ValueError(f"a reward takes videos of floats in [0, 1], got {videos.dtype}")
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"a reward takes a list of prompts, got {prompts!r}")
 
 
 def ink_maps(videos: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
@@ -169,18 +174,25 @@ class Mixture:
     def __post_init__(self):
         if set(self.rewards) != set(self.weights):
             raise ValueError(f"weights for {sorted(self.rewards)} are needed, got weights for {sorted(self.weights)}")
+        for name, weight in self.weights.items():
+            if not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise ValueError(f"the weight of reward '{name}' must be a finite number, got {weight!r}")
 
     def scores(self, videos: Tensor, prompts: list[str]) -> dict[str, Tensor]:
         """Each component's own scores; a component that returns anything but N numbers is a ValueError naming it, and
         NotFinite if they are not finite."""
         out = {}
         for name, reward in self.rewards.items():
-            score = torch.as_tensor(reward(videos, prompts)).float()
-            if score.shape != (len(videos),):
-                raise ValueError(f"reward '{name}' must give {len(videos)} finite numbers, got {score.tolist()}")
-            if not score.isfinite().all():
-                raise NotFinite(f"reward '{name}' must give {len(videos)} finite numbers, got {score.tolist()}")
-            out[name] = score
+            given, wanted = reward(videos, prompts), f"reward '{name}' must give {len(videos)} finite numbers"
+            try:
+                score = torch.as_tensor(given)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{wanted}, got a {type(given).__name__} ({error})") from None
+            if score.shape != (len(videos),) or score.is_complex():
+                raise ValueError(f"{wanted}, got shape {list(score.shape)} of {score.dtype}")
+            if not score.float().isfinite().all():
+                raise NotFinite(f"{wanted}, got {score.tolist()}")
+            out[name] = score.float()
         return out
 
     def total(self, scores: Mapping[str, Tensor]) -> Tensor:

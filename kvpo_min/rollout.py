@@ -184,11 +184,13 @@ def generate(
     Raises ValueError when the noise ends before `stop` or `stop` cuts a block.
     """
     window = sampler.window
-    if stop % window.block or stop // window.block > noise.shape[1]:
+    if stop % window.block or stop // window.block > noise.shape[1] or stop < stream.frame:
         raise ValueError(
             f"cannot generate up to frame {stop}: it must be a multiple of {window.block}, and there is noise for "
-            f"{noise.shape[1] * window.block} frames"
+            f"{noise.shape[1] * window.block} frames; {stream.frame} are made already"
         )
+    if stop > stream.frame and len(texts) <= segment_at(stop - window.block, sampler.switches):
+        raise ValueError(f"{len(texts)} texts are too few: the words switch at frames {sampler.switches} before {stop}")
     unrouted = min(window.history, window.sink + switch_reach(window))  # frames that are needed where nothing is routed
     for start in range(stream.frame, stop, window.block):
         kv = None  # freed before the next ones are gathered
@@ -246,6 +248,10 @@ def fork(
     trajectory (the fork's chunk). `branch_batch` bounds how many run at once; the numbers do not depend on it.
     """
     window, n_branches = sampler.window, len(plan.routes)
+    if not 0 <= plan.fork < record_until <= stop:
+        raise ValueError(
+            f"expected 0 <= fork < record_until <= stop (frames), got {plan.fork}, {record_until} and {stop}"
+        )
     prefix = generate(backbone, prefix or Stream(), texts, noise[-1:], plan.fork, sampler)
     segment = segment_at(plan.fork, sampler.switches)
     if segment != prefix.segment:  # a switch on the fork itself: new words first, then the snapshot
@@ -299,6 +305,11 @@ def replay(
     g = len(trajectory.z) - 1 if branches is None else branches
     z, stored = trajectory.z[:g], trajectory.x0[:g]  # [G, B, S, F, C, H, W]
     n_blocks, n_steps = z.shape[1:3]
+    if context not in ("stored", "own") or not 0 <= grad_steps <= n_steps or not 0 < g <= len(trajectory.z):
+        raise ValueError(
+            f'context must be "stored" or "own", grad_steps 0..{n_steps} and branches 1..{len(trajectory.z)}, got '
+            f"{context!r}, {grad_steps} and {g}"
+        )
     history, contexts, predicted = rollout.prefix.history, [], []
     for b in range(n_blocks):
         here = start + b * window.block
@@ -349,6 +360,8 @@ def pieces(
     Yields where the piece belongs in [G, B, S], its rollout, its sampler."""
     window, trajectory, routes = sampler.window, rollout.trajectory, rollout.plan.routes
     n_branches, (n_blocks, every) = len(routes), trajectory.z.shape[1:3]
+    if batch < 1 or not 0 <= n_steps <= every:
+        raise ValueError(f"batch must be at least 1 and n_steps 0..{every}, got {batch} and {n_steps}")
     n_steps = n_steps or every
     at_once, together = min(batch, n_steps), max(1, batch // n_steps)
     for first in range(0, n_branches, together):

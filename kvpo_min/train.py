@@ -142,8 +142,8 @@ class TrainConfig:
             "clip_range_high",
             "tau_target",
         ):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         for name in (
             "kl_coef",
             "tau",
@@ -158,10 +158,14 @@ class TrainConfig:
             "global_weight",
             "adam_weight_decay",
         ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
         if self.num_frames < 3 or self.num_frames % 3:
             raise ValueError(f"num_frames must be a multiple of 3 (a block), got {self.num_frames}")
+        if self.global_frames % 3:
+            raise ValueError(f"global_frames must be a multiple of 3 (a block), got {self.global_frames}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must lie in -2**63 .. 2**63 - 1, got {self.seed}")
         if not 1 <= self.grad_steps <= 4:
             raise ValueError(f"grad_steps must be 1 to 4 (denoising steps), got {self.grad_steps}")
         if self.num_generations < 2:
@@ -312,6 +316,10 @@ def score(
     pixels [N, T, 3, H, W] begin at frame `first`; one script a video, all with the same number of segments.
     -> {component: [N]} (authors: kvpo.py:1769-1930 score one clip a segment)."""
     prompts = [pipeline.reward_prompts(script) for script in scripts]
+    if not prompts or pixels.shape[1] < 3:
+        raise ValueError(
+            f"a score needs a script and 3 frames of it at least, got {len(prompts)} and {pixels.shape[1]}"
+        )
     switches = pipeline.switches[: len(prompts[0]) - 1]
     last = first + pixels.shape[1]
     borders = [first, *[s for s in switches if first < s < last], last]

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kvpo_min import cli
 from kvpo_min.chr import Plan
@@ -515,7 +515,7 @@ def test_doctor_finds_a_sound_model_and_run_sound(finished, model, capsys):
     argv = ["doctor", "--model", str(model), "--rank", "2", "--num_generations", "3", "--output_dir", str(finished)]
     code, out = cli.main(argv), capsys.readouterr().out
     assert code == 0, out
-    assert "21 of 21 checks passed" in out and out.count("PASS") == 21 and "FAIL" not in out
+    assert "24 of 24 checks passed" in out and out.count("PASS") == 24 and "FAIL" not in out
 
 
 def test_doctor_reports_an_update_that_cannot_run(model, capsys, monkeypatch):
@@ -595,16 +595,115 @@ def test_doctor_sees_what_is_broken(update):
     weight.grad = gradient
 
 
-def test_doctor_sees_damaged_files(finished, model, tmp_path):
+WHOLE, CONFIG, METRICS, SUMMARY, ASIDE, LOADS = (
+    "the adapter is whole, finite and of the run's rank", "config.yaml reads as a run",
+    "metrics.jsonl is complete and finite", "summary.json is complete", "nothing is half-written",
+    "the adapter loads and changes the model",
+)  # fmt: skip
+RESUMES = "checkpoints can be resumed from"
+ADAPTER, STEP = "adapter_model.safetensors", "checkpoint-4"
+
+
+def line(number, text):
+    """Replaces a line of metrics.jsonl."""
+
+    def damage(folder):
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        lines[number - 1] = text
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+    return damage
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def spoil(name, change):
+    """Changes the tensors of a file."""
+
+    def damage(folder):
+        save_file(change(load_file(folder / name)), folder / name)
+
+    return damage
+
+
+def nan(state):
+    next(iter(state.values())).view(-1)[0] = float("nan")
+    return state
+
+
+DAMAGES = {  # what is done to a run -> the checks that fail, and what they say
+    "no config": (without("config.yaml"), {CONFIG: "there is no config file", WHOLE: "there is no config file"}),
+    "unknown key": (write("config.yaml", "sede: 1\n"), {CONFIG: "did you mean 'seed'"}),
+    "no mapping": (write("config.yaml", "- 1\n"), {CONFIG: "got a list", WHOLE: "got a list"}),
+    "config of another run": (lambda f: (f / "config.yaml").write_text("rank: 5\n"), {WHOLE: "config.yaml says 5"}),
+    "bad value": (lambda f: (f / "config.yaml").write_text("rank: 2\ngrad_steps: 9\n"), {CONFIG: "grad_steps"}),
+    "no metrics": (without("metrics.jsonl"), {METRICS: "0 updates"}),
+    "cut metrics": (lambda f: cut(f / "metrics.jsonl"), {METRICS: "line 4: expected the JSON of an update"}),
+    "broken line": (line(2, "{oh"), {METRICS: "line 2: expected the JSON of an update, got '{oh'"}),
+    "a line that is no record": (line(3, "[1, 2]"), {METRICS: "line 3: expected the JSON"}),
+    "a number alone": (line(3, "3"), {METRICS: "line 3: expected the JSON"}),
+    "NaN": (line(2, '{"step": 1, "loss": NaN}'), {METRICS: "line 2: loss is nan"}),
+    "a word": (line(2, '{"step": 1, "loss": "low"}'), {METRICS: "line 2: loss is 'low'"}),
+    "an update twice": (line(4, '{"step": 2}'), {METRICS: "line 4 is of update 2, expected 3"}),
+    "no UTF-8": (lambda f: (f / "metrics.jsonl").write_bytes(b"\xff"), {METRICS: "utf-8"}),
+    "no summary": (without("summary.json"), {SUMMARY: "summary.json"}),
+    "half a summary": (write("summary.json", '{"updates": 4, "seconds": 1, "seed": 0}'), {SUMMARY: "after.reward"}),
+    "another summary": (write("summary.json", "[]"), {SUMMARY: "list"}),
+    "cut adapter": (lambda f: cut(f / ADAPTER), {WHOLE: "cut short", LOADS: "damaged"}),
+    "no adapter": (without(ADAPTER), {WHOLE: ADAPTER, LOADS: f"it has no {ADAPTER}"}),
+    "NaN weights": (spoil(ADAPTER, nan), {WHOLE: "not finite", LOADS: "not finite"}),
+    "weights of another run": (
+        spoil(ADAPTER, lambda s: {k: w.repeat(*((2, 1) if "lora_A" in k else (1, 2))) for k, w in s.items()}),
+        {WHOLE: "its config says rank 2, but its matrices have rank 4", LOADS: "do not fit"},
+    ),
+    "a layer too few": (spoil(ADAPTER, lambda s: dict(list(s.items())[2:])), {LOADS: "do not fit"}),
+    "an adapter that does nothing": (
+        spoil(ADAPTER, lambda s: {k: 0 * w for k, w in s.items()}), {LOADS: "largest change of a velocity 0.0e+00"}
+    ),
+    "adapter config of another rank": (lambda f: edit(f, r=5), {WHOLE: "config says rank 5", LOADS: "do not fit"}),
+    "adapter config cut": (lambda f: cut(f / "adapter_config.json"), {WHOLE: "damaged", LOADS: "damaged"}),
+    "no state": (without(f"{STEP}/state.json"), {RESUMES: "state.json"}),
+    "cut state": (lambda f: cut(f / STEP / "state.json"), {RESUMES: "char"}),
+    "state of another step": (lambda f: (f / STEP).rename(f / "checkpoint-9"), {RESUMES: "checkpoint-9 holds update"}),
+    "half a state": (write(f"{STEP}/state.json", '{"step": 4}'), {RESUMES: "state.json lacks config, tau, order"}),
+    "cut training state": (lambda f: cut(f / STEP / "training_state.pt"), {RESUMES: "training_state.pt cannot be"}),
+    "no old policy": (without(f"{STEP}/old.safetensors"), {RESUMES: "old.safetensors"}),
+    "NaN average": (spoil(f"{STEP}/ema.safetensors", nan), {RESUMES: f"{STEP}/ema.safetensors: base_model"}),
+    "empty policy": (lambda f: (f / STEP / "default.safetensors").write_bytes(b""), {RESUMES: "is empty"}),
+    "killed while saving": (lambda f: (f / "checkpoint-6.aside").mkdir(), {ASIDE: "checkpoint-6.aside"}),
+    "killed while a file was written": (write("summary.json.aside", ""), {ASIDE: "summary.json.aside"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_doctor_names_what_is_wrong_with_a_run(damage, finished, model, tmp_path):
+    """The checks that look at it fail, by the name of the file, and no others."""
     for path, data in contents(finished).items():
-        if path.parent == Path("."):
+        if path.suffix not in (".mp4", ".png"):
+            (tmp_path / path).parent.mkdir(exist_ok=True)
             (tmp_path / path).write_bytes(data)
-    assert failures(cli.check_run_folder(tmp_path, str(model))) == []
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "reward": NaN}\n')
-    (tmp_path / "config.yaml").write_text("sede: 1\n")
-    (tmp_path / "summary.json").write_text(json.dumps({"updates": 4, "seconds": 1, "seed": 0, "after": None}))
-    cut(tmp_path / "adapter_model.safetensors")
-    checks = cli.check_run_folder(tmp_path, str(model))
-    assert len(failures(checks)) == len(checks) == 4
-    assert "did you mean 'seed'" in checks[0].seen and "after.reward" in checks[2].seen and "damaged" in checks[3].seen
+    hurt, findings = DAMAGES[damage]
+    hurt(tmp_path)
+    checks = {check.name: check for check in cli.check_run_folder(tmp_path, str(model))}
+    assert [name for name, check in checks.items() if not check.passed] == [n for n in checks if n in findings]
+    for name, said in findings.items():
+        assert said in checks[name].seen and checks[name].cause
+
+
+def test_doctor_reports_damage_without_a_traceback(finished, model, tmp_path, capsys, monkeypatch):
+    """Everything at once, through the command."""
+    monkeypatch.setattr(cli, "check_update", lambda options: [])
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "adapter_config.json", ADAPTER):
+        (tmp_path / name).write_bytes(b"\xff\x00[")
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-4.aside").mkdir()
+    assert cli.main(["doctor", "--output_dir", str(tmp_path), "--model", str(model)]) == 1
+    out, err = capsys.readouterr()
+    assert out.count("FAIL") == out.count("usual cause: ") == 7 and "0 of 7 checks passed" in out
+    assert "Traceback" not in out + err

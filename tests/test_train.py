@@ -631,6 +631,24 @@ def test_two_processes_are_one_that_sees_both_scripts(make_pipeline, tmp_path):
         assert_close(weight, whole.weights()[key], rtol=0, atol=1e-6)
 
 
+def test_another_process_gives_the_same_numbers_bit_for_bit(make_pipeline, tmp_path):
+    """Same seed, other hashes: breaks if anything depends on the process, a set's order or another generator."""
+    settings = dict(num_generations=2, rank=2, tau_groups=1, max_train_steps=2, unsafe_scale=1.0, learning_rate=5e-3)
+    here = Run(make_pipeline(), **settings | dict(lr_warmup_steps=2, nearest=2, kl_coef=1.0, tau=0.0)).go()
+    script = tmp_path / "one.py"
+    script.write_text(
+        TORCHRUN.format(tests=str(Path(__file__).parent), settings=settings, fails=(), out=str(tmp_path / "out"))
+    )
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "12345"}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    world, steps, weights = torch.load(tmp_path / "out0", weights_only=True)
+    there = [{key: value for key, value in line.items() if key != "step_time"} for line, _, _ in steps]
+    assert world == 1 and there == numbers(here.steps) and len(there) == 2
+    assert all(bitwise(weights[name], here.weights(name)) for name in ("default", "old", "ema"))
+
+
 def test_two_processes_skip_together(tmp_path):
     """The second one's scorer fails in the second update, the first one's gradient is NaN in the third: neither moves,
     and both go on."""

@@ -18,19 +18,27 @@ WEIGHTS = Path(__file__).parent / "weights"  # autoencoder/, teacher/, student/ 
 def load_pocket(name: str = "student", folder: str | Path | None = None, device: str = "cpu") -> Pipeline:
     """Loads the embedded model (`name` "student" or "teacher"), or one that `kvpo-min distill` left in `folder`.
 
-    Raises FileNotFoundError naming the missing folder and how to make it."""
+    Raises FileNotFoundError naming the missing folder and how to make it, and ValueError naming one that is damaged, or
+    whose parts do not belong together."""
     from diffusers import AutoencoderTiny, WanTransformer3DModel
 
+    from kvpo_min.checkpoints import from_folder
     from kvpo_min.wan import WanBackbone
 
     folder = Path(folder or WEIGHTS)
     for part in ("autoencoder", name):
         if not (folder / part / "config.json").exists():
             raise FileNotFoundError(f"{folder / part} holds no model; run `kvpo-min distill --output_dir {folder}`")
-    autoencoder = AutoencoderTiny.from_pretrained(folder / "autoencoder").float().to(device).eval()
-    autoencoder.requires_grad_(False).to(memory_format=torch.channels_last)
-    transformer = WanTransformer3DModel.from_pretrained(folder / name).float().to(device).eval().requires_grad_(False)
-    config = autoencoder.config
+    autoencoder = from_folder(AutoencoderTiny, folder / "autoencoder").float().to(device)
+    autoencoder.to(memory_format=torch.channels_last)
+    transformer = from_folder(WanTransformer3DModel, folder / name).float().to(device)
+    config, sizes = autoencoder.config, transformer.config
+    channels = config.latent_channels
+    if (sizes.in_channels, sizes.out_channels, sizes.text_dim) != (channels, channels, world.TEXT_DIM):
+        raise ValueError(
+            f"{folder}: {name} and autoencoder do not belong together: expected {channels} channels in and out and "
+            f"text of {world.TEXT_DIM} numbers, got {sizes.in_channels}, {sizes.out_channels} and {sizes.text_dim}"
+        )
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:

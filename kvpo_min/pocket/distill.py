@@ -20,6 +20,7 @@ Every stage is resumable: its folder holds weights, optimizers, step and random 
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -36,6 +37,7 @@ from kvpo_min.tve import schedule
 from kvpo_min.wan import WanBackbone
 
 LATENT = (8, 8, 8)  # channels, height, width
+MAY_BE_0 = ("text_dropout", "history_dropout", "guidance", "ema_decay")  # all else of `DistillConfig` is above 0
 
 
 @dataclass
@@ -65,6 +67,25 @@ class DistillConfig:
     ema_decay: float = 0.9  # of the student
     stories: int = 6000
     checkpointing_steps: int = 100
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, least = getattr(self, f.name), 0 if f.name in MAY_BE_0 else 1
+            if f.type == "int" and f.name != "seed" and value < least:
+                raise ValueError(f"{f.name} must be at least {least}, got {value}")
+            if f.type == "float" and not (0 <= value < math.inf and (value or f.name in MAY_BE_0)):
+                raise ValueError(f"{f.name} must be above 0 and finite, got {value}")
+        if max(self.text_dropout, self.history_dropout) > 1 or self.ema_decay >= 1:
+            raise ValueError(
+                f"text_dropout and history_dropout are shares of 1, and ema_decay is below 1, got {self.text_dropout}, "
+                f"{self.history_dropout} and {self.ema_decay}"
+            )
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must lie in -2**63 .. 2**63 - 1, got {self.seed}")
+        try:
+            torch.zeros(1, device=self.device).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, or not on this machine
+            raise ValueError(f"device {self.device!r} is not there: {error}") from None
 
 
 def loop(

@@ -132,7 +132,7 @@ def _parse_segment(words: list[str], first: bool) -> Segment:
 def read_prompts(path: str | Path) -> list[str]:
     """One script a line; empty lines and lines starting with # are skipped. A bad line is refused with its number."""
     scripts = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
             try:
                 parse(line)
