@@ -1,5 +1,5 @@
-"""The command line: `kvpo-min demo | train | sample | eval | export | distill | arena | doctor | parity`. Each command
-is one function below.
+"""The command line: `kvpo-min demo | train | sample | eval | export | distill | arena | bench | doctor | parity`. Each
+command is one function below.
 
 Options are the fields of dataclasses (`TrainConfig` and the ones here), read by jsonargparse from flags and from a
 YAML file (`--config FILE`, `--print_config`). An unknown name is an error that names the nearest known one. What the
@@ -152,6 +152,25 @@ class ArenaOptions:
             raise ValueError(f"evaluations must be 1 to forwards, got {self.evaluations} and {self.forwards}")
         check_weights(self.vq, self.mq, self.ta)
         check_seed(self.sweep_seed, "sweep_seed")
+
+
+@dataclass
+class BenchOptions:
+    """Times one update against a plain one"""
+
+    json: str = ""  # file that the result is written to; empty: it is only printed
+    pairs: int = 5  # how often each is timed, one after the other; medians are reported
+    scaling: bool = False  # instead: how time grows with branches, blocks and history, and the memory of a long stream
+    num_frames: int = 39  # 39 for the short mode, 147 for the long one
+    num_segments: int = 1
+    num_generations: int = 8  # branches
+    perturb_num_blocks: int = 5  # routed blocks after the fork
+    seed: int = 0
+    model: str = ""  # folder with autoencoder/ and student/; empty: the embedded model
+
+    def __post_init__(self):
+        if self.pairs < 1:
+            raise ValueError(f"pairs must be at least 1, got {self.pairs}")
 
 
 @dataclass
@@ -1192,6 +1211,31 @@ def arena_command(argv: Sequence[str]) -> int:
     return 0
 
 
+def bench_command(argv: Sequence[str]) -> int:
+    (options,) = split_options(parse_options("bench", [BenchOptions], argv), BenchOptions)
+    if Path(options.json).is_dir() and options.json:
+        raise IsADirectoryError(f"--json must name a file, {options.json} is a folder")
+    from kvpo_min import bench
+
+    bench.load_naive()
+    config = bench.make_config(options)
+    run_prompts(config, RunOptions())
+    check_geometry(config)
+    measure, show = (bench.scaling, bench.scaling_table) if options.scaling else (bench.bench, bench.table)
+    say("measuring; other programs that run meanwhile count too ...")
+    try:
+        result = measure(load_model(options.model), run_rewards(RunOptions(), None), options)
+    except bench.Disagreement as error:
+        say(f"kvpo-min: error: {error}")
+        return 1
+    print(show(result))
+    if options.json:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(options.json), result)
+        print(f"\nwritten to {options.json}")
+    return 0
+
+
 def doctor(argv: Sequence[str]) -> int:
     (options,) = split_options(parse_options("doctor", [DoctorOptions], argv), DoctorOptions)
     if options.output_dir and not Path(options.output_dir).is_dir():
@@ -1538,6 +1582,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "export": (export_command, "Writes an adapter for other programs: diffusers, peft or the authors' layout."),
     "distill": (distill_command, "Makes the pocket model from nothing: autoencoder, teacher, 4-step student."),
     "arena": (arena_command, "Compares KVPO with other methods at equal cost: one row of a CSV for each measurement."),
+    "bench": (bench_command, "Times one update against a plain one and its floor, if their numbers agree."),
     "doctor": (doctor, "Runs one update and prints every invariant with PASS or FAIL and the usual cause."),
     "parity": (parity_command, "Compares this code with numbers recorded from the authors': the largest differences."),
 }

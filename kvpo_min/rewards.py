@@ -63,9 +63,12 @@ def ink_maps(videos: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
     inks [N, F, colours, H, W] (their sum is how much of the pixel is a thing at all), distance [N, F, H, W] to the
     nearest colour."""
     palette = torch.tensor([*scene.inks.values(), *scene.papers]).to(videos)  # [P, 3]
-    squared = torch.stack([(videos - ink[:, None, None]).square().sum(2) for ink in palette], 2)  # [N, F, P, H, W]
-    share = (-squared / (2 * scene.spread**2)).softmax(2)
-    return share[:, :, : len(scene.inks)], squared.amin(2).add(1e-8).sqrt()
+    inks, distances = [], []
+    for video in videos:  # one at a time, since what is made on the way then fits a CPU's caches
+        squared = torch.stack([(video - ink[:, None, None]).square().sum(1) for ink in palette], 1)  # [F, P, H, W]
+        inks.append((-squared / (2 * scene.spread**2)).softmax(1)[:, : len(scene.inks)])
+        distances.append(squared.amin(1).add(1e-8).sqrt())
+    return torch.stack(inks), torch.stack(distances)
 
 
 def centre_steps(mass: Tensor) -> Tensor:

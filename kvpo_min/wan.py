@@ -82,7 +82,10 @@ class FrameRope(nn.Module):
     def turn(self, frames: Tensor, height: int, width: int) -> Tensor:
         """frames [b, n] absolute -> cos + i sin [b, n * height * width, 1, D / 2]"""
         if int(frames.max()) >= len(self.freqs_cos):
-            raise ValueError(f"frame {int(frames.max())} is past the table of {len(self.freqs_cos)} positions")
+            raise ValueError(
+                f"frame {int(frames.max())} is past the table of {len(self.freqs_cos)} positions: make the video "
+                f"shorter, or load the transformer with a larger rope_max_seq_len"
+            )
         out = []
         for table in (self.freqs_cos, self.freqs_sin):
             t, h, w = table.split(self.split, 1)
