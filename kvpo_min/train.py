@@ -306,29 +306,6 @@ def acting(policies, name: str):
         policies.set_adapter("default")
 
 
-@contextlib.contextmanager
-def merged(policies, name: str):
-    """`acting(policies, name)` for passes without gradient, which on a CPU take a fifth less: the adapter is added to
-    the base's weights, and these are put back bit for bit. The numbers are the same up to rounding.
-    Elsewhere it is `acting`: a base in 16 bits would round the adapter away, and a GPU has no memory for the copy."""
-    layers = [layer for layer in policies.modules() if hasattr(layer, "get_delta_weight")]
-    base = [layer.get_base_layer().weight for layer in layers]
-    if any(weight.dtype.itemsize < 4 or weight.device.type != "cpu" for weight in base):
-        with acting(policies, name):
-            yield
-        return
-    before = [weight.detach().clone() for weight in base]
-    try:
-        with torch.no_grad(), acting(policies, "initial"):
-            for layer, weight in zip(layers, base, strict=True):
-                weight += layer.get_delta_weight(name)
-            yield
-    finally:
-        with torch.no_grad():
-            for weight, saved in zip(base, before, strict=True):
-                weight.copy_(saved)
-
-
 # -------------------------------------------------------------------------------------------------------------- rewards
 
 
@@ -581,7 +558,7 @@ def train(
         texts = [pipeline.embed([text]) for text in pipeline.segments(script)]
         near = range(plan.fork - switch_reach(window), plan.fork)
         needed = {*range(window.sink), *plan.routes.flatten().tolist(), *near}
-        with merged(policies, "old"):  # no name for the prefix here: if `fork` encodes it again, it must be freed
+        with acting(policies, "old"):  # no name for the prefix here: if `fork` encodes it again, it must be freed
             made = fork(
                 pipeline.backbone, texts, noise, plan, stop, chunk_end, sampler, config.nearest,
                 config.branch_batch or None,

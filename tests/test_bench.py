@@ -10,12 +10,10 @@ import torch
 
 from kvpo_min import bench, cli
 from kvpo_min import chr as routing
-from kvpo_min import train as loop
 from kvpo_min.cli import BenchOptions
 from kvpo_min.pocket import pocket_rewards
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import Sampler, draw_noise, fork, replay
-from kvpo_min.train import acting, merged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -286,41 +284,6 @@ def test_a_process_of_its_own(monkeypatch, capsys, make_pipeline):
 
 
 # ----------------------------------------------------------------------------------------------- what makes it fast
-
-
-def weights_of(pipeline):
-    return {name: weight.clone() for name, weight in pipeline.backbone.named_parameters()}
-
-
-def test_merged_is_acting_and_leaves_nothing_behind(make_pipeline):
-    subject, config, task = make(make_pipeline)
-    loop.copy_adapter(subject.policies, "default", "old")
-    backbone, before = subject.pipeline.backbone, weights_of(subject.pipeline)
-    call = task.noise[:, 0, 0], torch.ones(1), 21, subject.pipeline.embed(["a disc"]), None
-
-    def velocity(how, name):
-        with torch.no_grad(), how(subject.policies, name):
-            return backbone.velocity(*call)
-
-    for name in ("old", "default"):
-        torch.testing.assert_close(velocity(merged, name), velocity(acting, name), atol=2e-6, rtol=2e-6)
-    assert (velocity(merged, "old") - velocity(acting, "initial")).abs().max() > 1e-3
-    with pytest.raises(KeyboardInterrupt), merged(subject.policies, "old"):
-        raise KeyboardInterrupt
-    after = weights_of(subject.pipeline)
-    assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
-    assert all(weight.requires_grad == (".default." in name) for name, weight in backbone.named_parameters())
-
-
-def test_a_base_in_16_bits_is_not_merged(make_pipeline):
-    """Adding a small adapter to it would round it away."""
-    subject, _, _ = make(make_pipeline)
-    base = subject.pipeline.backbone.transformer.blocks[0].attn1.to_q.get_base_layer().weight
-    for dtype, moved in ((torch.bfloat16, False), (torch.float32, True), (torch.float64, True)):
-        subject.pipeline.backbone.to(dtype)
-        before = base.detach().clone()
-        with merged(subject.policies, "default"):
-            assert base.equal(before) != moved
 
 
 def test_replays_in_small_batches_are_one_batch(make_pipeline):

@@ -142,6 +142,17 @@ CASES = {
         "perturb_num_blocks": of("config", perturb_num_blocks=3),
         "rank": of("config", rank=3),
     },
+    cli.BenchOptions: {
+        "json": of("files", json="b.json"),
+        "pairs": of("timed", pairs=2),
+        "scaling": of("timed", scaling=True),
+        "num_frames": of("config", num_frames=147),
+        "num_segments": of("config", {"num_frames": 147}, num_segments=4),
+        "num_generations": of("config", num_generations=3),
+        "perturb_num_blocks": of("config", perturb_num_blocks=3),
+        "seed": of("config", seed=1),
+        "model": of("model", model="{there}/pocket"),
+    },
     cli.ParityOptions: {"golden": of("err", golden="{there}/full")},
     WanOptions: {
         "lora": of("transformer", lora="a/b"),
@@ -416,6 +427,25 @@ def observe_doctor(options, make_pipeline, monkeypatch, folder):
     return seen | command("doctor", options)
 
 
+def observe_bench(options, make_pipeline, monkeypatch, folder):
+    from kvpo_min import bench
+
+    seen = stub_models(monkeypatch, make_pipeline, {})
+
+    def stub(what):
+        def timed(pipeline, rewards, options):
+            seen.update(timed=(what, options.pairs), config=bench.make_config(options))
+            return {}
+
+        return timed
+
+    for name in ("bench", "scaling"):
+        monkeypatch.setattr(bench, name, stub(name))
+    for name in ("table", "scaling_table"):
+        monkeypatch.setattr(bench, name, lambda result: "a table")
+    return seen | command("bench", options) | {"files": sorted(files(folder))}
+
+
 def observe_parity(options, make_pipeline, monkeypatch, folder):
     from kvpo_min.parity import parity
 
@@ -507,8 +537,8 @@ def observe_distill(options, make_pipeline, monkeypatch, folder, stories, make_t
 OBSERVERS = {
     TrainConfig: observe_train, cli.RunOptions: observe_run, cli.SampleOptions: observe_sample,
     cli.EvalOptions: observe_eval, cli.ExportOptions: observe_export, cli.ArenaOptions: observe_arena,
-    cli.DoctorOptions: observe_doctor, cli.ParityOptions: observe_parity, WanOptions: observe_wan,
-    distill.DistillConfig: observe_distill, astrolabe.AstrolabeConfig: observe_astrolabe,
+    cli.DoctorOptions: observe_doctor, cli.BenchOptions: observe_bench, cli.ParityOptions: observe_parity,
+    WanOptions: observe_wan, distill.DistillConfig: observe_distill, astrolabe.AstrolabeConfig: observe_astrolabe,
 }  # fmt: skip
 
 
