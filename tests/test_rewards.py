@@ -310,3 +310,16 @@ def test_weights_must_fit_the_rewards():
     for weights in ({}, {"vq": 1.0}, {"vq": 1.0, "mq": 1.0, "tq": 1.0}):
         with pytest.raises(ValueError, match=r"weights for \['mq', 'ta', 'vq'\] are needed, got weights for"):
             Mixture(REWARDS, weights)
+
+
+@pytest.mark.parametrize(
+    "videos, prompts, expected",
+    [
+        (torch.zeros(2, 4, 3, 8, 8, dtype=torch.uint8), ["a disc"] * 2, "floats in .0, 1., got torch.uint8"),
+        (torch.zeros(6, 4, 3, 8, 8), "a disc", "a list of prompts, got 'a disc'"),
+    ],
+)
+def test_pixels_of_bytes_and_a_bare_prompt_are_refused(videos, prompts, expected):
+    for reward in REWARDS.values():
+        with pytest.raises(ValueError, match=expected):
+            reward(videos, prompts)
