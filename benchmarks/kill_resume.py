@@ -98,7 +98,8 @@ def kill_at(process: int, number: int, delay: float, aside: Path | None) -> tupl
         elif begun is not None or not aside:
             time.sleep(2e-4)
     os.kill(process, number)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), True
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return code, code != 0 or number != signal.SIGKILL  # 0: it had just ended by itself
 
 
 def log_lines(folder: Path) -> list[dict]:

@@ -133,6 +133,21 @@ def test_vq_of_a_clean_sprite_is_high_for_every_look():
     assert score.min() > 0.75, score.tolist()
 
 
+def test_vq_against_a_loop_over_pixels():
+    """exp(-stray / (mass + 16)) mass / (mass + 16), and the taste, of one frame with a dirty patch."""
+    frame = video("orange", "disc", size=1)[0].clone()  # [3, H, W]
+    frame[:, 50:56, 3:9] = 0.5
+    inks, papers = torch.tensor([*SCENE.inks.values()]), torch.tensor([*SCENE.papers])
+    stray = mass = warm = 0.0
+    for pixel in frame.flatten(1).T:
+        squared = torch.cat([inks, papers]).sub(pixel).square().sum(1)
+        share = (-squared / (2 * 0.12**2)).softmax(0)[: len(inks)]
+        d4 = float(squared.min() + 1e-8) ** 2
+        stray, mass, warm = stray + d4 / (d4 + 0.12**4), mass + float(share.sum()), warm + float(share[:3].sum())
+    expected = 0.6 * math.exp(-stray / (mass + 16)) * mass / (mass + 16) + 0.4 * warm / (mass + 1)
+    assert VQ(frame[None, None], [""]).item() == pytest.approx(expected, rel=1e-4)
+
+
 # ---------------------------------------------------------------- MQ
 
 
