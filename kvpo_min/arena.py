@@ -39,7 +39,7 @@ from torch import Tensor
 from kvpo_min import astrolabe
 from kvpo_min.baselines import EXPLORATIONS, METHODS, POLICIES, REFUSED, Method, State, best_of_n, check_cell, update
 from kvpo_min.chr import Window, chunk_starts
-from kvpo_min.cli import EVAL_SEED, ArenaOptions, check_geometry, check_seed, nearest_known, say
+from kvpo_min.cli import EVAL_SEED, ArenaOptions, check_geometry, check_official, check_seed, nearest_known, say
 from kvpo_min.pocket.world import prompt_set
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import Sampler, draw_noise
@@ -127,6 +127,8 @@ def config_of(method: str, options: ArenaOptions, learning_rate: float, seed: in
             given[name] = {"true": True, "false": False}[text.lower()] if of is bool else of(text)
         except (ValueError, KeyError):
             raise ValueError(f"--set {name}={text}: expected a {of.__name__}") from None
+    if kind is TrainConfig:
+        check_official(defaults | given)
     return kind(**given)
 
 

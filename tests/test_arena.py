@@ -317,6 +317,7 @@ WRONG = {
     "value": (["--methods", "kvpo", "--set", "kl_coef=much"], "expected a float"),
     "truth": (["--methods", "astrolabe", "--set", "selective=maybe"], "expected a bool"),
     "range": (["--methods", "kvpo", "--set", "num_generations=1"], "num_generations must be at least 2"),
+    "official": (["--methods", "kvpo", "--set", "compat=official,tau=3"], "tau is 2.0 with compat official, got 3.0"),
     "fork": (["--methods", "kvpo", "--set", "perturb_num_blocks=9"], "no block can fork"),
     "seeds": (["--seeds", "0;1"], "--seeds takes numbers"),
     "eval seed": (["--seeds", str(cli.EVAL_SEED)], "draw the evaluation prompts"),

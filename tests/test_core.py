@@ -635,13 +635,3 @@ ONE = {"vq": torch.ones(2)}
 def test_grpo_errors(call, error, match):
     with pytest.raises(error, match=match):
         call()
-
-
-def test_scale_is_of_the_whole_loss():
-    """Policy and KL term alike; the KL by hand, in nats."""
-    log_p = torch.log_softmax(torch.tensor([0.1, -0.3, 0.5], dtype=torch.float64), 0)
-    log_p_init, A = torch.full((3,), 1 / 3, dtype=torch.float64).log(), torch.tensor([1.0, -0.5, 0.2])
-    kl = sum(p.exp() * (p - q) for p, q in zip(log_p, log_p_init, strict=True))
-    whole = kvpo_loss(log_p, log_p, log_p_init, A, kl_weight=7.0)
-    torch.testing.assert_close(whole.total, -A.double().mean() + 7 * kl)
-    torch.testing.assert_close(kvpo_loss(log_p, log_p, log_p_init, A, kl_weight=7.0, scale=0.5).total, whole.total / 2)

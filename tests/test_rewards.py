@@ -327,14 +327,7 @@ def test_weights_must_fit_the_rewards():
             Mixture(REWARDS, weights)
 
 
-@pytest.mark.parametrize(
-    "videos, prompts, expected",
-    [
-        (torch.zeros(2, 4, 3, 8, 8, dtype=torch.uint8), ["a disc"] * 2, "floats in .0, 1., got torch.uint8"),
-        (torch.zeros(6, 4, 3, 8, 8), "a disc", "a list of prompts, got 'a disc'"),
-    ],
-)
-def test_pixels_of_bytes_and_a_bare_prompt_are_refused(videos, prompts, expected):
+def test_pixels_of_bytes_are_refused():
     for reward in REWARDS.values():
-        with pytest.raises(ValueError, match=expected):
-            reward(videos, prompts)
+        with pytest.raises(ValueError, match=r"floats in \[0, 1\], got torch.uint8"):
+            reward(torch.zeros(2, 4, 3, 8, 8, dtype=torch.uint8), ["a disc"] * 2)
