@@ -28,7 +28,9 @@ from torch import Tensor
 from kvpo_min.chr import Plan, Window, branch_frames, ordinary_frames
 from kvpo_min.tve import Trajectory
 
-AT_ONCE = 48  # velocities that a replay on a CPU asks for at once: more fall out of its caches, and take longer each
+# Velocities that a replay asks a CPU for at once: more fall out of its caches, and take longer each. Not those with graph:
+# their gradient would be summed in another order, and runs recorded before would no longer repeat to the last digit.
+AT_ONCE = 48
 
 
 class Backbone(Protocol):
@@ -343,7 +345,8 @@ def _velocities(backbone, z, sampler, start, text, contexts, grad_steps, replay_
         index = torch.cartesian_prod(torch.arange(g), torch.arange(n_blocks), s)  # [G * B * S', 3]
         out = []
         with torch.set_grad_enabled(with_grad and torch.is_grad_enabled()):
-            for i in index.split(replay_batch or (AT_ONCE if z.device.type == "cpu" else len(index))):
+            small = z.device.type == "cpu" and not torch.is_grad_enabled()
+            for i in index.split(replay_batch or (AT_ONCE if small else len(index))):
                 x, sigma = z[i[:, 0], i[:, 1], i[:, 2]], sampler.sigmas[i[:, 2]]
                 read = [contexts[b][:, :, g] for g, b in i[:, :2].tolist()]
                 one = (i[:, :2] == i[:1, :2]).all()  # steps of one branch and block share their context
