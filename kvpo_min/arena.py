@@ -42,7 +42,7 @@ from kvpo_min.chr import Window, chunk_starts
 from kvpo_min.cli import EVAL_SEED, ArenaOptions, check_geometry, check_official, check_seed, nearest_known, say
 from kvpo_min.pocket.world import prompt_set
 from kvpo_min.rewards import Mixture
-from kvpo_min.rollout import Sampler, draw_noise
+from kvpo_min.rollout import Sampler, draw_noise, switch_reach
 from kvpo_min.train import Pipeline, TrainConfig, adapter_weights, add_policies, sample, score, train
 
 MODES = {"short": (39, 1), "long": (147, 4)}  # frames, prompts a script
@@ -226,7 +226,8 @@ def best_videos(
     pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, config: TrainConfig, method: str, seed: int
 ) -> Iterator[Tensor]:
     """The same for Best-of-N: the first of the N = G candidates has the noise that `ordinary` gives it."""
-    window, sigmas, num_frames, n = Window(history=21), pipeline.sigmas, config.num_frames, config.num_generations
+    window, sigmas, num_frames, n = Window(), pipeline.sigmas, config.num_frames, config.num_generations
+    window = replace(window, history=window.sink + switch_reach(window))  # nothing is routed
     borders = [*(chunk_starts(num_frames)[1:] if method == "best_of_n_chunks" else []), num_frames]
     shape = (num_frames // window.block, len(sigmas), (window.block, *pipeline.latent_shape))
     others = torch.Generator().manual_seed(seed)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from kvpo_min.chr import Plan, Window
 from kvpo_min.rewards import Mixture
-from kvpo_min.rollout import Rollout, Sampler, Stream, fork, generate, replay
+from kvpo_min.rollout import Rollout, Sampler, Stream, fork, generate, replay, switch_reach
 from kvpo_min.train import acting, adapter_weights, add_policies, copy_adapter, score
 from kvpo_min.tve import Trajectory, schedule
 
@@ -387,7 +387,8 @@ def train(pipeline, scripts: Sequence[str], rewards: Mixture, config: AstrolabeC
     optimizer = torch.optim.AdamW(weights.values(), lr=config.learning_rate, weight_decay=config.adam_weight_decay)
     generator = torch.Generator().manual_seed(config.seed)
 
-    window, sigmas, device = Window(history=21), pipeline.sigmas, pipeline.backbone.device
+    window, sigmas, device = Window(), pipeline.sigmas, pipeline.backbone.device
+    window = replace(window, history=window.sink + switch_reach(window))  # nothing is routed
     n_segments = len(pipeline.segments(scripts[0]))
     sampler = Sampler(sigmas, window, switches=pipeline.switches[: n_segments - 1])
     levels = sigmas if config.levels == "sampler" else schedule(len(sigmas), shift=1.0)

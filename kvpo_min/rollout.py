@@ -28,8 +28,8 @@ from torch import Tensor
 from kvpo_min.chr import Plan, Window, branch_frames, ordinary_frames
 from kvpo_min.tve import Trajectory
 
-# Velocities that a replay asks a CPU for at once: more fall out of its caches, and take longer each. Not those with graph:
-# their gradient would be summed in another order, and runs recorded before would no longer repeat to the last digit.
+# Velocities that a replay without graph asks a CPU for at once: more fall out of its caches and take longer each. With
+# graph the gradient would be summed in another order, and recorded runs would no longer repeat to the last digit.
 AT_ONCE = 48
 
 
