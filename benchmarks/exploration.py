@@ -9,7 +9,9 @@ branches against the unrouted anchor, from the fork to the end of its chunk.
   the anchor, and the share in which colour, shape or motion alone differ
 - spread: standard deviation of the weighted reward inside a group
 - distance: mean distance of the branches' frames from the nearest clean rendering, over the anchors'
-Noise at strength s mixes the initial noise of the same blocks that routing would touch: sqrt(1 - s^2) shared + s fresh.
+Noise of strength s, sqrt(1 - s^2) shared + s fresh, is mixed into the initial noise ("at the fork") or the re-noising
+steps ("consistency noise") of the same five blocks that routing would touch; "fresh noise" is all noise from the fork
+on. The four are those of the comparison of methods (`kvpo_min.baselines.explore`).
 """
 
 import argparse
@@ -20,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from kvpo_min import chr as routing
+from kvpo_min.baselines import explore
 from kvpo_min.pocket import load_pocket, pocket_rewards, world
 from kvpo_min.rollout import Sampler, draw_noise, fork
 from kvpo_min.train import score
@@ -30,14 +33,20 @@ WAYS = {
     "routing, nearest 0, 6 routed": dict(nearest=0, past=6),
     "routing, nearest 2, 5 routed": dict(nearest=2, past=7),
     "routing, nearest 1, 6 routed": dict(nearest=1, past=7),
-    "noise at the fork, strength 0.3": dict(noise=0.3),
-    "noise at the fork, strength 0.6": dict(noise=0.6),
-    "noise at the fork, strength 1.0": dict(noise=1.0),
+    "noise at the fork, strength 0.3": dict(kind="initial", strength=0.3),
+    "noise at the fork, strength 0.6": dict(kind="initial", strength=0.6),
+    "noise at the fork, strength 1.0": dict(kind="initial", strength=1.0),
+    "consistency noise, strength 0.3": dict(kind="consistency", strength=0.3),
+    "consistency noise, strength 0.6": dict(kind="consistency", strength=0.6),
+    "consistency noise, strength 1.0": dict(kind="consistency", strength=1.0),
+    "fresh noise": dict(kind="fresh"),
 }
 
 
 @torch.no_grad()
-def explore(pipeline, scripts, n_frames: int, n_branches: int, nearest=1, past=6, noise=None, seed=0) -> dict:
+def measure(
+    pipeline, scripts, n_frames: int, n_branches: int, kind="routing", nearest=1, past=6, strength=0.5, seed=0
+) -> dict:
     """One way to explore, over one fork a script."""
     rewards, window, sigmas = pocket_rewards(), routing.Window(past=past), pipeline.sigmas
     generator = torch.Generator().manual_seed(seed)
@@ -49,12 +58,7 @@ def explore(pipeline, scripts, n_frames: int, n_branches: int, nearest=1, past=6
         end = min([s for s in routing.chunk_starts(n_frames) if s > plan.fork] + [n_frames])
         shape = (window.block, *pipeline.latent_shape)
         z = draw_noise(end // window.block, len(sigmas), shape, generator)
-        if noise is not None:
-            plan = routing.Plan(plan.fork, plan.pool, plan.routes, 0)  # nothing routed
-            z = z.repeat(n_branches + 1, *[1] * (z.ndim - 1))
-            here = slice(plan.fork // window.block, plan.fork // window.block + 5)
-            fresh = torch.randn(z[:-1, here, 0].shape, generator=generator)
-            z[:-1, here, 0] = (1 - noise**2) ** 0.5 * z[:-1, here, 0] + noise * fresh
+        z, plan = explore(kind, plan, z, generator, window.block, strength)
         made = fork(pipeline.backbone, texts, z, plan, end, end, sampler, nearest)
         pixels = pipeline.decode(made.videos[:, plan.fork :])
         reading = world.judge(pixels)
@@ -104,7 +108,7 @@ def main() -> None:
     print("| way | " + " | ".join(keys) + " |\n|" + "---|" * (len(keys) + 1))
     for way, how in list(WAYS.items())[: args.ways]:
         if way not in table:
-            table[way] = explore(pipeline, scripts, args.num_frames, args.branches, **how)
+            table[way] = measure(pipeline, scripts, args.num_frames, args.branches, **how)
             path.write_text(json.dumps(found, indent=1) + "\n")
         print(f"| {way} | " + " | ".join(f"{table[way][key]:.3f}" for key in keys) + " |", flush=True)
 

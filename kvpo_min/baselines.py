@@ -99,9 +99,9 @@ def explore(
 
     fresh: all noise from the fork on is each branch's own.
     initial: eps = sqrt(1 - s^2) eps* + s delta for the initial noise of the plan's n_blocks blocks (Neighbor GRPO,
-      arXiv 2511.16955, s 0.3; AR-CoPO, 2603.17461, one pivot block, s 0.5). `strength` s in (0, 1).
+      arXiv 2511.16955, s 0.3; AR-CoPO, 2603.17461, one pivot block, s 0.5).
     consistency: the re-noising of those blocks, mixed likewise; s = 1 is the sampler's own randomness (CM-GRPO).
-    routing: nothing but the plan (KVPO). `strength` is not used by fresh and routing.
+    routing: nothing but the plan (KVPO). `strength` s in (0, 1] is not used by fresh and routing.
     """
     if kind not in EXPLORATIONS:
         raise ValueError(f"exploration must be one of {EXPLORATIONS}, got {kind!r}")
@@ -109,8 +109,8 @@ def explore(
         raise ValueError(f"expected the anchor's noise [1, blocks, S, F, C, H, W], got {list(noise.shape)}")
     if kind == "routing":
         return noise, plan
-    if kind == "initial" and not 0 < strength < 1 or not 0 < strength <= 1:
-        raise ValueError(f"strength must lie in (0, 1), or be 1 for consistency noise, got {strength}")
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must lie in (0, 1], got {strength}")
     n_branches, first = len(plan.routes), plan.fork // block
     out = noise.repeat(n_branches + 1, *[1] * (noise.ndim - 1))
     last = noise.shape[1] if kind == "fresh" else first + plan.n_blocks

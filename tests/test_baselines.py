@@ -187,7 +187,7 @@ def test_pivot_block_alone(noise):
 
 
 def test_exploration_refuses(noise):
-    for kind, strength in (("initial", 1.0), ("initial", 0.0), ("consistency", 1.5)):
+    for kind, strength in (("initial", 1.5), ("initial", 0.0), ("consistency", 1.5)):
         with pytest.raises(ValueError, match="strength"):
             explore(kind, PLAN, noise, seeded(), strength=strength)
     explore("consistency", PLAN, noise, seeded(), strength=1.0)
