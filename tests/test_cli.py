@@ -79,6 +79,9 @@ def contents(folder):
 # ------------------------------------------------------------------------------------------------------------- options
 
 
+COMMANDS = ("demo", "train", "sample", "eval", "export", "distill", "doctor", "parity", "arena", "bench")
+
+
 def test_help_needs_no_torch():
     code = (
         "import sys; from kvpo_min.cli import main; assert main(['--help']) == 0; assert main([]) == 2; "
@@ -86,16 +89,17 @@ def test_help_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "train", "sample", "eval", "export", "distill", "doctor", "parity"):
+    for command in COMMANDS:
         assert f"\n  {command} " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "sample", "eval", "export", "distill", "doctor"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command_explains_every_option(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])
     out = " ".join(capsys.readouterr().out.split())  # argparse wraps lines as wide as the terminal
-    assert stopped.value.code == 0 and ("--json" if command == "eval" else "--output_dir") in out
+    flag = {"eval": "--json", "parity": "--golden", "arena": "--csv", "bench": "--pairs"}.get(command, "--output_dir")
+    assert stopped.value.code == 0 and flag in out
     if command == "train":
         assert "length of the videos" in out and "--num_generations" in out and "default: 0.001" in out
 
