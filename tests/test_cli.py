@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from kvpo_min import cli
+from kvpo_min import cli, doctor
 from kvpo_min.chr import Plan
 from kvpo_min.pocket import load_pocket, pocket_rewards, world
 from kvpo_min.real import WanOptions
@@ -527,7 +527,7 @@ def test_doctor_reports_an_update_that_cannot_run(model, capsys, monkeypatch):
         raise ValueError("energies of a group must differ")
         yield
 
-    monkeypatch.setattr("kvpo_min.train.train", broken)
+    monkeypatch.setattr(doctor, "train", broken)
     assert cli.main(["doctor", "--model", str(model), "--rank", "2"]) == 1
     out = capsys.readouterr().out
     assert "FAIL  one update runs  (energies of a group must differ)\n      usual cause: " in out
@@ -537,7 +537,7 @@ def test_doctor_reports_an_update_that_cannot_run(model, capsys, monkeypatch):
 def update(make_pipeline):
     """One update of the tiny pipeline: (pipeline, policies, weights before, step, config)."""
     pipeline = make_pipeline()
-    config = cli.doctor_config(cli.DoctorOptions(num_generations=3, rank=2))
+    config = doctor.doctor_config(cli.DoctorOptions(num_generations=3, rank=2))
     policies = add_policies(pipeline, config)
     before = {key: weight.detach().clone() for key, weight in adapter_weights(policies, "default").items()}
     step = next(train(pipeline, world.prompt_set(4, 1, 0), pocket_rewards(), config, policies))
@@ -557,13 +557,14 @@ def test_doctor_sees_what_is_broken(update):
         return dataclasses.replace(step, groups=[dataclasses.replace(group, **changes)])
 
     def energies(step):
-        return failures(cli.check_energies(pipeline, policies, step, config))
+        return failures(doctor.check_energies(pipeline, policies, step, config))
 
     def routed(routes):
-        return failures(cli.check_routes(broken(plan=Plan(group.plan.fork, group.plan.pool, routes, 5)), config))
+        return failures(doctor.check_routes(broken(plan=Plan(group.plan.fork, group.plan.pool, routes, 5)), config))
 
-    assert failures(cli.check_routes(step, config)) == [] and energies(step) == []
-    assert failures(cli.check_signal(step)) == [] and failures(cli.check_weights_moved(policies, before, step)) == []
+    assert failures(doctor.check_routes(step, config)) == [] and energies(step) == []
+    assert failures(doctor.check_signal(step)) == []
+    assert failures(doctor.check_weights_moved(policies, before, step)) == []
 
     future = group.plan.routes.clone()
     future[0, -1] = group.plan.fork
@@ -585,18 +586,27 @@ def test_doctor_sees_what_is_broken(update):
     assert "the anchor's energy under its own context is 0" in energies(broken(rollout=other_words))
 
     flat = {name: torch.full_like(r, 0.5) for name, r in group.rewards.items()}
-    assert failures(cli.check_signal(broken(rewards=flat))) == ["rewards of a group differ"]
-    assert failures(cli.check_signal(broken(advantages=torch.zeros(3)))) == ["advantages are finite and not all 0"]
-    assert failures(cli.check_signal(broken(loss=float("nan")))) == ["everything that is logged is finite"]
+    assert failures(doctor.check_signal(broken(rewards=flat))) == ["rewards of a group differ"]
+    assert failures(doctor.check_signal(broken(advantages=torch.zeros(3)))) == ["advantages are finite and not all 0"]
+    assert failures(doctor.check_signal(broken(loss=float("nan")))) == ["everything that is logged is finite"]
 
     now = {key: weight.detach().clone() for key, weight in adapter_weights(policies, "default").items()}
-    assert failures(cli.check_weights_moved(policies, now, step)) == ["every weight with a gradient changed"]
+    assert failures(doctor.check_weights_moved(policies, now, step)) == ["every weight with a gradient changed"]
     still = dataclasses.replace(step, grad_norm=0.0)
-    assert failures(cli.check_weights_moved(policies, before, still)) == ["the gradient is finite and above 0"]
+    assert failures(doctor.check_weights_moved(policies, before, still)) == ["the gradient is finite and above 0"]
     weight = next(w for key, w in adapter_weights(policies, "default").items() if "lora_B" in key)
     gradient, weight.grad = weight.grad, None
-    assert failures(cli.check_weights_moved(policies, before, step)) == ["every LoRA pair is reached by the gradient"]
+    checks = doctor.check_weights_moved(policies, before, step)
+    assert failures(checks) == ["every LoRA pair is reached by the gradient"]
     weight.grad = gradient
+
+
+def test_doctor_says_why_its_update_was_skipped(update, make_pipeline, monkeypatch):
+    step = dataclasses.replace(update[3], skipped="the reward is not finite")
+    monkeypatch.setattr(cli, "load_model", lambda folder: make_pipeline())
+    monkeypatch.setattr(doctor, "train", lambda *args: iter([step]))
+    (check,) = doctor.check_update(cli.DoctorOptions(num_generations=3, rank=2))
+    assert (check.passed, check.seen) == (False, "the reward is not finite") and "weights or rewards" in check.cause
 
 
 WHOLE, CONFIG, METRICS, SUMMARY, ASIDE, LOADS = (
@@ -694,7 +704,7 @@ def test_doctor_names_what_is_wrong_with_a_run(damage, finished, model, tmp_path
             (tmp_path / path).write_bytes(data)
     hurt, findings = DAMAGES[damage]
     hurt(tmp_path)
-    checks = {check.name: check for check in cli.check_run_folder(tmp_path, str(model))}
+    checks = {check.name: check for check in doctor.check_run_folder(tmp_path, str(model))}
     assert [name for name, check in checks.items() if not check.passed] == [n for n in checks if n in findings]
     for name, said in findings.items():
         assert said in checks[name].seen and checks[name].cause
@@ -702,7 +712,7 @@ def test_doctor_names_what_is_wrong_with_a_run(damage, finished, model, tmp_path
 
 def test_doctor_reports_damage_without_a_traceback(finished, model, tmp_path, capsys, monkeypatch):
     """Everything at once, through the command."""
-    monkeypatch.setattr(cli, "check_update", lambda options: [])
+    monkeypatch.setattr(doctor, "check_update", lambda options: [])
     for name in ("config.yaml", "metrics.jsonl", "summary.json", "adapter_config.json", ADAPTER):
         (tmp_path / name).write_bytes(b"\xff\x00[")
     (tmp_path / "checkpoint-2").mkdir()

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from test_train import SCRIPTS, Run, bitwise, numbers, only, ranked
 
-from kvpo_min import cli
+from kvpo_min import cli, doctor
 from kvpo_min.reward_models import RewardError
 from kvpo_min.rewards import Mixture
 from kvpo_min.train import adapter_weights, add_policies, checkpoints, save_checkpoint, train
@@ -691,5 +691,5 @@ def test_a_run_that_diverges(model, tmp_path, capsys):
     assert "updates 1 to 3 were skipped; in update 3 the latents of the videos are not finite: the weights have" in err
     weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
-    failed = [check.name for check in cli.check_run_folder(tmp_path / "run", str(model)) if not check.passed]
+    failed = [check.name for check in doctor.check_run_folder(tmp_path / "run", str(model)) if not check.passed]
     assert set(failed) <= {"summary.json is complete", "the adapter loads and changes the model"}
