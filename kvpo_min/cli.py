@@ -534,6 +534,20 @@ def finite(content):
     return content
 
 
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl. Raises ValueError naming a line that is no record of an update."""
+    lines = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        try:
+            lines.append(json.loads(line))
+            lines[-1]["step"]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(
+                f"{path}, line {number}: expected the JSON of an update, got {line[:60]!r} ({error})"
+            ) from None
+    return lines
+
+
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 

@@ -202,20 +202,6 @@ def check_weights_moved(policies, before: Mapping, step) -> list[Check]:
     ]  # fmt: skip
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl. Raises ValueError naming a line that is no record of an update."""
-    lines = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
-        try:
-            lines.append(json.loads(line))
-            lines[-1]["step"]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(
-                f"{path}, line {number}: expected the JSON of an update, got {line[:60]!r} ({error})"
-            ) from None
-    return lines
-
-
 def check_run_folder(folder: Path, model: str) -> list[Check]:
     """The files of a finished run: complete, finite, and an adapter that loads and does something."""
 
@@ -233,7 +219,7 @@ def check_run_folder(folder: Path, model: str) -> list[Check]:
         return True, ""
 
     def metrics_finite():
-        lines = read_metrics(folder / "metrics.jsonl")
+        lines = cli.read_metrics(folder / "metrics.jsonl")
         for k, line in enumerate(lines):
             if line["step"] != k:
                 return False, f"line {k + 1} is of update {line['step']}, expected {k}"
