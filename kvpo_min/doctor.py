@@ -35,7 +35,6 @@ class Check:
 def doctor_config(options: cli.DoctorOptions):
     """One update that moves the weights whether or not a branch beats the anchor: the doctor asks if the machinery
     turns, not if this one group was lucky."""
-
     return TrainConfig(
         output_dir="", seed=options.seed, max_train_steps=1, num_frames=options.num_frames, rank=options.rank,
         lora_alpha=options.rank, num_segments=options.num_segments, num_generations=options.num_generations,
@@ -45,7 +44,6 @@ def doctor_config(options: cli.DoctorOptions):
 
 def check_update(options: cli.DoctorOptions) -> list[Check]:
     """Runs one update on the model at hand and looks at everything that must hold in it."""
-
     config = doctor_config(options)
     scripts, _ = cli.run_prompts(config, cli.RunOptions())
     cli.check_geometry(config)
@@ -88,7 +86,6 @@ def check_update(options: cli.DoctorOptions) -> list[Check]:
 
 
 def check_routes(step, config) -> list[Check]:
-
     plans = [group.plan for group in step.groups]
     newest = max(int(plan.routes.max()) - plan.fork for plan in plans)
     window = Window()
@@ -109,7 +106,6 @@ def check_routes(step, config) -> list[Check]:
 
 def check_energies(pipeline, policies, step, config) -> list[Check]:
     """Replays the group under the policy that made it, which the update has left as it was."""
-
     group = step.groups[0]
     sampler = Sampler(pipeline.sigmas, Window(), switches=pipeline.switches[: config.num_segments - 1])
     n = config.num_generations
@@ -155,7 +151,6 @@ def check_energies(pipeline, policies, step, config) -> list[Check]:
 
 
 def check_signal(step) -> list[Check]:
-
     log = step.log()
     A = torch.cat([group.advantages for group in step.groups])
     finite_numbers = all(math.isfinite(value) for value in log.values())
@@ -178,7 +173,6 @@ def check_signal(step) -> list[Check]:
 
 def check_weights_moved(policies, before: Mapping, step) -> list[Check]:
     """Reads the gradients that the update left on the weights."""
-
     now = adapter_weights(policies, "default")
     pulled = [key for key, weight in now.items() if weight.grad is not None and weight.grad.abs().max() > 0]
     moved = [key for key in pulled if not now[key].detach().equal(before[key])]
@@ -213,7 +207,6 @@ def check_run_folder(folder: Path, model: str) -> list[Check]:
         return Check(name, passed, seen, cause)
 
     def config_reads():
-
         argv, classes = ["--config", str(folder / "config.yaml")], (TrainConfig, cli.RunOptions, WanOptions)
         cli.split_options(cli.parse_options("train", classes, argv), *classes)
         return True, ""
