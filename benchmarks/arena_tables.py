@@ -5,7 +5,8 @@
 Files of several machines can be given together. Changes are after - before on the evaluation prompts, with their
 standard error over seeds; one seed has none. "over prompts" is the standard error of the paired change, mean over
 seeds. The learning rate of a method was chosen on a seed and on evaluation prompts that are in the table of the sweep
-alone. Curves are means over seeds, bands one standard error; Best-of-N trains nothing and is a level.
+alone. A run that went on counts at every budget at which it was evaluated. Curves are means over seeds, bands one
+standard error; Best-of-N trains nothing and is a level.
 """
 
 import argparse
@@ -67,14 +68,6 @@ def best_of(sweep: list[dict]) -> str:
     return max(gains, key=gains.get)
 
 
-def chosen(rows: list[dict]) -> list[dict]:
-    """The results; of a method that was swept those at the best rate alone, should there be others from before the
-    sweep was widened."""
-    best = {key: best_of(own) for key, own in by(sweeps_of(rows), "method", "set").items()}
-    return [row for row in rows if row["purpose"] == "result"
-            and row["learning_rate"] == best.get((row["method"], row["set"]), row["learning_rate"])]  # fmt: skip
-
-
 def sweeps_of(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["purpose"] == "sweep"]
 
@@ -134,20 +127,31 @@ def grid_table(rows: list[dict]) -> str:
     return markdown(["exploration", *POLICIES], lines) + "\n\n" + notes
 
 
-def ablation_table(rows: list[dict]) -> str:
+def ablation_table(rows: list[dict], plain: list[dict]) -> str:
+    """One line a setting, below the method as it is (plain). "against defaults": the difference of the two changes of
+    the reward, over the seeds that both have."""
     names = ("reward", "vq", "mq", "ta", "judge_all", "judge_valid", "judge_distance", "diversity")
     lines = []
-    for (settings, method, rate), own in by(rows, "set", "method", "learning_rate").items():
-        ran = [row for row in own if not row["note"]]
-        changes = [shown([change(row, name) for row in ran] or [math.nan]) for name in names]
-        lines.append([settings, method, "-" if method in UNTRAINED else rate, str(len(ran)), *changes])
-    return markdown(["changed", "method", "learning rate", "seeds", *(SHOWN[name] for name in names)], lines)
+    for (method, rate), changed in by(rows, "method", "learning_rate").items():
+        usual = [row for row in plain if (row["method"], row["learning_rate"]) == (method, rate) and not row["note"]]
+        gains = {row["seed"]: change(row, "reward") for row in usual}
+        for (settings,), own in by([*usual, *changed], "set").items():
+            ran = [row for row in own if not row["note"]]
+            changes = [shown([change(row, name) for row in ran] or [math.nan]) for name in names]
+            more = [change(row, "reward") - gains[row["seed"]] for row in ran if row["seed"] in gains and settings]
+            lines.append([settings or "-", method, "-" if method in UNTRAINED else rate, str(len(ran)), changes[0],
+                          shown(more or [math.nan]), *changes[1:]])  # fmt: skip
+    head = ["changed", "method", "learning rate", "seeds", "reward", "against defaults"]
+    return markdown([*head, *(SHOWN[name] for name in names[1:])], lines)
 
 
 def curve(rows: list[dict], name: str) -> tuple[list[float], list[float], list[float]]:
-    """Forward passes, mean change and its standard error over seeds, from (0, 0) on."""
-    points = [(0.0, 0.0, 0.0)]
-    for _, own in sorted(by(rows, "budget").items(), key=lambda item: int(item[0][0])):
+    """Forward passes, mean change and its standard error over seeds, where most seeds have one; from (0, 0) on."""
+    points, budgets = [(0.0, 0.0, 0.0)], by(rows, "budget")
+    most = max(map(len, budgets.values()))
+    for _, own in sorted(budgets.items(), key=lambda item: int(item[0][0])):
+        if len(own) < most:
+            continue
         mean, error = mean_error([change(row, name) for row in own])
         spent = statistics.fmean(float(row["forwards"]) for row in own)
         points.append((spent, mean, 0.0 if math.isnan(error) else error))
@@ -189,28 +193,31 @@ def main(argv: list[str] | None = None) -> None:
     rows = [row for path in args.csv for row in read_rows(Path(path))]
     for here, group in by(rows, *(name for name in HERE if name != "set")).items():
         model, mode, event, weights, prompts = here
-        free = [row for row in group if row["asked"] == "0"]
-        for asked in sorted({int(row["asked"]) for row in group} - {0}) or [0]:
-            mine = [row for row in group if row["asked"] == str(asked)] + (free if asked else [])
-            results = chosen(mine)
-            plain = [row for row in results if not row["set"]]
-            parts = {
-                "methods": (main_table, [row for row in plain if "+" not in row["method"]]),
-                "exploration x policy: reward; judge": (grid_table, [row for row in plain if "+" in row["method"]]),
-                "other settings": (ablation_table, [row for row in results if row["set"]]),
-            }
-            title = f"{mode} mode" + (f", '{event}'" if event else "") + (f", {model}" if model else "")
-            print(f"## {title}, reward {weights}, {prompts} prompts, {asked:,} forward passes\n")
-            for name, (table, own) in parts.items():
-                if own := [row for row in own if row["budget"] == row["asked"]]:
-                    print(f"### {name}\n\n{table(own)}\n")
-            if sweep := sweeps_of(mine):
+        title = f"{mode} mode" + (f", '{event}'" if event else "") + (f", {model}" if model else "")
+        results = by([row for row in group if row["purpose"] == "result"],
+                     "method", "set", "learning_rate", "seed", "budget").values()  # fmt: skip
+        results = [own[0] for own in results]  # of a shorter run and a longer one that passed by
+        competitors = [row for row in results if not row["set"] and "+" not in row["method"]]
+        for budget in sorted({row["asked"] for row in group} - {"0"}, key=int) or ["0"]:
+            mine = [row for row in results if row["budget"] in (budget, "0")]
+            plain = [row for row in mine if not row["set"]]
+            methods, cells, other = ([row for row in plain if "+" not in row["method"]],
+                                     [row for row in plain if "+" in row["method"]],
+                                     [row for row in mine if row["set"]])  # fmt: skip
+            print(f"## {title}, reward {weights}, {prompts} prompts, {int(budget):,} forward passes\n")
+            if methods:
+                print(f"### methods\n\n{main_table(methods)}\n")
+            if cells:
+                print(f"### exploration x policy: reward; judge\n\n{grid_table(cells)}\n")
+            if other:
+                print(f"### other settings\n\n{ablation_table(other, plain)}\n")
+            if sweep := [row for row in sweeps_of(group) if row["budget"] == budget]:
                 print(f"### Sweep: change of the reward on a seed and prompts of its own\n\n{sweep_table(sweep)}\n")
-            if competitors := parts["methods"][1]:
-                path = Path(args.figures) / (re.sub(r"[^\w]+", "_", f"{title} {weights} {asked}") + ".png")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                curves(competitors).savefig(path, dpi=110)
-                print(f"![change against forward passes]({path})\n")
+        if competitors:
+            path = Path(args.figures) / (re.sub(r"[^\w]+", "_", f"{title} {weights}") + ".png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            curves(competitors).savefig(path, dpi=110)
+            print(f"![change against forward passes]({path})\n")
 
 
 if __name__ == "__main__":

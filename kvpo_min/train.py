@@ -111,6 +111,7 @@ class TrainConfig:
     adv_clip_max: float = 2.5
     local_weight: float = 1.0
     global_weight: float = 0.5
+    fuse_mode: str = "std"  # grpo.fuse: "std" (over the anchor), "zscore" (over the mean of the group), "none"
     global_frames: int = 36  # frames after the fork's chunk that the global reward sees, if the video goes on
     unsafe_scale: float = 0.0  # factor on the loss when no branch beats the anchor: 0 (paper) or 0.5 (authors)
     compat: str = ""  # "official": the authors' routing, energy and replay context, and the numbers below
@@ -170,6 +171,8 @@ class TrainConfig:
             raise ValueError(f"grad_steps must be 1 to 4 (denoising steps), got {self.grad_steps}")
         if self.num_generations < 2:
             raise ValueError("num_generations must be at least 2: a policy over one branch has nothing to choose")
+        if self.fuse_mode not in ("std", "zscore", "none"):
+            raise ValueError(f'fuse_mode must be "std", "zscore" or "none", got {self.fuse_mode!r}')
         if self.compat not in ("", "official"):
             raise ValueError(f'compat must be "" or "official", got {self.compat!r}')
         if not 0 <= self.ema_decay < 1:
@@ -581,7 +584,7 @@ def train(
         anchors = [{name: s[-1] for name, s in signal.items()} for signal in signals]
         advantages = [anchor_advantages(b, a, rewards.weights) for b, a in zip(branches, anchors, strict=True)]
         A = fuse(advantages[0], advantages[1] if rest.shape[1] else None,
-                 config.local_weight, config.global_weight, clamp=config.adv_clip_max)  # fmt: skip
+                 config.local_weight, config.global_weight, config.fuse_mode, config.adv_clip_max)  # fmt: skip
         A = A.to(device)  # pixels and scores may live on the CPU
         safe = any(branch_is_safe(b, a, rewards.weights) for b, a in zip(branches, anchors, strict=True))
 

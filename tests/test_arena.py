@@ -360,24 +360,26 @@ def test_tables_and_figures(tmp_path, capsys):
     rows = [fake(options, "rwr", rate, 100, gain, "sweep") for rate, gain in ((1e-4, 0.1), (1e-3, 0.4))]
     rows += [fake(options, "rwr", 1e-3, seed, gain / 2, budget=45) for seed, gain in enumerate(gains)]
     rows += [fake(options, "rwr", 1e-3, seed, gain) for seed, gain in enumerate(gains)]
-    rows += [fake(options, "rwr", 1e-4, 0, 7.0)]  # from before 1e-3 was tried: not to be mixed in
+    rows += [fake(options, "rwr", 1e-4, 0, 7.0)]  # another rate: a line of its own
     rows += [fake(options, "best_of_n", 0.0, 0, 0.2, passes_per_video="520")]
     rows += [fake(options, "routing+energy", 1e-3, 0, -0.05)]
     changed = replace(options, set="num_generations=4")
     rows += [fake(changed, "rwr", 1e-3, 0, 0.07)]
+    rows += [fake(replace(options, forwards=180), "rwr", 1e-3, 3, 0.19, budget=90)]  # went on, and passed by here
+    gains = [*gains, 0.19]
     for row in rows:
         ring.append_row(tmp_path / "a.csv", row)
     assert arena_tables.main(["--csv", str(tmp_path / "a.csv"), "--figures", str(tmp_path / "figures")]) is None
     out = capsys.readouterr().out
-    mean, error = statistics.mean(gains), statistics.stdev(gains) / 3**0.5
+    mean, error = statistics.mean(gains), statistics.stdev(gains) / 4**0.5
     (line,) = [line for line in out.splitlines() if line.startswith("| rwr | 0.001")]
-    assert f"{mean:+.3f} ± {error:.3f}" in line and "| 3 |" in line
+    assert f"{mean:+.3f} ± {error:.3f}" in line and "| 4 |" in line
     assert "| best_of_n |" in out and "520" in out
     assert "**+0.400 ± 0.010**" in out and "edge" in out  # the largest of the rates was chosen
     assert "| routing | refused (2) | - | -0.050; -0.050 | - |" in out
     for reason in REFUSED.values():
         assert reason in out
-    assert "| num_generations=4 | rwr |" in out and "+0.070" in out
+    assert "| num_generations=4 | rwr | 0.001 | 1 | +0.070 | -0.030 |" in out  # -.030: seed 0 has +.100 without
     (figure,) = (tmp_path / "figures").glob("*.png")
     assert figure.stat().st_size > 10_000
 

@@ -267,6 +267,7 @@ LIMITS = {  # option -> values that are out of its range
         "grad_steps": st.integers(max_value=0) | st.integers(min_value=5),
         "ema_decay": st.floats(min_value=1) | st.floats(max_value=-1e-9) | st.just(math.nan),
         "compat": words.filter(lambda w: w != "official"),
+        "fuse_mode": words.filter(lambda w: w not in ("std", "zscore", "none")),
         "seed": st.integers(min_value=2**63) | st.integers(max_value=-(2**63) - 1),
     },
     cli.RunOptions: {

@@ -67,6 +67,7 @@ CASES = {
         "adv_clip_max": of("log", adv_clip_max=1.0),
         "local_weight": of("log", local_weight=0.5),
         "global_weight": of("log", global_weight=2.0),
+        "fuse_mode": of("log", fuse_mode="zscore"),
         "global_frames": of("log", global_frames=0),
         "unsafe_scale": of("log", unsafe_scale=0.5),
         "compat": of("log", compat="official"),

@@ -797,6 +797,7 @@ def test_official_plans_differ_between_updates():
         {"learning_rate": math.nan}, {"max_grad_norm": 0.0}, {"adv_clip_max": 0.0}, {"clip_range_low": 0.0},
         {"clip_range_high": -0.1}, {"kl_coef": -1.0}, {"kl_coef": math.nan}, {"tau": -1.0}, {"unsafe_scale": -0.5},
         {"global_frames": -1}, {"checkpointing_steps": -1}, {"lr_warmup_steps": -1}, {"compat": "author"},
+        {"fuse_mode": "mean"},
         {"ema_decay": 1.0}, {"ema_decay": -0.1},
     ],
     ids=str,
