@@ -1,6 +1,6 @@
 """Tables and figures of the arena, from its CSV.
 
-    python benchmarks/arena_tables.py --csv docs/arena.csv --figures figures/arena > tables.md
+    python benchmarks/arena_tables.py --csv docs/arena.csv --output docs/arena.md --figures figures/arena
 
 Files of several machines can be given together. Changes are after - before on the evaluation prompts, with their
 standard error over seeds; one seed has none. "over prompts" is the standard error of the paired change, mean over
@@ -12,6 +12,7 @@ standard error; Best-of-N trains nothing and is a level.
 import argparse
 import itertools
 import math
+import os
 import re
 import statistics
 from pathlib import Path
@@ -24,6 +25,7 @@ SHOWN = {"reward": "reward", "vq": "VQ", "mq": "MQ", "ta": "TA", "judge_all": "j
          "judge_distance": "distance", "sharpness": "sharpness", "motion_energy": "motion energy",
          "diversity": "diversity"}  # fmt: skip
 SMALL = ("sharpness", "motion_energy")  # whose changes need more digits
+COMMAND = "python benchmarks/arena_tables.py --csv docs/arena.csv --output docs/arena.md --figures figures/arena"
 PANELS = ("reward", "judge_all", "judge_distance", "sharpness", "motion_energy", "diversity")
 
 
@@ -188,8 +190,10 @@ def curves(rows: list[dict]):
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", nargs="+", default=["docs/arena.csv"])
+    parser.add_argument("--output", default="docs/arena.md", help="file of the tables")
     parser.add_argument("--figures", default="figures/arena", help="folder of the figures")
     args = parser.parse_args(argv)
+    output, out = Path(args.output), [f"Made by `{COMMAND}`. What it says: [results.md](results.md)."]
     rows = [row for path in args.csv for row in read_rows(Path(path))]
     for here, group in by(rows, *(name for name in HERE if name != "set")).items():
         model, mode, event, weights, prompts = here
@@ -204,20 +208,21 @@ def main(argv: list[str] | None = None) -> None:
             methods, cells, other = ([row for row in plain if "+" not in row["method"]],
                                      [row for row in plain if "+" in row["method"]],
                                      [row for row in mine if row["set"]])  # fmt: skip
-            print(f"## {title}, reward {weights}, {prompts} prompts, {int(budget):,} forward passes\n")
+            out.append(f"## {title}, reward {weights}, {prompts} prompts, {int(budget):,} forward passes")
             if methods:
-                print(f"### methods\n\n{main_table(methods)}\n")
+                out.append(f"### methods\n\n{main_table(methods)}")
             if cells:
-                print(f"### exploration x policy: reward; judge\n\n{grid_table(cells)}\n")
+                out.append(f"### exploration x policy: reward; judge\n\n{grid_table(cells)}")
             if other:
-                print(f"### other settings\n\n{ablation_table(other, plain)}\n")
+                out.append(f"### other settings\n\n{ablation_table(other, plain)}")
             if sweep := [row for row in sweeps_of(group) if row["budget"] == budget]:
-                print(f"### Sweep: change of the reward on a seed and prompts of its own\n\n{sweep_table(sweep)}\n")
+                out.append(f"### Sweep: change of the reward on a seed and prompts of its own\n\n{sweep_table(sweep)}")
         if competitors:
             path = Path(args.figures) / (re.sub(r"[^\w]+", "_", f"{title} {weights}") + ".png")
             path.parent.mkdir(parents=True, exist_ok=True)
             curves(competitors).savefig(path, dpi=110)
-            print(f"![change against forward passes]({path})\n")
+            out.append(f"![change against forward passes]({Path(os.path.relpath(path, output.parent)).as_posix()})")
+    output.write_text("\n\n".join(["# The arena, in full", *out]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -134,9 +134,10 @@ def consistency_kernel(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) 
 def flow_sde_kernel(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, a: float = 0.7) -> tuple[Tensor, Tensor]:
     """Flow-GRPO (arXiv 2505.05470): the ODE made an SDE of the same marginals, s = a sqrt(sigma / (1 - sigma)),
     mean = x (1 + s^2 dt / (2 sigma)) + v (1 + s^2 (1 - sigma) / (2 sigma)) dt, std = s sqrt(-dt), dt = sigma' - sigma.
-    At sigma = 1 the root takes the next level, as its code does (sd3_sde_with_logprob.py)."""
+    At sigma = 1 the root takes the next level, as its code does (sd3_sde_with_logprob.py). A shifted schedule may begin
+    at .99999994 instead, which is meant to be 1: taken as it is, the std there would be 1,171."""
     dt = sigma_next - sigma
-    s = a * (sigma / (1 - torch.where(sigma == 1, sigma_next, sigma))).sqrt()
+    s = a * (sigma / (1 - torch.where(sigma > 1 - 1e-4, sigma_next, sigma))).sqrt()
     mean = x * (1 + s**2 / (2 * sigma) * dt) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
     return mean, s * (-dt).sqrt()
 
