@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from kvpo_min import chr as routing
-from kvpo_min.astrolabe import contrast, noised, positive_share
+from kvpo_min.astrolabe import contrast, positive_share
 from kvpo_min.chr import Plan, ordinary_frames
 from kvpo_min.grpo import clipped_objective
 from kvpo_min.rewards import Mixture
@@ -410,18 +410,20 @@ class State:
     first: list[Tensor] = field(default_factory=list)
 
 
-def replay_points(method: Method, rollout: Rollout, sampler: Sampler, generator: torch.Generator):
-    """Where the policy is asked for velocities -> Rollout and Sampler for `replay`, and how many rows.
-    gaussian, energy: the branches' own steps; distance: the anchor's; nft: the branches' clean ends at one noise level.
+def replay_points(method: Method, rollout: Rollout, generator: torch.Generator) -> tuple[Rollout, int]:
+    """Where the policy is asked for velocities -> a Rollout for `replay`, and how many rows.
+    gaussian, energy: the branches' own steps; distance: the anchor's; nft: the branches' clean ends, noised anew to
+    every level (DiffusionNFT's trainer too goes through all timesteps before a step of the optimizer).
     """
     trajectory, G = rollout.trajectory, len(rollout.trajectory.z) - 1
     if method.policy == "distance":
-        return replace(rollout, trajectory=trajectory[G:]), sampler, 1
+        return replace(rollout, trajectory=trajectory[G:]), 1
     if method.policy == "nft":
-        level = sampler.sigmas[int(torch.randint(len(sampler.sigmas), (1,), generator=generator))]
-        eps = torch.randn(trajectory.x0[:G, :, 0].shape, generator=generator).to(trajectory.x0)
-        return *noised(rollout, sampler, level, eps), G
-    return rollout, sampler, G
+        x0 = trajectory.x0[:G, :, -1:].expand_as(trajectory.x0[:G])  # [G, B, S, F, C, H, W]
+        sigma = trajectory.sigma[:, None, None, None, None]
+        z = (1 - sigma) * x0 + sigma * torch.randn(x0.shape, generator=generator).to(x0)
+        return replace(rollout, trajectory=Trajectory(z, x0, trajectory.sigma)), G
+    return rollout, G
 
 
 def log_scores(method: Method, rollout: Rollout, at: Rollout, v: Tensor) -> Tensor:
@@ -460,7 +462,9 @@ def policy_loss(
     if method.weighted:
         return rwr_loss(v, trajectory.velocity, A)
     if method.adaptive:
-        return diffusion_nft_loss(trajectory.z, trajectory.sigma[0], v, v_old, trajectory.x0, A, method.beta)
+        levels = zip(trajectory.sigma, *(t.unbind(2) for t in (trajectory.z, v, v_old, trajectory.x0)), strict=True)
+        losses = [diffusion_nft_loss(z, sigma, u, u_old, x0, A, method.beta) for sigma, z, u, u_old, x0 in levels]
+        return torch.stack(losses).mean()
     return contrast(v, v_old, trajectory.velocity, positive_share(A), method.beta)
 
 
@@ -502,8 +506,8 @@ def update(
         A = group_advantages(total[:-1]).to(backbone.device)
         log = {"reward": total[:-1].mean().item(), "reward_std": total[:-1].std().item(),
                "anchor_reward": total[-1].item(), "trained": 0.0}  # fmt: skip
-        at, level, rows = replay_points(method, made, sampler, generator)
-        n_steps = len(level.sigmas)
+        at, rows = replay_points(method, made, generator)
+        n_steps = len(sigmas)
         grad_steps = n_steps - 1 if method.policy == "gaussian" else n_steps
         steps = None
         if method.step_share < 1:
@@ -512,7 +516,7 @@ def update(
         softmax = method.policy in ("distance", "energy")
         if softmax and not state.tau:
             with torch.no_grad():
-                state.first.append(log_scores(method, made, at, replay(backbone, at, level, branches=rows)))
+                state.first.append(log_scores(method, made, at, replay(backbone, at, sampler, branches=rows)))
             if len(state.first) == tau_groups:
                 spread = torch.cat(state.first)
                 state.tau = calibrate_tau(
@@ -522,7 +526,7 @@ def update(
         v_old = None
         weights = [w for group in optimizer.param_groups for w in group["params"]]
         for _ in range(inner_steps):
-            v = replay(backbone, at, level, grad_steps, branches=rows)
+            v = replay(backbone, at, sampler, grad_steps, branches=rows)
             v_old = v.detach() if v_old is None else v_old
             loss = policy_loss(method, made, at, v, v_old, A, state.tau, steps)
             if not loss.isfinite():

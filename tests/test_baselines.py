@@ -462,9 +462,9 @@ def test_forward_passes_are_counted(make_pipeline, backbone, noise):
     fork(backbone, [WORDS], noise, PLAN, 18, 18, PLAIN, 1)
     assert counts["encode"] == 15 and "velocity" not in vars(backbone)  # nothing is left behind
     (log,), _ = run(make_pipeline, METHODS["astrolabe"], 1)
-    # fork at 12 or 15 of 21 frames, 4 rows; prefix 5 passes a block, then 4 + 1; replay at one level of 3 rows
+    # fork at 12 or 15 of 21 frames, 4 rows; prefix 5 passes a block, then 4 + 1; replay at four levels of 3 rows
     fork_blocks = [(f // 3, 7 - f // 3) for f in (12, 15)]
-    assert log["forwards"] in [5 * p + 20 * b + 3 * b + 3 * (b - 1) for p, b in fork_blocks]
+    assert log["forwards"] in [5 * p + 20 * b + 12 * b + 3 * (b - 1) for p, b in fork_blocks]
 
 
 @pytest.mark.parametrize("name, blocks", [("cm_grpo", 2), ("dance_grpo", 2), ("ar_copo", 1), ("flow_grpo", 0)])
@@ -492,12 +492,23 @@ def test_policy_loss_of_a_recorded_group(backbone, noise):
     """What each policy is asked at, and that it refuses advantages of another size."""
     z, plan = explore("initial", PLAN, noise, seeded(2))
     made = fork(backbone, [WORDS], z, plan, 18, 18, PLAIN, 1)
-    at, level, rows = replay_points(Method("initial", "distance"), made, PLAIN, seeded())
-    assert rows == 1 and torch.equal(at.trajectory.z, made.trajectory.z[-1:]) and level is PLAIN
-    at, level, rows = replay_points(Method("initial", "nft"), made, PLAIN, seeded())
-    assert rows == 3 and at.trajectory.z.shape == (3, 2, 1, *SHAPE) and level.sigmas[0] in SIGMAS
-    v = replay(backbone, at, level, branches=3)
+    at, rows = replay_points(Method("initial", "distance"), made, seeded())
+    assert rows == 1 and torch.equal(at.trajectory.z, made.trajectory.z[-1:])
+    at, rows = replay_points(Method("initial", "nft"), made, seeded())
+    assert rows == 3
+    eps, ends = at.trajectory.velocity + at.trajectory.x0, made.trajectory.x0[:3, :, -1:]  # the target is eps - x0
+    assert_close(at.trajectory.x0, ends.expand_as(at.trajectory.x0))
+    assert_close(eps, torch.randn(eps.shape, generator=seeded()), atol=1e-4, rtol=0)
+    # at a level, the velocities are those of `astrolabe.noised`
+    v = replay(backbone, at, PLAIN, branches=3)
+    for s, sigma in enumerate(SIGMAS):
+        alone = noised(made, PLAIN, sigma, eps[:, :, s])
+        assert_close(v[:, :, s : s + 1], replay(backbone, *alone, branches=3), atol=1e-4, rtol=0)
+    # and DiffusionNFT's loss is the mean of the levels', each with weights of its own
+    nft, t, old = METHODS["diffusion_nft"], at.trajectory, 0.9 * v
     A = torch.tensor([1.0, 0.0, -1.0])
+    each = [diffusion_nft_loss(t.z[:, :, s], t.sigma[s], v[:, :, s], old[:, :, s], t.x0[:, :, s], A) for s in range(4)]
+    assert_close(policy_loss(nft, made, at, v, old, A), sum(each) / 4)
     assert policy_loss(Method("initial", "nft"), made, at, v, v, A) > 0
     with pytest.raises(ValueError, match="G = 3"):
         policy_loss(Method("initial", "nft"), made, at, v, v, A[:2])
