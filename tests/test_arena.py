@@ -387,6 +387,14 @@ def test_tables_and_figures(tmp_path, monkeypatch):
     assert figure.stat().st_size > 10_000 and f"(../figures/{figure.name})" in out
 
 
+def test_the_published_tables_are_those_of_the_published_rows(tmp_path):
+    docs = Path(__file__).parents[1] / "docs"
+    (tmp_path / "docs").mkdir()
+    output, figures = tmp_path / "docs" / "arena.md", tmp_path / "figures" / "arena"
+    arena_tables.main(["--csv", str(docs / "arena.csv"), "--output", str(output), "--figures", str(figures)])
+    assert output.read_text(encoding="utf-8") == (docs / "arena.md").read_text(encoding="utf-8")
+
+
 def test_curves_are_means_over_seeds_at_each_budget():
     options = options_for("a.csv", forwards=90, set="")
     rows = [fake(options, "rwr", 1e-3, s, g * k / 90, budget=k) for s, g in enumerate((0.1, 0.3)) for k in (45, 90)]
