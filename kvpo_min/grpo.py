@@ -72,7 +72,8 @@ def fuse(
     local [G]: advantages for the chunk that was forked; global_ [G]: for what follows it (authors: one clip a segment),
     None if there is just one signal.
     n by mode: "none" leaves a signal as it is, "std" divides it by its population standard deviation over branches,
-    "zscore" first subtracts its mean. A signal without spread is left as it is.
+    "zscore" first subtracts its mean, which takes the anchor out. A signal without spread is left as it is. With "std"
+    all branches can end on one side of the clamp and differ no more; "zscore" gained more here (docs/results.md).
     """
     if mode not in ("none", "std", "zscore"):
         raise ValueError(f'mode must be "none", "std" or "zscore", got {mode!r}')
