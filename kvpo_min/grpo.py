@@ -73,7 +73,7 @@ def fuse(
     None if there is just one signal.
     n by mode: "none" leaves a signal as it is, "std" divides it by its population standard deviation over branches,
     "zscore" first subtracts its mean, which takes the anchor out. A signal without spread is left as it is. With "std"
-    all branches can end on one side of the clamp and differ no more; "zscore" gained more here (docs/results.md).
+    all branches can end on one side of the clamp and differ no more.
     """
     if mode not in ("none", "std", "zscore"):
         raise ValueError(f'mode must be "none", "std" or "zscore", got {mode!r}')
