@@ -4,6 +4,7 @@ reaches the network (tests/offline/sitecustomize.py)."""
 
 import os
 import runpy
+import signal
 from pathlib import Path
 
 OFFLINE = Path(__file__).parent / "tests" / "offline"
@@ -11,4 +12,6 @@ OFFLINE = Path(__file__).parent / "tests" / "offline"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KVPO_FAST", "1")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a script's background job; Ctrl-C is tested
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 runpy.run_path(str(OFFLINE / "sitecustomize.py"))
