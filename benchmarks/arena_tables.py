@@ -22,7 +22,7 @@ from kvpo_min.baselines import EXPLORATIONS, POLICIES, REFUSED
 from kvpo_min.viz import ANCHOR, BRANCHES
 
 SHOWN = {"reward": "reward", "vq": "VQ", "mq": "MQ", "ta": "TA", "judge_all": "judge: all", "judge_valid": "valid",
-         "judge_distance": "distance", "sharpness": "sharpness", "motion_energy": "motion energy",
+         "judge_warm": "warm", "judge_distance": "distance", "sharpness": "sharpness", "motion_energy": "motion energy",
          "diversity": "diversity"}  # fmt: skip
 SMALL = ("sharpness", "motion_energy")  # whose changes need more digits
 COMMAND = "python benchmarks/arena_tables.py --csv docs/arena.csv --output docs/arena.md --figures figures/arena"
@@ -132,7 +132,7 @@ def grid_table(rows: list[dict]) -> str:
 def ablation_table(rows: list[dict], plain: list[dict]) -> str:
     """One line a setting, below the method as it is (plain). "against defaults": the difference of the two changes of
     the reward, over the seeds that both have."""
-    names = ("reward", "vq", "mq", "ta", "judge_all", "judge_valid", "judge_distance", "diversity")
+    names = ("reward", "vq", "mq", "ta", "judge_all", "judge_valid", "judge_warm", "judge_distance", "diversity")
     lines = []
     for (method, rate), changed in by(rows, "method", "learning_rate").items():
         usual = [row for row in plain if (row["method"], row["learning_rate"]) == (method, rate) and not row["note"]]
