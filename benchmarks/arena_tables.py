@@ -147,6 +147,21 @@ def ablation_table(rows: list[dict], plain: list[dict]) -> str:
     return markdown([*head, *(SHOWN[name] for name in names[1:])], lines)
 
 
+def progress_table(rows: list[dict]) -> str:
+    """Change of the reward, and of the judge, at the evaluations that all seeds have; "" where no run has two."""
+    lines, budgets = [], sorted({row["budget"] for row in rows}, key=int)
+    for (method, settings, rate, asked), own in by(rows, "method", "set", "learning_rate", "asked").items():
+        ran, cells = [row for row in own if not row["note"]], {}
+        seeds = sum(row["budget"] == asked for row in ran)
+        for (budget,), then in by(ran, "budget").items():
+            if len(then) == seeds:
+                cells[budget] = "; ".join(shown([change(r, name) for r in then]) for name in ("reward", "judge_all"))
+        if len(cells) > 1:
+            label = f"{method} {settings}".strip()
+            lines.append([label, rate, str(seeds), *(cells.get(budget, "") for budget in budgets)])
+    return markdown(["method", "learning rate", "seeds", *(f"{int(b):,}" for b in budgets)], lines) if lines else ""
+
+
 def curve(rows: list[dict], name: str) -> tuple[list[float], list[float], list[float]]:
     """Forward passes, mean change and its standard error over seeds, where most seeds have one; from (0, 0) on."""
     points, budgets = [(0.0, 0.0, 0.0)], by(rows, "budget")
@@ -217,6 +232,9 @@ def main(argv: list[str] | None = None) -> None:
                 out.append(f"### other settings\n\n{ablation_table(other, plain)}")
             if sweep := [row for row in sweeps_of(group) if row["budget"] == budget]:
                 out.append(f"### Sweep: change of the reward on a seed and prompts of its own\n\n{sweep_table(sweep)}")
+        measured = [row for row in group if row["purpose"] == "result" and row["budget"] != "0"]
+        if table := progress_table(measured):
+            out.append(f"## {title}, reward {weights}, {prompts} prompts: reward; judge on the way\n\n{table}")
         if competitors:
             path = Path(args.figures) / (re.sub(r"[^\w]+", "_", f"{title} {weights}") + ".png")
             path.parent.mkdir(parents=True, exist_ok=True)

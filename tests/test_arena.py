@@ -375,7 +375,7 @@ def test_tables_and_figures(tmp_path, monkeypatch):
     arena_tables.main(paths)
     out = Path("docs/tables.md").read_text(encoding="utf-8")
     mean, error = statistics.mean(gains), statistics.stdev(gains) / 4**0.5
-    (line,) = [line for line in out.splitlines() if line.startswith("| rwr | 0.001")]
+    (line,) = [line for line in out.splitlines() if line.startswith("| rwr | 0.001 | 4 | ")]
     assert f"{mean:+.3f} ± {error:.3f}" in line and "| 4 |" in line
     assert "| best_of_n |" in out and "520" in out
     assert "**+0.400 ± 0.010**" in out and "edge" in out  # the largest of the rates was chosen
@@ -401,3 +401,12 @@ def test_curves_are_means_over_seeds_at_each_budget():
     x, mean, error = arena_tables.curve(rows, "reward")
     assert x == [0, 45, 90]
     assert mean == pytest.approx([0, 0.1, 0.2]) and error == pytest.approx([0, 0.05, 0.1])
+
+
+def test_progress_shows_the_evaluations_that_all_seeds_have():
+    options = options_for("a.csv", forwards=90, set="")
+    rows = [fake(options, "rwr", 1e-3, s, g * k / 90, budget=k) for s, g in enumerate((0.1, 0.3)) for k in (45, 90)]
+    rows += [fake(options, "rwr", 1e-3, 0, 0.9, budget=30), fake(options, "kvpo", 1e-3, 0, 0.7, budget=90)]
+    (line,) = [line for line in arena_tables.progress_table(rows).splitlines() if "0.001" in line]
+    assert line == "| rwr | 0.001 | 2 |  | +0.100 ± 0.050; +0.100 ± 0.050 | +0.200 ± 0.100; +0.200 ± 0.100 |"
+    assert arena_tables.progress_table(rows[-1:]) == ""
