@@ -279,7 +279,7 @@ class Run:
 
 def numbers(text: str, kind: type, flag: str) -> list:
     try:
-        return [kind(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")] if text else []
     except ValueError:
         raise ValueError(f"--{flag} takes numbers with commas between, got {text!r}") from None
 
@@ -395,10 +395,14 @@ def eval_prompts(options: ArenaOptions, run: Run) -> list[str]:
 
 def check(options: ArenaOptions, here: dict[str, str], rows: Sequence[dict[str, str]]) -> None:
     """Raises ValueError before any work: wrong names, seeds that evaluate, or rows made with other settings."""
-    seeds = numbers(options.seeds, int, "seeds")
+    seeds, rates = numbers(options.seeds, int, "seeds"), numbers(options.learning_rates, float, "learning_rates")
+    if not rates:
+        raise ValueError("--learning_rates takes at least one number")
+    if not seeds and (len(rates) == 1 or {*methods_of(options.methods)} <= {*UNTRAINED}):
+        raise ValueError("without --seeds learning rates are swept, and here are none: give several, or give seeds")
     for seed in seeds:
         check_seed(seed, "seeds")
-    for rate in numbers(options.learning_rates, float, "learning_rates"):
+    for rate in rates:
         if not 0 < rate < math.inf:
             raise ValueError(f"learning_rates must be above 0 and finite, got {rate}")
     if {*seeds, options.sweep_seed} & {EVAL_SEED, EVAL_SEED + 1}:

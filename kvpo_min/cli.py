@@ -126,7 +126,7 @@ class ArenaOptions:
 
     csv: str = ""  # file that every measurement is appended to; what is in it is not computed again
     methods: str = "main"  # names with commas between: kvpo, rwr, routing+distance, ...; or main, grid
-    seeds: str = "0,1,2"  # that are reported
+    seeds: str = "0,1,2"  # that are reported; "": sweep the learning rates and stop
     learning_rates: str = "1e-4,3e-4,1e-3"  # swept on sweep_seed; a single one is taken as it is
     sweep_seed: int = 100  # on which each method's learning rate is chosen; never reported
     forwards: int = 40000  # budget of a run: forward passes of the generator

@@ -276,6 +276,7 @@ def test_the_sweep_chooses_on_a_seed_of_its_own(tmp_path):
     with pytest.raises(ValueError, match="cannot be reported"):
         ring.check(replace(options, sweep_seed=1), here, [])
     assert [r.purpose for r in runs_of(replace(options, learning_rates="1e-4"), here, [])] == ["result"] * 4
+    assert runs_of(replace(options, seeds=""), here, []) == runs_of(options, here, [])[:3]  # the sweep alone
 
 
 def test_rows_made_with_other_settings_are_not_mixed(make, tmp_path):
@@ -320,6 +321,9 @@ WRONG = {
     "official": (["--methods", "kvpo", "--set", "compat=official,tau=3"], "tau is 2.0 with compat official, got 3.0"),
     "fork": (["--methods", "kvpo", "--set", "perturb_num_blocks=9"], "no block can fork"),
     "seeds": (["--seeds", "0;1"], "--seeds takes numbers"),
+    "nothing to sweep": (["--seeds", "", "--learning_rates", "1e-3"], "give several, or give seeds"),
+    "nothing that is swept": (["--seeds", "", "--methods", "best_of_n"], "give several, or give seeds"),
+    "no rates": (["--learning_rates", ""], "at least one number"),
     "eval seed": (["--seeds", str(cli.EVAL_SEED)], "draw the evaluation prompts"),
     "mode": (["--mode", "middle"], "mode must be short or long"),
     "prompts": (["--eval_prompts", "1"], "at least 2"),
