@@ -350,7 +350,7 @@ def test_bad_settings_of_the_arena(settings, method, there):
     ),
 )
 def test_bad_lists_of_the_arena(name, value, there):
-    good = {"seeds": ("0", "-1"), "learning_rates": ("100", str(2**63), str(cli.EVAL_SEED))}
+    good = {"seeds": ("", "0", "-1"), "learning_rates": ("100", str(2**63), str(cli.EVAL_SEED))}
     if value in good[name]:
         return
     options = cli.ArenaOptions(csv="x", **{name: value})
