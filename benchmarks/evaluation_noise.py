@@ -1,8 +1,7 @@
 """How much of a reward is the noise that it was measured with: the base model, the same prompts, other noise.
 
     python benchmarks/evaluation_noise.py --event "changes colour"
-    python benchmarks/evaluation_noise.py --mode long --eval_prompts 32 --vq 0.25
-    python benchmarks/evaluation_noise.py --mode long --eval_prompts 32 --vq 0.25 --sweep
+    python benchmarks/evaluation_noise.py --mode long --eval_prompts 32 --vq 0.25 --noises 3
 
 Noise 0 is that of `kvpo-min arena`. Before and after training the noise is the same, which takes luck away as long as
 a video stays what it was; a model that draws its videos anew moves towards the mean of the other rows.
