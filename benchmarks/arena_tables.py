@@ -197,6 +197,7 @@ def curves(rows: list[dict]):
             axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
         axes.axhline(0, color=ANCHOR, lw=0.8)
         axes.set(title=f"change of {SHOWN[name]}", xlabel="forward passes of training")
+        axes.locator_params(axis="x", nbins=4)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure
@@ -236,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
         if table := progress_table(measured):
             out.append(f"## {title}, reward {weights}, {prompts} prompts: reward; judge on the way\n\n{table}")
         if competitors:
-            path = Path(args.figures) / (re.sub(r"[^\w]+", "_", f"{title} {weights}") + ".png")
+            path = Path(args.figures) / (re.sub(r"[^\w]+", "_", f"{title} {weights} {prompts} prompts") + ".png")
             path.parent.mkdir(parents=True, exist_ok=True)
             curves(competitors).savefig(path, dpi=110)
             out.append(f"![change against forward passes]({Path(os.path.relpath(path, output.parent)).as_posix()})")

@@ -389,6 +389,9 @@ def test_tables_and_figures(tmp_path, monkeypatch):
     assert "| num_generations=4 | rwr | 0.001 | 1 | +0.070 | -0.030 |" in out  # -.030: seed 0 has +.100 without
     (figure,) = Path("figures").glob("*.png")
     assert figure.stat().st_size > 10_000 and f"(../figures/{figure.name})" in out
+    ring.append_row(tmp_path / "a.csv", fake(replace(options, eval_prompts=4), "rwr", 1e-3, 0, 0.1))
+    arena_tables.main(paths)
+    assert len(list(Path("figures").glob("*.png"))) == 2  # other prompts: a figure of its own
 
 
 def test_the_published_tables_are_those_of_the_published_rows(tmp_path):
