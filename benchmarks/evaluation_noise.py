@@ -17,7 +17,7 @@ from kvpo_min.pocket.world import prompt_set
 from kvpo_min.train import sample
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mode", default="short", choices=MODES)
     parser.add_argument("--event", default="")
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--vq", type=float, default=1.0)
     parser.add_argument("--noises", type=int, default=4, help="beside that of the arena")
     parser.add_argument("--sweep", action="store_true", help="the prompts of the sweeps instead of the results'")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.noises < 1:
         parser.error(f"--noises must be at least 1, got {args.noises}")
     frames, n_segments = MODES[args.mode]

@@ -133,7 +133,7 @@ class ArenaOptions:
     evaluations: int = 3  # of a run, evenly spaced, the last when the budget is spent
     mode: str = "short"  # short: 39 frames, one prompt; long: 147 frames, four prompts
     event: str = ""  # words that every script must hold, such as 'changes colour'
-    eval_prompts: int = 64  # held-out scripts
+    eval_prompts: int = 256  # held-out scripts; with 64 the noise they are drawn with is worth as much as a gain
     set: str = ""  # other settings of the methods, for ablations: name=value with commas between
     vq: float = 1.0  # weight of visual quality in the reward
     mq: float = 1.0  # weight of motion quality

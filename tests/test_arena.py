@@ -24,6 +24,7 @@ from kvpo_min.train import add_policies
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import arena_tables  # noqa: E402
+import evaluation_noise  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -198,6 +199,20 @@ def test_numbers_on_pixels_by_hand():
 
 
 # ---------------------------------------------------------------------------------------------------- rows, sweep, file
+
+
+def test_the_noise_of_an_evaluation(make, all_rows, monkeypatch, capsys):
+    """Noise 0 of benchmarks/evaluation_noise.py is the arena's, the others are other videos of the same model."""
+    monkeypatch.setattr(evaluation_noise, "load_pocket", make)
+    monkeypatch.setattr(evaluation_noise, "run_rewards", lambda options, model: REWARDS)
+    evaluation_noise.main(["--eval_prompts", "2", "--noises", "2"])
+    first, *others, mean, deviation = [line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines()[2:]]
+    row, names = all_rows[0][0], ("reward", "vq", "mq", "ta", "judge_all")
+    for name, value in zip(names, (float(cell.strip("| ")) for cell in first), strict=True):
+        assert value == pytest.approx(float(row[f"{name}_before"]), abs=6e-4)
+    a, b = (float(line[0]) for line in others)
+    assert a != b and float(mean[0]) == pytest.approx((a + b) / 2, abs=1.1e-3)
+    assert float(deviation[0]) == pytest.approx(abs(a - b) / 2**0.5, abs=1.6e-3)
 
 
 def test_a_second_call_computes_nothing(make, tmp_path):
