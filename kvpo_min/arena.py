@@ -2,10 +2,12 @@
 
 Cost is counted in forward passes of the generator: one block of one video at one noise level, or its encoding. A hook
 on the backbone counts them while a method trains, and counts apart those that a gradient came back through. A run goes
-on until its budget is spent, so it may exceed it by less than one update. Evaluation is not part of it.
+on until its budget is spent, so it may exceed it by less than one update. Evaluation is not part of it. What a method
+computes and does not use counts: the anchor's row, the last step of a Gaussian replay, groups that train nothing.
 
 The same for every method: base checkpoint, the 256 training scripts of a seed, reward, G, LoRA, AdamW without warm-up,
 and the evaluation prompts, each with a noise of its own. Not the same:
+- AdamW's weight decay is 0, Astrolabe's its paper's 1e-4.
 - "kvpo" is `train.train`; it forks where `baselines.update` may fork, but draws its own forks, and sees the global
   reward too. "astrolabe" is `astrolabe.train`; its active window stands for the fork.
 - all others and the cells of the grid ("exploration+policy") are `baselines.update`; there group k of a seed has the
@@ -40,7 +42,7 @@ from kvpo_min import astrolabe
 from kvpo_min.baselines import EXPLORATIONS, METHODS, POLICIES, REFUSED, Method, State, best_of_n, check_cell, update
 from kvpo_min.chr import Window, chunk_starts
 from kvpo_min.cli import EVAL_SEED, ArenaOptions, check_geometry, check_official, check_seed, nearest_known, say
-from kvpo_min.pocket.world import prompt_set
+from kvpo_min.pocket.world import SWITCHES, prompt_set
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import Sampler, draw_noise, switch_reach
 from kvpo_min.train import Pipeline, TrainConfig, adapter_weights, add_policies, sample, score, train
@@ -56,7 +58,7 @@ AGAIN = 16  # evaluation prompts that get a second video from other noise, for t
 
 # fields of the configurations that --set may not give: the arena does, or has no use for them
 GIVEN = ("seed", "learning_rate", "num_frames", "num_segments", "max_train_steps", "output_dir", "checkpointing_steps",
-         "checkpoints_total_limit", "resume_from_checkpoint")  # fmt: skip
+         "checkpoints_total_limit", "resume_from_checkpoint", "ema_decay")  # fmt: skip
 LOOP = ("num_generations", "perturb_num_blocks", "nearest", "max_grad_norm", "adam_weight_decay", "rank", "lora_alpha")
 
 HERE = ("model", "mode", "event", "weights", "set", "eval_prompts")  # what all runs of one call share
@@ -127,14 +129,16 @@ def config_of(method: str, options: ArenaOptions, learning_rate: float, seed: in
             given[name] = {"true": True, "false": False}[text.lower()] if of is bool else of(text)
         except (ValueError, KeyError):
             raise ValueError(f"--set {name}={text}: expected a {of.__name__}") from None
-    if kind is TrainConfig:
-        check_official(defaults | given)
+    check_official(defaults | given, kind)
     return kind(**given)
 
 
 def settings_of(method: str, config) -> dict:
     """All that the method reads, for the row."""
-    return {name: getattr(config, name) for name in known_settings(method)}
+    own, cell = {}, cell_of(method)
+    if cell:
+        own = {f.name: getattr(cell, f.name) for f in fields(cell)} | {"kernel": cell.kernel.__name__}
+    return own | {name: getattr(config, name) for name in known_settings(method)}
 
 
 # ------------------------------------------------------------------------------------------------------------- counting
@@ -317,8 +321,9 @@ def best_rate(sweep: Sequence[Run], here: dict[str, str], rows: Sequence[dict[st
         row = find(rows, run.key(here, run.budgets[-1]))
         if row is None:
             return math.nan
-        if not row["note"]:
-            gains[run.learning_rate] = float(row["reward_after"]) - float(row["reward_before"])
+        gain = float(row["reward_after"] or "nan") - float(row["reward_before"] or "nan")
+        if not row["note"] and math.isfinite(gain):
+            gains[run.learning_rate] = gain
     return max(gains, key=gains.get) if gains else None
 
 
@@ -347,7 +352,7 @@ def updates(
     generator, state, order = torch.Generator().manual_seed(config.seed), State(tau=config.tau), []
     for k in itertools.count():
         order = order or torch.randperm(len(scripts), generator=generator).tolist()
-        group = torch.Generator().manual_seed(1_000_003 * config.seed + k)
+        group = torch.Generator().manual_seed((1_000_003 * config.seed + k) % 2**63)
         yield update(
             pipeline, scripts[order.pop()], rewards, cell_of(method), optimizer, group, state, config.num_frames,
             config.num_generations, config.perturb_num_blocks, config.nearest, tau_groups=config.tau_groups,
@@ -360,7 +365,7 @@ def compete(
     lacking: Sequence[int],
 ) -> Iterator[tuple[int, dict]]:  # fmt: skip
     """One run on a pipeline of its own -> (budget, the row without its key) for each of the `lacking` budgets. A run
-    whose loss or gradient is not finite has rows with a note, and no numbers after it."""
+    whose loss, gradient or rewards are not finite has rows with a note, and no numbers after it."""
     config, n_segments = config_of(run.method, options, run.learning_rate, run.seed), MODES[options.mode][1]
     settings = {"settings": json.dumps(settings_of(run.method, config))}
     counts, steps, seconds, note, stream = Counter(forward=0, backward=0), 0, 0.0, "", None
@@ -382,7 +387,10 @@ def compete(
             made = ordinary(pipeline, prompts, config.num_frames)
             if run.method in UNTRAINED:
                 made = best_videos(pipeline, prompts, rewards, config, run.method, run.seed)
-            row = compared(before, measure(pipeline, prompts, rewards, made))
+            try:
+                row = compared(before, measure(pipeline, prompts, rewards, made))
+            except FloatingPointError as error:
+                note = f"diverged: {error}"
         spent = {"forwards": counts["forward"], "backwards": counts["backward"], "updates": steps, "seconds": seconds}
         yield budget, spent | row | settings | {"note": note}
 
@@ -413,6 +421,10 @@ def check(options: ArenaOptions, here: dict[str, str], rows: Sequence[dict[str, 
         config = config_of(method, options, 1e-4, 0)
         if isinstance(config, TrainConfig):
             check_geometry(config)
+        elif config.selective and config.primary not in ("vq", "mq", "ta"):
+            raise ValueError(f"--set primary={config.primary}: expected vq, mq or ta")
+        else:
+            astrolabe.window_starts(config, Window(), SWITCHES[: MODES[options.mode][1] - 1])
         now = settings_of(method, config)
         for row in rows:
             if row["method"] == method and all(row[name] == here[name] for name in HERE):
@@ -425,7 +437,7 @@ def check(options: ArenaOptions, here: dict[str, str], rows: Sequence[dict[str, 
 def arena(make_pipeline: Callable[[], Pipeline], rewards: Mixture, options: ArenaOptions) -> Iterator[dict[str, str]]:
     """Computes what the CSV lacks and yields each row once it is on the disk."""
     path, here, before = Path(options.csv), shared_key(options, rewards), {}
-    rows = read_rows(path)
+    rows = read_rows(path, mend=True)
     check(options, here, rows)
     if "grid" in options.methods.split(","):
         for (exploration, policy), reason in REFUSED.items():
@@ -495,22 +507,21 @@ def cell_text(value) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of the file; one that was cut off while it was written is removed from it. Raises ValueError when the
-    file has other columns."""
+def read_rows(path: Path, mend: bool = False) -> list[dict[str, str]]:
+    """The rows of the file, without one that was cut off while it was written; `mend` also removes that one from the
+    file. Raises ValueError, and leaves the file as it is, when it has other columns or a damaged row."""
     if not path.exists():
         return []
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        say(f"{path}: the last line was cut off; it is removed")
-        os.truncate(path, whole)
+    content, header = path.read_bytes(), ",".join(COLUMNS).encode()
+    end = content.rfind(b"\n") + 1
+    if not end and not header.startswith(content):
+        raise ValueError(f"{path} is no file of this arena: it begins {content[:40]!r}; name another file")
     try:
-        reader = csv.DictReader(io.StringIO(content[:whole].decode()), strict=True)
+        reader = csv.DictReader(io.StringIO(content[:end].decode()), strict=True)
         columns, rows = reader.fieldnames, list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is no file of this arena: {error}; name another file") from None
-    if whole and tuple(columns or ()) != COLUMNS:
+    if end and tuple(columns or ()) != COLUMNS:
         raise ValueError(f"{path} is no file of this arena: its columns are {columns}; name another file")
     for number, row in enumerate(rows, start=1):
         try:
@@ -519,6 +530,9 @@ def read_rows(path: Path) -> list[dict[str, str]]:
             whole = False
         if not whole:
             raise ValueError(f"{path}: row {number} is damaged: expected {len(COLUMNS)} columns, settings in JSON")
+    if mend and end < len(content):
+        say(f"{path}: the last line was cut off; it is removed")
+        os.truncate(path, end)
     return rows
 
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -291,8 +291,9 @@ def energy_loss(trajectory: Trajectory, v: Tensor, v_old: Tensor, A: Tensor, tau
 
 
 def rwr_loss(v: Tensor, target: Tensor, A: Tensor, tau: float = 1.0, w_max: float = 20.0) -> Tensor:
-    """Reward-weighted regression (Lee et al., arXiv 2302.12192): flow matching on the model's own clips, weighted by
-    w = min(exp(A / tau), w_max), normalised to mean 1. No clip is pushed away. v, target = eps - x0 [G, ...]; A [G].
+    """Reward-weighted regression: flow matching on the model's own clips, weighted by w = min(exp(A / tau), w_max),
+    normalised to mean 1. Weights as in Peters & Schaal 2007 and AWR (arXiv 1910.00177); Lee et al. (arXiv 2302.12192)
+    weight a generator's likelihood by the reward itself. No clip is pushed away. v, target = eps - x0 [G, ...]; A [G].
     As plain flow matching it can undo the distillation (blur): watch the sharpness."""
     w = (A / tau).exp().clamp(max=w_max)
     return ((w / w.mean()) * (v - target).square().mean(tuple(range(1, v.ndim)))).mean()
@@ -383,12 +384,29 @@ class Method:
                 raise ValueError(f"{name} belongs to policy {policy!r}, got {self.policy!r}")
         if self.adaptive and self.weighted:
             raise ValueError("adaptive and weighted are two losses: give one of them")
-        if not 0 < self.step_share <= 1:
-            raise ValueError(f"step_share must lie in (0, 1], got {self.step_share}")
+        ppo = self.policy == "gaussian" and not self.regression
+        unused = {"keep": self.policy == "distance", "step_share": not ppo,
+                  "beta": self.policy != "nft" or self.weighted, "clip": self.policy == "nft" or self.regression,
+                  "strength": self.exploration not in ("initial", "consistency")}  # fmt: skip
+        for f in fields(self):
+            if unused.get(f.name) and getattr(self, f.name) != f.default:
+                raise ValueError(f"{f.name} is not used by {self.exploration!r} with {self.policy!r} and these options")
+        for name in ("step_share", "strength"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
+        if not (self.clip > 0 and self.beta > 0):
+            raise ValueError(f"clip and beta must be above 0, got {self.clip} and {self.beta}")
+        if self.pivot_blocks is not None and self.pivot_blocks < 1:
+            raise ValueError(f"pivot_blocks must be at least 1, got {self.pivot_blocks}")
+        if self.keep is not None and (self.keep < 2 or self.keep % 2):
+            raise ValueError(f"keep must be even and at least 2, got {self.keep}")
 
 
-# As the papers have them, but without a KL term. "kvpo" and "astrolabe" are the bare cells, for the grid: the methods
-# with their anchor, safety rule, KL and reference are train.py and astrolabe.py.
+# The papers' numbers, but without a KL term, and `update` makes one step a group unless told otherwise, where no clip
+# acts yet. Neighbor GRPO has one anchor, the unperturbed video, not several that are candidates too; AR-CoPO no replay
+# adapter; DiffusionNFT no old policy that lags (at first its own hardly does), so that beta cancels in its gradient.
+# "kvpo" and "astrolabe" are the bare cells, for the grid: the methods with their anchor, safety rule, KL and reference
+# are train.py and astrolabe.py.
 METHODS = {
     "kvpo": Method("routing", "energy"),
     "cm_grpo": Method("consistency", "gaussian", strength=1.0, regression=True),
@@ -534,6 +552,8 @@ def update(
             optimizer.zero_grad()
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(weights, max_grad_norm).item()
+            if not math.isfinite(grad_norm):
+                raise FloatingPointError(f"the gradient's norm is {grad_norm}; lower the learning rate")
             optimizer.step()
     return log | {"trained": 1.0, "loss": loss.item(), "grad_norm": grad_norm, "tau": state.tau,
                   "forwards": sum(counts.values())}  # fmt: skip

@@ -280,11 +280,10 @@ def real_options(argv: Sequence[str], model: str, wan):
     return None
 
 
-def check_official(values: Mapping) -> None:
-    """Refuses an option beside compat that compat replaces; as it is by default, it cannot be told from not given."""
-    from kvpo_min.train import TrainConfig
-
-    ours, theirs = (vars(TrainConfig(compat=compat)) for compat in ("", values["compat"]))
+def check_official(values: Mapping, kind: type) -> None:
+    """Refuses an option beside compat that compat replaces; as it is by default, it cannot be told from not given.
+    kind: the class of the configuration."""
+    ours, theirs = (vars(kind(compat=compat)) for compat in ("", values["compat"]))
     for name, value in theirs.items():
         if name != "compat" and value != ours[name] and values[name] not in (value, ours[name]):
             raise ValueError(
@@ -1076,7 +1075,7 @@ def demo(argv: Sequence[str]) -> int:
     values = parse_options(
         "demo", [TrainConfig, RunOptions], argv, {"output_dir": "kvpo_demo", "event": "changes colour"}
     )
-    check_official(values)
+    check_official(values, TrainConfig)
     with ends_like_ctrl_c():
         return run(*split_options(values, TrainConfig, RunOptions))
 
@@ -1087,7 +1086,7 @@ def train_command(argv: Sequence[str]) -> int:
 
     classes = TrainConfig, RunOptions, WanOptions
     values = parse_options("train", classes, argv)
-    check_official(values)
+    check_official(values, TrainConfig)
     config, options, wan = split_options(values, *classes)
     with ends_like_ctrl_c():
         return run(config, options, real_options(argv, options.model, wan))

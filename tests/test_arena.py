@@ -19,7 +19,7 @@ from kvpo_min.arena import COLUMNS, TRAINED, UNTRAINED, arena, config_of, counti
 from kvpo_min.baselines import REFUSED
 from kvpo_min.chr import chunk_starts
 from kvpo_min.pocket import world
-from kvpo_min.rewards import Mixture
+from kvpo_min.rewards import Mixture, NotFinite
 from kvpo_min.train import add_policies
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -187,6 +187,23 @@ def test_a_run_that_diverges_is_a_row(make, tmp_path, monkeypatch):
     assert not list(arena(None, REWARDS, options))
 
 
+def test_videos_that_are_not_finite_are_a_row(make, tmp_path, monkeypatch):
+    """The update went through, the evaluation after it does not; the base model is measured first."""
+    measure, calls = ring.measure, []
+
+    def second_fails(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise NotFinite("the reward vq is nan")
+        return measure(*args)
+
+    monkeypatch.setattr(ring, "measure", second_fails)
+    options = options_for(tmp_path / "a.csv", forwards=600, evaluations=2)
+    rows = list(arena(make, REWARDS, options))
+    assert [row["note"] for row in rows] == ["diverged: the reward vq is nan"] * 2
+    assert rows[0]["reward_after"] == "" and not ring.left(options, shared_key(options, REWARDS), rows)
+
+
 def test_numbers_on_pixels_by_hand():
     pixels = torch.zeros(1, 2, 3, 4, 4)
     pixels[:, 1, :, 1, 1] = 0.5  # one pixel lights up in the second frame
@@ -252,13 +269,16 @@ def test_interruption_loses_one_run_and_changes_no_number(make, tmp_path, monkey
 def test_half_a_header_and_foreign_files(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("method,mod")
-    assert ring.read_rows(path) == [] and path.read_bytes() == b""
+    assert ring.read_rows(path) == [] and path.read_bytes() == b"method,mod"  # who only reads changes nothing
+    assert ring.read_rows(path, mend=True) == [] and path.read_bytes() == b""
     row = dict.fromkeys(COLUMNS, "x") | {"settings": '{"a": "b, c"}'}
     ring.append_row(path, row)
     assert ring.read_rows(path) == [row]
-    path.write_text("seed,reward\n1,2\n")
-    with pytest.raises(ValueError, match="name another file"):
-        ring.read_rows(path)
+    for foreign in ("seed,reward\n1,2\n", "seed,reward\n1,2", '{"a": 1}', ",".join(COLUMNS) + "\nx\nx"):
+        path.write_text(foreign)
+        with pytest.raises(ValueError, match="name another file|is damaged"):
+            ring.read_rows(path, mend=True)
+        assert path.read_text() == foreign
 
 
 def fake(options, method, rate, seed, gain, purpose="result", budget=None, note="", **more):
@@ -283,6 +303,8 @@ def test_the_sweep_chooses_on_a_seed_of_its_own(tmp_path):
     rows = [fake(options, "rwr", rate, 100, gain, "sweep") for rate, gain in ((1e-4, 0.1), (3e-4, 0.3))]
     assert math.isnan(runs_of(options, here, rows)[3].learning_rate)  # one is missing
     lost = fake(options, "rwr", 1e-3, 100, 9.0, "sweep", note="diverged: x")
+    unread = fake(options, "rwr", 1e-4, 100, math.nan, "sweep")
+    assert runs_of(options, here, [unread, rows[1], lost])[3].learning_rate == 3e-4
     runs = runs_of(options, here, [*rows, lost])
     assert [(r.method, r.seed, r.learning_rate) for r in runs[3:]] == [
         ("rwr", 0, 3e-4), ("best_of_n", 0, 0.0), ("rwr", 1, 3e-4), ("best_of_n", 1, 0.0)]  # fmt: skip
@@ -334,6 +356,11 @@ WRONG = {
     "truth": (["--methods", "astrolabe", "--set", "selective=maybe"], "expected a bool"),
     "range": (["--methods", "kvpo", "--set", "num_generations=1"], "num_generations must be at least 2"),
     "official": (["--methods", "kvpo", "--set", "compat=official,tau=3"], "tau is 2.0 with compat official, got 3.0"),
+    "theirs": (["--methods", "astrolabe", "--set", "compat=official,beta=0.5"], "beta is 0.1 with compat official"),
+    "old policy": (["--methods", "astrolabe", "--set", "compat=official,old_decay=0"], "old_decay is not read with"),
+    "window": (["--methods", "astrolabe", "--set", "window_frames=36"], "no window of 36 frames fits"),
+    "primary": (["--methods", "astrolabe", "--set", "primary=vqq"], "expected vq, mq or ta"),
+    "average": (["--methods", "kvpo", "--set", "ema_decay=0.9"], "kvpo has no such setting"),
     "fork": (["--methods", "kvpo", "--set", "perturb_num_blocks=9"], "no block can fork"),
     "seeds": (["--seeds", "0;1"], "--seeds takes numbers"),
     "nothing to sweep": (["--seeds", "", "--learning_rates", "1e-3"], "give several, or give seeds"),

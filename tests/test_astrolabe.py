@@ -105,17 +105,19 @@ def test_gradient_is_proportional_to_2r_minus_1(beta):
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_minimum_of_the_objective(beta):
-    """For one noisy input with several clean ends u_k and shares r_k: v_old + (2 alpha / beta) (v_r - v_old)."""
+    """For one noisy input with several clean ends u_k and shares r_k: v_old + (2 alpha / beta) (v_r - v_old), and
+    (v_old - m) / beta more where the old policy is not the mean m of the u_k."""
     generator = seeded(1)
     u = torch.randn(7, 4, generator=generator, dtype=torch.float64)
     r = torch.rand(7, generator=generator, dtype=torch.float64)
-    v_old = u.mean(0)  # the mean velocity, as a trained model has it
     v_r = (r[:, None] * u).sum(0) / r.sum()
-    best = v_old + 2 * r.mean() / beta * (v_r - v_old)
-    v = best.clone().requires_grad_()
-    loss = contrast(v.expand(7, 4), v_old.expand(7, 4), u, r, beta)
-    assert gradient(loss, v).abs().max() < 1e-12
-    assert contrast((best + 0.1).expand(7, 4), v_old.expand(7, 4), u, r, beta) > loss
+    for off in (0.0, 0.3):  # 0: the mean velocity, as a model trained by flow matching has it
+        v_old = u.mean(0) + off
+        best = v_old + 2 * r.mean() / beta * (v_r - v_old) + off / beta
+        v = best.clone().requires_grad_()
+        loss = contrast(v.expand(7, 4), v_old.expand(7, 4), u, r, beta)
+        assert gradient(loss, v).abs().max() < 1e-12
+        assert contrast((best + 0.1).expand(7, 4), v_old.expand(7, 4), u, r, beta) > loss
 
 
 def test_contrast_against_a_loop_and_in_x0_space():
@@ -501,6 +503,10 @@ def test_what_cannot_work_is_refused(make_pipeline):
         AstrolabeConfig(compat="theirs")
     with pytest.raises(ValueError, match="space"):
         AstrolabeConfig(space="eps")
+    with pytest.raises(ValueError, match="old_decay is not read with compat official"):
+        AstrolabeConfig(compat="official", old_decay=0.0)
+    with pytest.raises(ValueError, match="replay_batch must be 0"):
+        AstrolabeConfig(context="noisy", replay_batch=2)
     config = AstrolabeConfig(**SMALL, primary="hps")
     with pytest.raises(ValueError, match="primary"):
         next(train(make_pipeline(), SCRIPTS, REWARDS, config))

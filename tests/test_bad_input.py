@@ -323,7 +323,7 @@ def test_a_value_out_of_range_is_refused_by_name(case):
 )
 def test_compat_refuses_what_it_replaces(name, value):
     values = vars(TrainConfig()) | {"compat": "official", name: value}
-    refused(lambda: cli.check_official(values), name, "with compat official")
+    refused(lambda: cli.check_official(values, TrainConfig), name, "with compat official")
 
 
 @cases(40)
@@ -362,15 +362,18 @@ def test_bad_lists_of_the_arena(name, value, there):
     content=st.binary(min_size=1, max_size=60)
     | st.sampled_from(["settings", "{}", '{"a": 1}', "x", "", "1,2", '"open', "[" * 3000, "null", "3"]).map(
         lambda last: (",".join(arena.COLUMNS) + "\n" + ",".join(["x"] * (len(arena.COLUMNS) - 1)) + "," + last).encode()
-    )
+    ),
+    ended=st.booleans(),
 )
-def test_a_file_that_is_no_csv_of_the_arena(content, there):
+def test_a_file_that_is_no_csv_of_the_arena(content, ended, there):
     path = there / "arena.csv"
-    path.write_bytes(content + b"\n")
-    last = content.decode(errors="replace").rsplit(",", 1)[-1]
+    content += b"\n" * ended
+    path.write_bytes(content)
+    last = content.decode(errors="replace").rstrip("\n").rsplit(",", 1)[-1]
     try:
-        rows = arena.read_rows(path)
+        rows = arena.read_rows(path, mend=True)
     except ValueError as error:
+        assert path.read_bytes() == content
         return is_named(error, path)
     assert all(isinstance(json.loads(row["settings"]), dict) for row in rows) and (
         not rows or last in ("{}", '{"a": 1}')

@@ -241,6 +241,17 @@ def test_options_belong_to_their_policy():
     for options in (dict(adaptive=True), dict(quasi_norm=0.8), dict(regression=True), dict(kernel=dance_kernel)):
         with pytest.raises(ValueError, match="polic"):
             Method("routing", "energy", **options)
+    unused = [("initial", "distance", dict(keep=2)), ("initial", "distance", dict(step_share=0.5)),
+              ("routing", "energy", dict(beta=0.5)), ("fresh", "nft", dict(clip=0.1)),
+              ("fresh", "nft", dict(strength=1.0)), ("consistency", "gaussian", dict(regression=True, clip=0.1)),
+              ("fresh", "nft", dict(weighted=True, beta=0.5))]  # fmt: skip
+    for exploration, policy, options in unused:
+        with pytest.raises(ValueError, match=f"{list(options)[-1]} is not used"):
+            Method(exploration, policy, **options)
+    for options in (dict(strength=0.0), dict(strength=7.0), dict(clip=-1.0), dict(pivot_blocks=0), dict(keep=3),
+                    dict(keep=0), dict(step_share=0.0)):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(options))):
+            Method("consistency", "gaussian", **options)
 
 
 # ------------------------------------------------------------------------------------------------------- advantages
@@ -349,6 +360,43 @@ def test_energy_loss_is_kvpos():
     p = torch.softmax(-E.detach() / tau, 0)
     want = torch.autograd.grad(((A - p * A.sum()) / (4 * tau) * E).sum(), v)[0]
     assert_close(got, want)
+
+
+def test_softmax_policies_are_clipped():
+    """Away from the old policy: each ratio by hand, and no pull where a candidate has moved far enough its own way."""
+    trajectory, _ = trajectory_of(consistency_kernel, G=4)
+    v_old = trajectory.velocity + 0.1 * torch.randn(trajectory.z.shape, generator=seeded(9), dtype=torch.float64)
+    v = (v_old + 0.05 * torch.randn(v_old.shape, generator=seeded(4), dtype=torch.float64)).requires_grad_()
+    A, clip, tau = torch.tensor([1.0, -1.0, 0.5, -0.2], dtype=torch.float64), 0.2, 0.02
+
+    def by_hand(log_p, log_p_old, low):
+        flat, total = 0, 0.0
+        for g, a in enumerate(A.tolist()):
+            for new, old in zip(log_p[g].flatten(), log_p_old[g].flatten(), strict=True):
+                rho = (new - old).exp()
+                stays = (a > 0 and rho > 1 + clip) or (a < 0 and rho < 1 - low)
+                flat += stays
+                total = total - (rho.clamp(1 - low, 1 + clip) if stays else rho) * a
+        assert 0 < flat < log_p.numel()
+        return total / log_p.numel()
+
+    def energies(u):
+        return torch.log_softmax(-step_energies(u, trajectory.velocity).sum((1, 2)) / tau, 0)
+
+    got, want = energy_loss(trajectory, v, v_old, A, tau, clip), by_hand(energies(v), energies(v_old), clip / 2)
+    assert_close(got, want)
+    assert_close(torch.autograd.grad(got, v)[0], torch.autograd.grad(want, v)[0])
+
+    def distances(u):
+        x0 = trajectory[:1].z - SIGMAS.double()[:, None, None, None, None] * u
+        d = [(trajectory.x0[i] - x0[0]).square().mean((-4, -3, -2, -1)) for i in range(4)]
+        return torch.log_softmax(-torch.stack(d) / tau, 0)
+
+    one, old = v.detach()[:1].requires_grad_(), v_old[:1]
+    got = neighbor_loss(trajectory[:1], one, old, trajectory.x0, A, tau, clip)
+    want = by_hand(distances(one), distances(old), clip)
+    assert_close(got, want)
+    assert_close(torch.autograd.grad(got, one)[0], torch.autograd.grad(want, one)[0])
 
 
 def test_reward_weighted_regression_by_hand():
@@ -478,10 +526,21 @@ def test_the_loss_sees_the_blocks_that_differ(make_pipeline, monkeypatch, name, 
     assert seen == [blocks or (21 - fork_at[-1].fork) // 3]
 
 
-def test_more_steps_on_one_group_are_clipped(make_pipeline, monkeypatch):
+def test_a_gradient_that_is_not_finite_is_not_stepped(make_pipeline, monkeypatch):
+    pipeline = make_pipeline()
+    weights = trainable(pipeline)
+    before = [w.detach().clone() for w in weights]
+    monkeypatch.setattr(baselines, "policy_loss", lambda *a: (a[3] * 0).sum().sqrt())  # 0, and its slope is not finite
+    with pytest.raises(FloatingPointError, match="gradient's norm is nan"):
+        update(pipeline, world.prompt_set(1, 1, seed=7)[0], REWARDS, METHODS["flow_grpo"],
+               torch.optim.SGD(weights, lr=1e-2), seeded(3), State(), **SMALL)  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
+
+
+def test_more_steps_on_one_group_keep_the_old_policy(make_pipeline, monkeypatch):
     seen, loss = [], baselines.policy_loss
     monkeypatch.setattr(baselines, "policy_loss", lambda *a: seen.append((a[3], a[4])) or loss(*a))
-    run(make_pipeline, METHODS["cm_grpo"], 1, inner_steps=3)
+    run(make_pipeline, METHODS["flow_grpo"], 1, inner_steps=3)
     assert len(seen) == 3
     assert torch.equal(seen[0][0].detach(), seen[0][1])  # ratio 1 at first
     assert all(torch.equal(old, seen[0][1]) for _, old in seen)  # the old policy stays
