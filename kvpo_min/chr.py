@@ -226,5 +226,6 @@ def _check_draw(frames: Sequence[int], n_routed: int, n_branches: int) -> None:
 
 def _pick(forks: list[int], generator: Generator) -> int:
     if not forks:
-        raise ValueError("no block can fork: make the video longer, or n_blocks or the window smaller")
+        raise ValueError("no block can fork: make the video longer, or n_blocks, which fit into a chunk, or the window "
+                         "smaller")  # fmt: skip
     return forks[int(torch.randint(len(forks), (1,), generator=generator))]
