@@ -6,7 +6,7 @@ Files of several machines can be given together. Changes are after - before on t
 standard error over seeds; one seed has none. "over prompts" is the standard error of the paired change, mean over
 seeds. The learning rate of a method was chosen on a seed and on evaluation prompts that are in the table of the sweep
 alone. A run that went on counts at every budget at which it was evaluated. Curves are means over seeds, bands one
-standard error; Best-of-N trains nothing and is a level.
+standard error; Best-of-N trains nothing and is a level. Other settings of a method are drawn from five seeds on.
 """
 
 import argparse
@@ -26,6 +26,7 @@ SHOWN = {"reward": "reward", "vq": "VQ", "mq": "MQ", "ta": "TA", "judge_all": "j
          "diversity": "diversity"}  # fmt: skip
 SMALL = ("sharpness", "motion_energy")  # whose changes need more digits
 COMMAND = "python benchmarks/arena_tables.py --csv docs/arena.csv --output docs/arena.md --figures figures/arena"
+SEEDS = 5  # of other settings that are drawn beside the methods as they are
 PANELS = ("reward", "judge_all", "judge_distance", "sharpness", "motion_energy", "diversity")
 
 
@@ -182,8 +183,8 @@ def curves(rows: list[dict]):
     figure = Figure(figsize=(14, 8), layout="constrained")
     styles = list(itertools.product(("-", ":"), BRANCHES))
     for axes, name in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-        lines = zip(styles, by(rows, "method", "learning_rate").items(), strict=False)
-        for (style, colour), ((method, rate), own) in lines:
+        lines = zip(styles, by(rows, "method", "set", "learning_rate").items(), strict=False)
+        for (style, colour), ((method, settings, rate), own) in lines:
             own = [row for row in own if not row["note"]]
             if not own:
                 continue
@@ -192,7 +193,8 @@ def curves(rows: list[dict]):
                 axes.axhline(mean_error([change(row, name) for row in own])[0], color=colour, ls="--", label=label)
                 continue
             x, mean, error = curve(own, name)
-            axes.plot(x, mean, style, color=colour, marker="o", ms=3, label=f"{method}, {rate}")
+            label = f"{method} {settings}".strip() + f", {rate}"
+            axes.plot(x, mean, style, color=colour, marker="o", ms=3, label=label)
             low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
             axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
         axes.axhline(0, color=ANCHOR, lw=0.8)
@@ -217,7 +219,9 @@ def main(argv: list[str] | None = None) -> None:
         results = by([row for row in group if row["purpose"] == "result"],
                      "method", "set", "learning_rate", "seed", "budget").values()  # fmt: skip
         results = [own[0] for own in results]  # of a shorter run and a longer one that passed by
-        competitors = [row for row in results if not row["set"] and "+" not in row["method"]]
+        seeds = {key: len({row["seed"] for row in own}) for key, own in by(results, "method", "set").items()}
+        competitors = [row for row in results if "+" not in row["method"]
+                       and (not row["set"] or seeds[row["method"], row["set"]] >= SEEDS)]  # fmt: skip
         for budget in sorted({row["asked"] for row in group} - {"0"}, key=int) or ["0"]:
             mine = [row for row in results if row["budget"] in (budget, "0")]
             plain = [row for row in mine if not row["set"]]
