@@ -176,6 +176,13 @@ def curve(rows: list[dict], name: str) -> tuple[list[float], list[float], list[f
     return tuple(map(list, zip(*points, strict=True)))
 
 
+def competitors_of(results: list[dict]) -> list[dict]:
+    """What is drawn: the methods as they are, not the cells of the grid, and other settings that have `SEEDS` seeds."""
+    named = [row for row in results if "+" not in row["method"]]
+    seeds = {key: len({row["seed"] for row in own}) for key, own in by(named, "method", "set").items()}
+    return [row for row in named if not row["set"] or seeds[row["method"], row["set"]] >= SEEDS]
+
+
 def curves(rows: list[dict]):
     """Six panels: change against forward passes of training."""
     from matplotlib.figure import Figure
@@ -219,9 +226,7 @@ def main(argv: list[str] | None = None) -> None:
         results = by([row for row in group if row["purpose"] == "result"],
                      "method", "set", "learning_rate", "seed", "budget").values()  # fmt: skip
         results = [own[0] for own in results]  # of a shorter run and a longer one that passed by
-        seeds = {key: len({row["seed"] for row in own}) for key, own in by(results, "method", "set").items()}
-        competitors = [row for row in results if "+" not in row["method"]
-                       and (not row["set"] or seeds[row["method"], row["set"]] >= SEEDS)]  # fmt: skip
+        competitors = competitors_of(results)
         for budget in sorted({row["asked"] for row in group} - {"0"}, key=int) or ["0"]:
             mine = [row for row in results if row["budget"] in (budget, "0")]
             plain = [row for row in mine if not row["set"]]

@@ -452,6 +452,17 @@ def test_curves_are_means_over_seeds_at_each_budget():
     assert mean == pytest.approx([0, 0.1, 0.2]) and error == pytest.approx([0, 0.05, 0.1])
 
 
+def test_settings_are_drawn_from_five_seeds_on():
+    plain, changed = (options_for("a.csv", forwards=90, set=text) for text in ("", "rank=4"))
+    rows = [fake(plain, "rwr", 1e-3, 0, 0.1), fake(plain, "routing+energy", 1e-3, 0, 0.1)]
+    rows += [fake(changed, "rwr", 1e-3, seed, 0.1, budget=k) for seed in range(4) for k in (45, 90)]
+    assert arena_tables.competitors_of(rows) == rows[:1]
+    fifth = [*rows, fake(changed, "rwr", 1e-3, 4, 0.2)]
+    assert arena_tables.competitors_of(fifth) == [rows[0], *fifth[2:]]
+    labels = [text.get_text() for text in arena_tables.curves(fifth[2:]).legends[0].get_texts()]
+    assert labels == ["rwr rank=4, 0.001"]
+
+
 def test_progress_shows_the_evaluations_that_all_seeds_have():
     options = options_for("a.csv", forwards=90, set="")
     rows = [fake(options, "rwr", 1e-3, s, g * k / 90, budget=k) for s, g in enumerate((0.1, 0.3)) for k in (45, 90)]
