@@ -9,7 +9,7 @@ velocity u = eps - x0, and two implicit policies are contrasted (its equations 1
 
 At v_theta = v_old its gradient is 2 beta (2 r - 1) (v_old - u): good candidates are copied, bad ones avoided. For a
 given noisy input its minimum is v_old + (2 alpha / beta) (v_r - v_old) + (v_old - m) / beta, with alpha the mean of r
-there, v_r the mean of u weighted by r and m its plain mean. The paper takes v_old = m; a distilled student's differs.
+there, v_r the mean of u weighted by r and m its plain mean: v_old = m after flow matching, not after distillation.
 
 One update (`train`): a long video is streamed once and forgotten up to the active window; G candidates of the window
 start from that frozen prefix; the loss lives in the window alone, so memory does not depend on the video's length. A KL
@@ -311,7 +311,7 @@ class AstrolabeConfig:
         if self.compat not in ("", "official"):
             raise ValueError(f'compat must be "" or "official", got {self.compat!r}')
         if self.compat:  # the released code's side, in one place (docs/paper_map.md)
-            if self.old_decay != 0.9:
+            if self.old_decay != type(self).old_decay:
                 raise ValueError(f"old_decay is not read with compat official, whose old policy keeps min(step / 1000, "
                                  f"1/2), got {self.old_decay}: leave one of them out")  # fmt: skip
             theirs = dict(beta=0.1, space="x0", levels="even", context="noisy", best="first")
