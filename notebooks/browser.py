@@ -1,11 +1,12 @@
-"""Opens notebooks in a real browser, as a student would: runs all cells, drags a slider, presses play, and checks that
-plot, text and video changed.
+"""Opens the notebooks in a real browser, as a student would: runs all cells, drags every slider, chooses from every
+menu, presses play, and checks that plot, text and video changed.
 
     pip install playwright
     python notebooks/browser.py --chromium /usr/bin/chromium --screenshots browser
+    python notebooks/browser.py 04 05  # these two alone
 
 Not part of `pytest`: it needs a Chromium (`apt-get install chromium`, or `playwright install chromium` and no
---chromium). JupyterLab runs on a copy of the notebooks, with settings of its own, and nothing leaves this machine.
+--chromium; where neither can be had, the npm package `@sparticuz/chromium` carries one). JupyterLab runs on a copy of the notebooks, with settings of its own, and nothing leaves this machine.
 `KVPO_FAST=1` makes the notebooks small. Exit code 1 when something did not change or a cell failed.
 """
 
@@ -24,10 +25,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NOTEBOOKS = {  # name -> whether it shows players
-    "00_kvpo_in_one_picture.ipynb": True,
-    "05_velocity_energy.ipynb": False,
-}
 OFFLINE = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking",
            "--disable-component-update", "--disable-sync", "--no-first-run")  # fmt: skip
 SETTINGS = {
@@ -36,7 +33,7 @@ SETTINGS = {
 }
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(prompt => prompt.innerText)"
 STARTED = f"() => {PROMPTS}.some(text => text.includes('*'))"
-DONE = f"() => {PROMPTS}.every(text => /[0-9]/.test(text))"
+DONE = f"() => !{PROMPTS}.some(text => text.includes('*'))"  # all ran, or one failed and the rest were called off
 CHANGED = "([area, before]) => area.innerHTML != before"
 
 
@@ -45,6 +42,7 @@ def jupyterlab(folder: Path) -> Iterator[str]:
     """A JupyterLab on a copy of the notebooks; -> its address"""
     work = folder / "notebooks"
     shutil.copytree(HERE, work, ignore=shutil.ignore_patterns("__pycache__", "browser"))
+    (folder / "figures").symlink_to(HERE.parent / "figures")  # which notebook 08 reads
     for name, setting in SETTINGS.items():
         path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,34 +87,60 @@ def open_and_run(page, address: str, name: str) -> None:
     errors = page.locator("[data-mime-type='application/vnd.jupyter.error'], .jp-RenderedText:has-text('Traceback')")
     assert errors.count() == 0, f"{name}: {errors.first.inner_text()[-500:]}"
     cells = page.locator(".jp-CodeCell").count()
+    left = page.evaluate(f"{PROMPTS}.filter(text => !/[0-9]/.test(text)).length")
+    assert left == 0, f"{name}: {left} of {cells} cells did not run"
     say(f"{name}: {cells} code cells ran in {time.perf_counter() - begun:.0f} s")
 
 
-def drag_slider(page, name: str) -> None:
-    """Drags the first slider with the mouse; the number beside it and what it drives must change."""
-    widget = page.locator(".widget-interact").first
-    widget.scroll_into_view_if_needed()
-    handle, area = widget.locator(".noUi-handle").first, widget.locator(".widget-output").first
-    area.locator("img").first.wait_for()
-    number, html, text = widget.locator(".widget-readout").first.inner_text(), area.inner_html(), area.inner_text()
-    box = handle.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x, y)
-    page.mouse.down()
-    page.mouse.move(x + 60, y, steps=6)
-    page.mouse.up()
+def move(page, area, control) -> str:
+    """Drags a slider, chooses from a menu or ticks a box, waits until what it drives has changed; -> what was done."""
+    html, pictures = area.inner_html(), area.locator("img").count()
+    if control.locator("select").count():
+        menu = control.locator("select")
+        before = menu.evaluate("menu => menu.selectedOptions[0].innerText")
+        menu.select_option(index=(menu.evaluate("menu => menu.selectedIndex") + 1) % menu.locator("option").count())
+        after = menu.evaluate("menu => menu.selectedOptions[0].innerText")
+    elif control.locator("input[type=checkbox]").count():
+        box = control.locator("input[type=checkbox]")
+        before = box.is_checked()
+        box.click()
+        after = box.is_checked()
+    else:
+        number, handle = control.locator(".widget-readout"), control.locator(".noUi-handle")
+        before = number.inner_text()
+        least, now, most = (float(handle.get_attribute(f"aria-value{end}")) for end in ("min", "now", "max"))
+        box = handle.bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(x + (-400 if 2 * now > least + most else 400), y, steps=6)  # to the farther end
+        page.mouse.up()
+        after = number.inner_text()
+    assert after != before, f"stayed {before}"
     page.wait_for_function(CHANGED, arg=[area.element_handle(), html], timeout=60_000)
-    area.locator("img").first.wait_for()
-    now = widget.locator(".widget-readout").first.inner_text()
-    assert now != number, f"{name}: the slider's number stayed {number}"
-    picture = area.locator("img").first.get_attribute("src")
-    assert picture not in html, f"{name}: the plot did not change"
-    changed = f", its text from {text!r} to {area.inner_text()!r}" if text.strip() else ""
-    say(f"{name}: slider dragged from {number} to {now}; the plot changed{changed}")
+    if pictures:
+        area.locator("img, video").first.wait_for()
+    assert area.locator("[data-mime-type='application/vnd.jupyter.stderr']").count() == 0, area.inner_text()[-500:]
+    return f"from {before} to {after}"
+
+
+def move_all(page, name: str) -> None:
+    """Every slider, menu and box of the notebook; what it drives must change."""
+    for number, widget in enumerate(page.locator(".widget-interact").all()):
+        area = widget.locator(".widget-output").first
+        for control in widget.locator(".widget-slider, .widget-dropdown, .widget-checkbox").all():
+            control.scroll_into_view_if_needed()
+            label = control.inner_text().replace("\u200b", "").strip().split("\n")[0]
+            try:
+                say(f"{name}: {label} {move(page, area, control)}")
+            except Exception as error:
+                raise AssertionError(f"{name}: widget {number}, {label}: {error}") from error
 
 
 def press_play(page, name: str) -> None:
-    """Clicks the first player; its time must go on."""
+    """Clicks the first player, if there is one; its time must go on."""
+    if not page.locator("video").count():
+        return
     video = page.locator("video").first
     video.scroll_into_view_if_needed()
     video.evaluate("v => { v.pause(); v.currentTime = 0 }")
@@ -131,9 +155,13 @@ def press_play(page, name: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("numbers", nargs="*", help="which notebooks, e.g. 04 05; default: all")
     parser.add_argument("--chromium", default=None, help="the browser's program; default: playwright's own")
     parser.add_argument("--screenshots", default="", help="folder for a picture of each notebook")
     args = parser.parse_args()
+    names = sorted(path.name for path in HERE.glob("[0-9]*.ipynb") if not args.numbers or path.name[:2] in args.numbers)
+    if not names:
+        parser.error(f"no notebook begins with {' or '.join(args.numbers)}; they are numbered 00 to 09")
     try:
         from playwright.sync_api import sync_playwright
     except ModuleNotFoundError:
@@ -143,9 +171,9 @@ def main() -> int:
         browser = playwright.chromium.launch(executable_path=args.chromium, args=OFFLINE)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         try:
-            for name, players in NOTEBOOKS.items():
+            for name in names:
                 open_and_run(page, address, name)
-                for step in (drag_slider, press_play) if players else (drag_slider,):
+                for step in (move_all, press_play):
                     step(page, name)
                     if args.screenshots:
                         Path(args.screenshots).mkdir(parents=True, exist_ok=True)
