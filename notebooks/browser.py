@@ -6,8 +6,9 @@ menu, presses play, and checks that plot, text and video changed.
     python notebooks/browser.py 04 05  # these two alone
 
 Not part of `pytest`: it needs a Chromium (`apt-get install chromium`, or `playwright install chromium` and no
---chromium; where neither can be had, the npm package `@sparticuz/chromium` carries one). JupyterLab runs on a copy of the notebooks, with settings of its own, and nothing leaves this machine.
-`KVPO_FAST=1` makes the notebooks small. Exit code 1 when something did not change or a cell failed.
+--chromium; where neither can be had, the npm package `@sparticuz/chromium` carries one). JupyterLab runs on a copy
+of the notebooks, with settings of its own, and nothing leaves this machine. `KVPO_FAST=1` makes the notebooks small.
+Exit code 1 when something did not change or a cell failed.
 """
 
 import argparse
