@@ -7,10 +7,11 @@ standard error over seeds; one seed has none. "over prompts" is the standard err
 seeds. The learning rate of a method was chosen on a seed and on evaluation prompts that are in the table of the sweep
 alone. A run that went on counts at every budget at which it was evaluated. Curves are means over seeds, bands one
 standard error; Best-of-N trains nothing and is a level. Other settings of a method are drawn from five seeds on.
+A method has the same colour in every figure; its further settings and rates are dotted.
 """
 
 import argparse
-import itertools
+import collections
 import math
 import os
 import re
@@ -18,7 +19,7 @@ import statistics
 from pathlib import Path
 
 from kvpo_min.arena import HERE, UNTRAINED, read_rows
-from kvpo_min.baselines import EXPLORATIONS, POLICIES, REFUSED
+from kvpo_min.baselines import EXPLORATIONS, METHODS, POLICIES, REFUSED
 from kvpo_min.viz import ANCHOR, BRANCHES
 
 SHOWN = {"reward": "reward", "vq": "VQ", "mq": "MQ", "ta": "TA", "judge_all": "judge: all", "judge_valid": "valid",
@@ -27,6 +28,8 @@ SHOWN = {"reward": "reward", "vq": "VQ", "mq": "MQ", "ta": "TA", "judge_all": "j
 SMALL = ("sharpness", "motion_energy")  # whose changes need more digits
 COMMAND = "python benchmarks/arena_tables.py --csv docs/arena.csv --output docs/arena.md --figures figures/arena"
 SEEDS = 5  # of other settings that are drawn beside the methods as they are
+COLOURS = dict(zip((*METHODS, *UNTRAINED), (*BRANCHES, "black", ANCHOR, "black"), strict=True))  # in every figure
+STYLES = ("-", ":", "-.")  # of a method's further settings and rates
 PANELS = ("reward", "judge_all", "judge_distance", "sharpness", "motion_energy", "diversity")
 
 
@@ -187,19 +190,22 @@ def curves(rows: list[dict]):
     """Six panels: change against forward passes of training."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 8), layout="constrained")
-    styles = list(itertools.product(("-", ":"), BRANCHES))
+    order, figure = list(COLOURS), Figure(figsize=(14, 8), layout="constrained")
     for axes, name in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-        lines = zip(styles, by(rows, "method", "set", "learning_rate").items(), strict=False)
-        for (style, colour), ((method, settings, rate), own) in lines:
-            own = [row for row in own if not row["note"]]
+        drawn = collections.Counter()
+        lines = by(rows, "method", "set", "learning_rate")
+        for method, settings, rate in sorted(lines, key=lambda line: (order.index(line[0]), bool(line[1]))):
+            own = [row for row in lines[method, settings, rate] if not row["note"]]
             if not own:
                 continue
             if method in UNTRAINED:
                 label = f"{method}, {float(own[0]['passes_per_video']):.0f} passes a video"
-                axes.axhline(mean_error([change(row, name) for row in own])[0], color=colour, ls="--", label=label)
+                level, _ = mean_error([change(row, name) for row in own])
+                axes.axhline(level, color=COLOURS[method], ls="--", label=label)
                 continue
             x, mean, error = curve(own, name)
+            style, colour = STYLES[drawn[method] % len(STYLES)], COLOURS[method]
+            drawn[method] += 1
             label = f"{method} {settings}".strip() + f", {rate}"
             axes.plot(x, mean, style, color=colour, marker="o", ms=3, label=label)
             low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
