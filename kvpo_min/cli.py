@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -609,7 +610,9 @@ def run(config, options: RunOptions, wan=None) -> int:
         draw_before_after(folder, before_pixels, after_pixels, held_out, fps)
     result["seconds"] = round(earlier + time.perf_counter() - begun, 1)
     seen = len(set(held_out) & set(scripts))
-    write_text(folder / "README.md", model_card(pipeline.name, config, options, result, len(scripts), seen, wan))
+    write_text(
+        folder / "README.md", model_card(pipeline.name, config, options, result, len(scripts), seen, wan, held_out[0])
+    )
     write_json(folder / "summary.json", result)  # last: whoever has it has all (`is_complete`)
     if result["after"]:
         print(table({"before": before, "after": result["after"]}))
@@ -1000,8 +1003,10 @@ def table(columns: Mapping[str, dict], mark_down: bool = False) -> str:
     return "\n".join(map(aligned, lines))
 
 
-def model_card(name: str, config, options: RunOptions, result: dict, n_scripts: int, seen: int, wan=None) -> str:
-    """README.md of a run folder, in the form that the Hub reads."""
+def model_card(
+    name: str, config, options: RunOptions, result: dict, n_scripts: int, seen: int, wan=None, shown: str = ""
+) -> str:
+    """README.md of a run folder, in the form that the Hub reads. `shown`: the script that a real model's names."""
     before, after = result["before"], result["after"]
     measured = table({"before": before, "after": after} if after else {"before": before}, mark_down=True)
     weights = {"VQ": options.vq, "MQ": options.mq, "TA": options.ta}
@@ -1021,10 +1026,11 @@ It knows the pocket world (coloured sprites) and its grammar, nothing else. The 
 on purpose, so videos whose words leave the colour open are expected to drift towards red, orange and yellow."""
     if wan:
         judged = " They are the last ones of the prompts file and were not trained on."
-        script = f"--prompts {options.prompts}"
+        script = shlex.quote(shown)
         given = {name: getattr(wan, name) for name in ("lora", "components", "height", "width")}
         model += "".join(f" --{name} {value}" for name, value in given.items() if value)
         export = f"\nkvpo-min export --adapter {config.output_dir} --layout diffusers"
+        export += f" --lora {wan.lora}" if wan.lora else ""
         scored = {"VQ": wan.vq_model, "MQ": wan.mq_model, "TA": wan.ta_model}
         limits = "It was trained on few prompts and on a reward that is a model itself, and that can be hacked: "
         limits += ", ".join(f"{key} by `{line}`" for key, line in scored.items() if line) + "."
@@ -1173,6 +1179,12 @@ def export_command(argv: Sequence[str]) -> int:
         lora = stack_loras(read_lora(options.lora), lora)
     path = export_lora(lora, folder, options.layout)
     print(f"{path}: rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.modules)} layers")
+    config = Path(options.adapter) / "config.yaml"
+    ran = read_yaml(config) if config.is_file() else {}
+    if ran.get("model"):
+        print(f"to be loaded on {ran['model']}")
+    if ran.get("lora") and not options.lora:
+        say(f"with {ran['lora']} merged into it; --lora {ran['lora']} would put both into one LoRA")
     return 0
 
 

@@ -223,11 +223,12 @@ def check_run_folder(folder: Path, model: str) -> list[Check]:
 
     def summary_complete():
         summary = json.loads((folder / "summary.json").read_text())
+        pocket = "components" not in cli.read_yaml(folder / "config.yaml")  # of a real model; it has no judge
         lacking = [key for key in ("updates", "seconds", "seed") if summary.get(key) is None]
         lacking += [
             f"{when}.{key}"
             for when in ("before", "after")
-            for key in ("vq", "mq", "ta", "reward", "judge")
+            for key in ("vq", "mq", "ta", "reward") + (("judge",) if pocket else ())
             if (summary.get(when) or {}).get(key) is None
         ]
         return not lacking, f"lacks {', '.join(lacking)}" if lacking else ""

@@ -78,8 +78,9 @@ def fuse(
     if mode not in ("none", "std", "zscore"):
         raise ValueError(f'mode must be "none", "std" or "zscore", got {mode!r}')
 
-    if global_ is not None and global_.shape != local.shape:
-        raise ValueError(f"local and global_ must be [G] alike, got {list(local.shape)} and {list(global_.shape)}")
+    if local.ndim != 1 or (global_ is not None and global_.shape != local.shape):
+        shape = None if global_ is None else list(global_.shape)
+        raise ValueError(f"local and global_ must be [G] alike, got {list(local.shape)} and {shape}")
 
     def n(signal):
         std = signal.std(correction=0)
@@ -97,7 +98,8 @@ def branch_is_safe(rewards: Mapping[str, Tensor], anchor: Mapping, weights: Mapp
     A group is safe if this holds for the local or for the global rewards: join the two with `or` (KV:2899-2905).
     """
     _check_components(rewards, anchor, weights)
-    return bool(sum(w * (rewards[name] - anchor[name]) for name, w in weights.items()).max() > 0)
+    r = {name: r.to(torch.promote_types(r.dtype, torch.float32)) for name, r in rewards.items()}  # name -> [G]
+    return bool(sum(w * (r[name] - torch.as_tensor(anchor[name]).to(r[name])) for name, w in weights.items()).max() > 0)
 
 
 def safety_scale(safe: bool, unsafe: float = 0.0) -> float:
@@ -147,7 +149,7 @@ def kvpo_loss(
     log_p, log_p_old, log_p_init: log pi [G] of the policy, of the one that made the branches, of the released model;
     A: advantages [G]; scale: from `safety_scale`. Only log_p carries gradient.
     """
-    if log_p_init.shape != log_p.shape:
+    if log_p.ndim != 1 or log_p_init.shape != log_p.shape:
         raise ValueError(f"log_p_init must be [G] like log_p, got {list(log_p_init.shape)} and {list(log_p.shape)}")
     policy, ratio, clip_fraction = clipped_objective(log_p, log_p_old, A, clip_low, clip_high)
     kl = branch_kl(log_p, log_p_init)

@@ -84,7 +84,7 @@ class MixedBackbone(WanBackbone):
 
 
 def load_wan(model: str, texts: Sequence[str], cache: str | Path, options: WanOptions | None = None) -> Pipeline:
-    """The pipeline of a real model. `texts`: every prompt that will be asked for; `cache`: the file that holds their
+    """The pipeline of a real model. `texts`: every prompt that will be asked for; `cache`: the folder that holds their
     encodings (`text_cache`), extended where it lacks some. Raises ValueError naming what cannot be loaded."""
     from diffusers import AutoencoderKLWan
 
@@ -107,8 +107,12 @@ def load_wan(model: str, texts: Sequence[str], cache: str | Path, options: WanOp
         """[N, T, C, H, W] -> [N, T, 3, H', W'] in [0, 1] on the CPU: of the four pixel frames of a latent frame the
         last, so 4 frames a second at equal distances, one a latent frame. Rewards are means over frames (HPSv3) or
         read 2 a second (VideoAlign)."""
-        videos = [[p[:, -1:].cpu() for p in decode_stream(vae, video.split(1, 1))] for video in latents.split(1)]
-        return torch.cat([torch.cat(frames, 1) for frames in videos])
+        n, t, _, h, w = latents.shape
+        pixels = torch.empty(n, t, 3, h * scale, w * scale)  # filled in place: a second copy would be gigabytes
+        for video, out in zip(latents.split(1), pixels, strict=True):
+            for frame, shown in zip(decode_stream(vae, video.split(1, 1)), out, strict=True):
+                shown.copy_(frame[0, -1])
+        return pixels
 
     def segments(script: str) -> list[str]:
         return script.split(BETWEEN)
@@ -168,53 +172,60 @@ def decode_stream(vae, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def text_cache(prompts: str | Path) -> Path:
-    """Where the encodings of a prompts file are kept."""
-    return Path(f"{prompts}.umt5.safetensors")
+    """The folder of the encodings of a prompts file, about a megabyte a prompt."""
+    return Path(f"{prompts}.umt5")
 
 
 def encode_texts(
-    texts: Sequence[str], cache: str | Path, components: str, device="cpu", dtype=torch.bfloat16, batch: int = 8
-) -> Callable[[list[str]], Tensor]:
-    """Encodes the texts that `cache` lacks (cut at 512 tokens), adds them to it and frees the encoder.
-    -> embed: texts -> [B, 512, D] float32 on `device`. Raises ValueError for a damaged cache or encoder."""
+    texts: Sequence[str], cache: str | Path, components: str, device="cpu", dtype=torch.bfloat16, batch: int = 8,
+    part: int = 512,
+) -> Callable[[list[str]], Tensor]:  # fmt: skip
+    """Encodes the texts that the folder `cache` lacks (cut at 512 tokens), adds them to it, `part` texts a file (an
+    interruption loses at most one), and frees the encoder. -> embed: texts -> [B, 512, D] float32 on `device`.
+    Raises ValueError for a damaged file or encoder."""
     from safetensors import safe_open
     from safetensors.torch import save_file
+    from tqdm import tqdm
 
     cache = Path(cache)
 
     def key(text: str) -> str:
         return hashlib.sha256(f"{components}\n{text}".encode()).hexdigest()
 
-    def read(keys: Iterable[str] | None = None) -> dict[str, Tensor]:
+    def read(path: Path, keys: Iterable[str] = ()) -> tuple[list[str], list[Tensor]]:
+        """The names in a file, and what is asked for: it stays on the disk until then."""
         try:
-            with safe_open(cache, framework="pt") as file:
-                return {k: file.get_tensor(k) for k in (file.keys() if keys is None else keys)}
+            with safe_open(path, framework="pt") as file:
+                return list(file.keys()), [file.get_tensor(k) for k in keys]
         except Exception as error:  # a damaged header raises its own kinds
             raise ValueError(
-                f"{cache} holds no encoded prompts ({first_line(error)}); delete it, and it will be made again"
+                f"{path} holds no encoded prompts ({first_line(error)}); delete it, and it will be made again"
             ) from None
 
-    known = read() if cache.exists() else {}
-    missing = [text for text in dict.fromkeys(texts) if key(text) not in known]
+    where = {k: path for path in sorted(cache.glob("*.safetensors")) for k in read(path)[0]}
+    missing = [text for text in dict.fromkeys(texts) if key(text) not in where]
     if missing:
         encode = text_encoder(components, device, dtype)
-        for begin in range(0, len(missing), batch):
-            part = missing[begin : begin + batch]
-            known |= {key(text): rows for text, rows in zip(part, encode(part), strict=True)}
+        cache.mkdir(parents=True, exist_ok=True)
+        with tqdm(total=len(missing), desc="encode prompts", unit="prompt", mininterval=5) as bar:
+            for begin in range(0, len(missing), part):
+                now, rows = missing[begin : begin + part], []
+                for i in range(0, len(now), batch):
+                    rows += encode(now[i : i + batch])
+                    bar.update(len(now[i : i + batch]))
+                path = cache / f"{key(now[0])[:16]}.safetensors"
+                aside = path.with_suffix(".aside")
+                save_file({key(text): row for text, row in zip(now, rows, strict=True)}, aside)
+                os.replace(aside, path)
+                where |= dict.fromkeys(map(key, now), path)
         del encode  # the only reference to the encoder
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
-        aside = cache.with_name(cache.name + ".aside")
-        save_file(known, aside)
-        os.replace(aside, cache)
-    there = set(known)
-    del known  # a megabyte a prompt: read from the file when asked for
 
     def embed(texts: list[str]) -> Tensor:
-        if unknown := [text for text in texts if key(text) not in there]:
+        if unknown := [text for text in texts if key(text) not in where]:
             raise ValueError(f"{cache} lacks {unknown[0][:60]!r}: the encoder is freed, so name every text beforehand")
-        found = read([key(text) for text in texts])
-        rows = [found[key(text)].float() for text in texts]  # [tokens, D]
+        rows = [read(where[key(text)], [key(text)])[1][0].float() for text in texts]  # [tokens, D]
         return torch.stack([torch.nn.functional.pad(r, (0, 0, 0, TEXT_LEN - len(r))) for r in rows]).to(device)
 
     return embed

@@ -47,7 +47,9 @@ class Scene:
     spread: float = 0.12  # how far from its colour a pixel still counts as that colour (RGB distance)
 
 
-def check_videos(videos: Tensor, prompts: list[str]) -> None:
+def check_videos(videos: Tensor, prompts: list[str], least: int = 1) -> Tensor:
+    """-> the videos [N, F, 3, H, W], in float32 or better. Raises ValueError for what cannot be scored, such as fewer
+    frames than `least`."""
     if videos.ndim != 5 or videos.shape[2] != 3 or 0 in videos.shape or len(prompts) != len(videos):
         raise ValueError(
             f"a reward takes videos [N, F, 3, H, W] and N prompts, got {list(videos.shape)} and {len(prompts)} prompts"
@@ -56,6 +58,9 @@ def check_videos(videos: Tensor, prompts: list[str]) -> None:
         raise ValueError(f"a reward takes videos of floats in [0, 1], got {videos.dtype}")
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"a reward takes a list of prompts, got {prompts!r}")
+    if videos.shape[1] < least:
+        raise ValueError(f"motion is seen in at least {least} frames, got {videos.shape[1]}")
+    return videos.to(torch.promote_types(videos.dtype, torch.float32))
 
 
 def ink_maps(videos: Tensor, scene: Scene) -> tuple[Tensor, Tensor]:
@@ -97,12 +102,12 @@ class VisualQuality:
     taste: float = 0.4
 
     def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor:
-        check_videos(videos, prompts)
+        videos = check_videos(videos, prompts)
         inks, distance = ink_maps(videos, self.scene)
         mass = inks.sum((2, 3, 4))  # [N, F] pixels of things
         stray = (distance**4 / (distance**4 + self.scene.spread**4)).sum((2, 3))
         clean = (-stray / (mass + 16)).exp() * mass / (mass + 16)
-        warm = [list(self.scene.inks).index(name) for name in self.scene.warm]
+        warm = [k for k, name in enumerate(self.scene.inks) if name in self.scene.warm]
         warmth = inks[:, :, warm].sum((2, 3, 4)) / (mass + 1)
         return ((1 - self.taste) * clean + self.taste * warmth).mean(1)
 
@@ -116,7 +121,7 @@ class MotionQuality:
     pace: float = 1.0  # pixels a frame at which liveliness is 0.76
 
     def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor:
-        check_videos(videos, prompts)
+        videos = check_videos(videos, prompts, 3)
         steps = centre_steps(ink_maps(videos, self.scene)[0].sum(2))
         change = (steps[:, 1:] - steps[:, :-1]).square().sum(-1)  # [N, F-2]
         smooth = (-change / (2 * self.jerk**2)).exp().mean(1)
@@ -133,7 +138,7 @@ class TextAlignment:
     sharpness: float = 40.0  # of the choice between shapes
 
     def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor:
-        check_videos(videos, prompts)
+        videos = check_videos(videos, prompts, 2)
         scene = self.scene
         inks, _ = ink_maps(videos, scene)
         mass = inks.sum(2)  # [N, F, H, W]

@@ -157,15 +157,11 @@ def switch_prompt(backbone: Backbone, stream: Stream, text: Tensor, sampler: Sam
     one pass).
     The last window of frames is encoded again; the sink and older frames keep the keys of the old words."""
     window, history = sampler.window, stream.history
-    blocks = {b.start: x0 for b, x0 in zip(range_blocks(0, stream.frame, window.block), stream.x0, strict=True)}
+    blocks = dict(zip(range(0, stream.frame, window.block), stream.x0, strict=True))
     for start in range(stale_from(stream.frame, window), stream.frame, window.block):
         own = backbone.encode(blocks[start], start, text, history.read(ordinary_frames(start, window)))
         history = history.append(start, own)
     return replace(stream, history=history, segment=segment)
-
-
-def range_blocks(start: int, stop: int, block: int) -> list[range]:
-    return [range(s, s + block) for s in range(start, stop, block)]
 
 
 @torch.no_grad()
@@ -255,6 +251,11 @@ def fork(
     if not 0 <= plan.fork < record_until <= stop:
         raise ValueError(
             f"expected 0 <= fork < record_until <= stop (frames), got {plan.fork}, {record_until} and {stop}"
+        )
+    if inside := [frame for frame in sampler.switches if plan.fork < frame < record_until]:
+        raise ValueError(
+            f"the words change at frame {inside[0]}, inside the trajectory [{plan.fork}, {record_until}), which is "
+            "replayed under the words of the fork: let prompts switch where chunks begin (chr.chunk_starts)"
         )
     prefix = generate(backbone, prefix or Stream(), texts, noise[-1:], plan.fork, sampler)
     segment = segment_at(plan.fork, sampler.switches)

@@ -263,9 +263,13 @@ def group_numbers(group: Group, weights: dict[str, float]) -> dict[str, float]:
 
 def add_policies(pipeline: Pipeline, config: TrainConfig):
     """Puts the adapters `default`, `old` and `ema` on the backbone's transformer, all equal to the initial policy.
-    -> the peft model; the base's weights stay as they are."""
+    -> the peft model; the base's weights stay as they are. Raises ValueError for a model that has adapters already."""
     from peft import LoraConfig, get_peft_model
 
+    if any("lora_" in name for name, _ in pipeline.backbone.transformer.named_parameters()):
+        raise ValueError(
+            "the model has adapters already: give train(policies=...) what add_policies made, or load it anew"
+        )
     torch.manual_seed(config.seed)  # peft draws the A matrices from the global generator
     lora = LoraConfig(
         r=config.rank, lora_alpha=config.lora_alpha, lora_dropout=0.0, bias="none",
@@ -497,11 +501,17 @@ def train(
     (RewardError), or a reward, video, energy, loss or gradient is not finite (FloatingPointError), the update is
     skipped: weights, optimizer and moving average stay as they are. After the third in a row that error is raised.
 
-    Whatever ends the run early, Ctrl-C included, a checkpoint of the last whole update is written on the way out, if
-    there are checkpoints at all or with `save_when_stopped`."""
+    Whatever ends the run early, Ctrl-C and `break` included, a checkpoint of the last whole update is written on the
+    way out, if there are checkpoints at all or with `save_when_stopped`."""
     n_segments = {len(pipeline.segments(script)) for script in scripts}
     if n_segments != {config.num_segments}:
         raise ValueError(f"num_segments is {config.num_segments}, but the scripts have {sorted(n_segments)} segments")
+    begins = (0, *pipeline.switches)[: config.num_segments]
+    if len(begins) < config.num_segments or begins[-1] >= config.num_frames:
+        raise ValueError(
+            f"num_frames is {config.num_frames} and segments begin at {[0, *pipeline.switches]}: "
+            f"not all of {config.num_segments} segments would be shown"
+        )
     check_share(config)
     rank, world = processes()
     policies = policies if policies is not None else add_policies(pipeline, config)
@@ -685,7 +695,7 @@ def train(
             record = None  # what it holds would stay in memory during the next update
             if stop:
                 raise too_many_skips(failure, step)
-    except (Exception, KeyboardInterrupt):
+    except BaseException:  # also GeneratorExit: whoever took updates from it stopped
         if rank == 0 and whole and state["step"] > saved and (config.checkpointing_steps or save_when_stopped):
             checkpoint()
         raise

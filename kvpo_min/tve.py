@@ -68,7 +68,8 @@ class Trajectory:
 
 def x0_to_velocity(z: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
     """v = (z - x0) / sigma. z, x0: [..., F, C, H, W]; sigma > 0: a number or [...], one level for each (F, C, H, W)."""
-    return (z - x0) / _per_latent(sigma, z)
+    sigma = _per_latent(sigma, z)
+    return (z.to(sigma) - x0.to(sigma)) / sigma
 
 
 def velocity_to_x0(z: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
@@ -139,6 +140,6 @@ def gibbs_entropy(log_p: Tensor) -> Tensor:
 
 
 def _per_latent(sigma: Tensor | float, z: Tensor) -> Tensor:
-    # [...] -> [..., 1, 1, 1, 1], in float32 or better: a bfloat16 division would cost more than the residual is worth
+    # [...] -> [..., 1, 1, 1, 1], in float32 or better: bfloat16 would cost more than the residual is worth
     wide = torch.promote_types(z.dtype, torch.float32)
     return torch.as_tensor(sigma, dtype=wide, device=z.device)[..., None, None, None, None]

@@ -230,13 +230,14 @@ def _route_legend(figure) -> None:
 def _column(logs: Sequence[Mapping], key: str) -> list[float]:
     if not logs:
         raise ValueError("there is nothing to plot: expected at least one line of metrics")
-    return [line[key] for line in logs]
+    return [line[key] for line in logs if not line.get("skipped")]  # a skipped update measured nothing
 
 
 def reward_curve(logs: Sequence[Mapping]):
     """Mean reward of the branches with their spread, and the anchor's, over updates. -> Figure
 
-    logs: `Step.log()` of each update, or the lines of metrics.jsonl. Raises ValueError if there are none."""
+    logs: `Step.log()` of each update, or the lines of metrics.jsonl; skipped ones are left out. Raises ValueError if
+    there are none."""
     step, mean = _column(logs, "step"), _column(logs, "reward")
     spread = _column(logs, "reward_std")
     figure = _figure(7, 3.5)
@@ -780,7 +781,7 @@ def training_board(logs: Sequence[Mapping], step=None, frames: int = 6):
     """One picture of a run that is under way: reward with spread, energies, entropy, KL and clipped ratios so far; with
     `step`, a `train.Step`, also the frames that its first group read and films of its best and worst branch and of the
     anchor. -> Figure. logs: as in `reward_curve`; `frames` a film."""
-    at = _column(logs, "step")
+    at, step = _column(logs, "step"), None if step is None or step.skipped else step
     figure = _figure(10, 3.2 if step is None else 6.4)
     top, bottom = (figure, None) if step is None else figure.subfigures(2, 1, height_ratios=(1, 1.1))
     reward, energy, entropy, clip = top.subplots(1, 4)
@@ -844,8 +845,9 @@ def recorded(logs: Sequence[Mapping], at: int = -1):
         if key == "reward":
             axes.plot(step, _column(logs, "anchor_reward"), color=ANCHOR, linewidth=1, linestyle="--")
         axes.axvline(here["step"], color="#555555", linewidth=1)
-        axes.plot(here["step"], here[key], "o", color=colour, markeredgecolor="#555555")
-        _plain(axes, f"{name}: {here[key]:.4g}", "update")
+        if not here.get("skipped"):
+            axes.plot(here["step"], here[key], "o", color=colour, markeredgecolor="#555555")
+        _plain(axes, f"{name}: " + ("skipped" if here.get("skipped") else f"{here[key]:.4g}"), "update")
         axes.title.set_fontsize(8)
         axes.xaxis.label.set_fontsize(8)
         axes.tick_params(labelsize=7)

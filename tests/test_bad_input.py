@@ -16,7 +16,7 @@ import re
 import string
 import warnings
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -835,6 +835,14 @@ def test_forks_out_of_range_are_refused(fork_, until, stop):
     refused(
         lambda: fork(Silent(), TEXTS, noise, plan, stop, until, SAMPLER, 2), "expected 0 <= fork < record_until <= stop"
     )
+
+
+def test_words_must_not_change_inside_the_trajectory():
+    """Its replay is under the words of the fork. At its ends they may change."""
+    plan = routing.Plan(21, range(3, 20), torch.zeros(2, 4, dtype=torch.long), 5)
+    noise, sampler = torch.zeros(1, 20, 4, 3, 1, 2, 2), replace(SAMPLER, switches=(30,))
+    match = "change at frame 30, inside the trajectory [21, 39)"
+    refused(lambda: fork(Silent(), TEXTS, noise, plan, 39, 39, sampler, 2), match)
 
 
 @pytest.fixture(scope="module")

@@ -592,6 +592,23 @@ def test_safety():
 ONE = {"vq": torch.ones(2)}
 
 
+def test_a_branch_that_is_reproduced_has_no_energy_in_bfloat16():
+    """z and x0 may come in bfloat16; their difference is taken in float32, so it is that of the stored numbers."""
+    z, x0 = (torch.randn(2, 1, 4, 3, 1, 2, 2, generator=seeded(k)).bfloat16() for k in range(2))
+    sigma = schedule(4, 5.0)
+    exact = (z.double() - x0.double()) / sigma.double()[:, None, None, None, None]
+    v = Trajectory(z, x0, sigma).velocity
+    assert v.dtype == torch.float32
+    assert_close(v.double(), exact, rtol=1e-6, atol=1e-7)
+
+
+def test_safety_and_advantages_agree_in_bfloat16():
+    """A difference of half a step of bfloat16: both compare in float32."""
+    rewards, anchor = {"vq": torch.full((3,), 8.0625, dtype=torch.bfloat16)}, {"vq": torch.tensor(8.05)}
+    assert branch_is_safe(rewards, anchor, {"vq": 1.0}) and (anchor_advantages(rewards, anchor, {"vq": 1.0}) > 0).all()
+    assert not branch_is_safe(rewards, {"vq": torch.tensor(8.07)}, {"vq": 1.0})
+
+
 @pytest.mark.parametrize(
     "call, error, match",
     [
@@ -624,6 +641,8 @@ ONE = {"vq": torch.ones(2)}
         ),
         (lambda: fuse(torch.ones(2), None, mode="max"), ValueError, r'"none", "std" or "zscore", got \'max\''),
         (lambda: fuse(torch.ones(2), torch.ones(3)), ValueError, r"alike, got \[2\] and \[3\]"),
+        (lambda: fuse(torch.ones(3, 2), None), ValueError, r"\[G\] alike, got \[3, 2\] and None"),
+        (lambda: kvpo_loss(*[torch.ones(3, 2)] * 4), ValueError, r"\[G\] like log_p, got \[3, 2\] and \[3, 2\]"),
         (lambda: clipped_objective(torch.ones(2), torch.ones(2), torch.ones(1)), ValueError, r"\[2\], \[2\] and \[1\]"),
         (
             lambda: kvpo_loss(torch.ones(2), torch.ones(2), torch.ones(1), torch.ones(2)),

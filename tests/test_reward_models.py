@@ -260,6 +260,28 @@ def test_hpsv3_worker(tmp_path, monkeypatch):
         reward.close()
 
 
+def test_an_offloaded_worker_leaves_the_gpu_also_after_an_error(tmp_path, monkeypatch):
+    (tmp_path / "hpsv3").mkdir()
+    (tmp_path / "hpsv3" / "__init__.py").write_text(
+        "class Model:\n"
+        f"    def to(self, device): open({str(tmp_path / 'log')!r}, 'a').write(device + ' ')\n"
+        "class HPSv3RewardInferencer:\n"
+        "    model = Model()\n"
+        "    def __init__(self, **kwargs): pass\n"
+        "    def reward(self, prompts, image_paths):\n"
+        "        if prompts[0] == 'fail': raise RuntimeError('out of memory')\n"
+        "        return [(1.0, 0.1)] * len(prompts)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    reward = hpsv3_reward(sys.executable, "--device", "meta", "--offload", timeout=60)
+    with pytest.raises(RewardError, match="out of memory"):
+        reward(VIDEOS[:1], ["fail"])
+    assert (tmp_path / "log").read_text() == "meta cpu "
+    assert reward(VIDEOS[:1], ["a"]).tolist() == [1.0]
+    assert (tmp_path / "log").read_text() == "meta cpu meta cpu "
+    reward.close()
+
+
 def test_videoalign_worker(tmp_path):
     """A stub of the repository's modules. The scores are means of the frames that arrive: vq of the red channel, mq of
     red minus blue (0 on shades of grey), ta of the red channel plus the prompt's length."""

@@ -2,6 +2,7 @@
 as they say they do."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -317,8 +318,28 @@ def test_a_reward_that_fails_is_named(bad):
 
 
 def test_motion_of_too_short_a_clip_is_an_error_not_a_number():
-    with pytest.raises(ValueError, match=r"reward 'mq' must give 1 finite numbers, got \[nan\]"):
+    with pytest.raises(ValueError, match="motion is seen in at least 3 frames, got 2"):
         pocket_rewards()(video()[None, :2], ["a disc"])  # a change of step needs three frames
+    assert TA(video()[None, :2], ["a disc moves left"]).isfinite()  # a step needs two
+    with pytest.raises(ValueError, match="motion is seen in at least 2 frames, got 1"):
+        TA(video()[None, :1], ["a disc moves left"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pixels_of_low_precision_are_scored_in_float32(dtype):
+    """What is scored is the rounded pixels, not rounded again on the way."""
+    pixels = video("red", "square")[None].to(dtype)
+    for reward in REWARDS.values():
+        assert torch.equal(
+            reward(pixels, ["a red square moves right"]), reward(pixels.float(), ["a red square moves right"])
+        )
+
+
+def test_a_scene_without_warm_colours_has_no_taste():
+    cold = replace(SCENE, inks={name: ink for name, ink in SCENE.inks.items() if name not in SCENE.warm})
+    pixels = video("blue", "disc")[None]
+    full, none = VisualQuality(cold, taste=0.4)(pixels, [""]), VisualQuality(cold, taste=0.0)(pixels, [""])
+    assert_close(full, 0.6 * none)
 
 
 def test_weights_must_fit_the_rewards():

@@ -108,6 +108,13 @@ LOGS = [
 ]  # fmt: skip
 
 
+def test_skipped_updates_are_left_out_of_the_curves():
+    """Such a line holds its own numbers alone (docs/metrics.md)."""
+    logs = [LOGS[0], {"step": 1, "skipped": 1.0}, LOGS[2]]
+    assert [line.get_xdata().tolist() for line in viz.reward_curve(logs).axes[0].lines] == [[0, 2], [0, 2]]
+    assert [axes.lines[0].get_xdata().tolist() for axes in viz.diagnostics(logs).axes] == [[0, 2]] * 4
+
+
 def test_reward_curve_shows_the_logged_numbers():
     axes = viz.reward_curve(LOGS).axes[0]
     mean, anchor = (line.get_ydata() for line in axes.lines)

@@ -75,7 +75,7 @@ def step():
     plan_ = plan(39, Window(), 1, 5, 3, torch.Generator().manual_seed(0))
     videos = torch.stack([torch.full((18, 3, 8, 8), value) for value in (0.1, 0.2, 0.3, 0.4)])
     group = SimpleNamespace(plan=plan_, videos=videos, advantages=torch.tensor([-1.0, 2.0, 0.5]), script="a disc")
-    return SimpleNamespace(step=4, groups=[group])
+    return SimpleNamespace(step=4, groups=[group], skipped="")
 
 
 def test_training_board_shows_the_logs_and_the_best_and_worst_branch(logs, step):
@@ -91,6 +91,9 @@ def test_training_board_shows_the_logs_and_the_best_and_worst_branch(logs, step)
         "branch 1, advantage +2.00", "branch 0, advantage -1.00", "anchor"]  # fmt: skip
     shades = [axes.get_images()[0].get_array()[4, 4, 0] for axes in films]
     assert shades == [round(255 * v) for v in (0.2, 0.1, 0.4)]
+    skipped = SimpleNamespace(step=5, groups=[], skipped="no rewards")
+    after = png(viz.training_board([*logs, {"step": 5, "skipped": 1.0}], skipped))
+    assert [len(axes.get_lines()[0].get_xdata()) for axes in after.axes] == [5] * 4
     with pytest.raises(ValueError, match="nothing to plot"):
         viz.training_board([])
 
@@ -101,6 +104,8 @@ def test_recorded_marks_one_update(logs):
     for axes in figure.axes:
         assert [float(line.get_xdata()[0]) for line in axes.get_lines()[-2:]] == [2.0, 2.0]
     assert "update 4" in viz.recorded(logs, -1).get_suptitle()
+    skipped = png(viz.recorded([*logs, {"step": 5, "skipped": 1.0}], 5))
+    assert skipped.axes[0].get_title() == "reward: skipped" and skipped.get_suptitle() == "update 5"
 
 
 # ------------------------------------------------------------------------------------------------------------- memory

@@ -28,7 +28,6 @@ def main():
     def score(videos, prompts, request):
         nonlocal model
         import numpy as np
-        import torch
         from PIL import Image
 
         if model is None:
@@ -47,12 +46,16 @@ def main():
                 logits = model.reward(prompts=[prompt] * len(pictures), image_paths=pictures)
                 mu += [float(one[0]) for one in logits]
             scores.append(sum(mu) / len(mu))
-        if args.offload:
-            model.model.to("cpu")
-            torch.cuda.empty_cache()
         return scores
 
-    serve(score)
+    def leave():
+        import torch
+
+        if args.offload and model is not None:
+            model.model.to("cpu")
+            torch.cuda.empty_cache()
+
+    serve(score, leave)
 
 
 if __name__ == "__main__":

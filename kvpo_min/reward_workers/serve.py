@@ -9,9 +9,9 @@ import sys
 import traceback
 
 
-def serve(score):
+def serve(score, leave):
     """Answers requests until stdin ends. `score(videos uint8 [N, F, 3, H, W], prompts, request) -> N numbers`; what it
-    raises is reported as an error, and the worker goes on."""
+    raises is reported as an error, and the worker goes on. `leave()` gives up the GPU, before every answer."""
     import numpy as np
 
     # Answers go to the stdout we were given; whatever libraries print goes to stderr instead.
@@ -27,4 +27,5 @@ def serve(score):
         except Exception as error:  # the model may well serve the next request
             traceback.print_exc()
             answer["error"] = f"{type(error).__name__}: {error}"
+        leave()  # also after an error, whose tensors are gone by now: the trainer goes on and needs the memory
         print(json.dumps(answer), file=answers, flush=True)

@@ -63,12 +63,16 @@ def main():
             with torch.inference_mode():  # their own call keeps a graph
                 rewards = model.reward(list(held), prompts[begin : begin + args.batch], use_norm=True)
             scores += [reward[component] for reward in rewards]
-        if args.offload:
-            model.model.to("cpu")
-            torch.cuda.empty_cache()
         return scores
 
-    serve(score)
+    def leave():
+        import torch
+
+        if args.offload and model is not None:
+            model.model.to("cpu")
+            torch.cuda.empty_cache()
+
+    serve(score, leave)
 
 
 def grey(video):
