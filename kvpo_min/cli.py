@@ -566,6 +566,8 @@ def run(config, options: RunOptions, wan=None) -> int:
         check_output(config, options, wan)
     report = reporter(config, options)  # before any work: its package may be missing
     rewards = run_rewards(options, wan)
+    if wan and rank == 0:
+        try_rewards(rewards, wan)
     if rank:
         told_by_all("")  # the first process encodes the prompts; then the others find them encoded
     pipeline = load_real(options.model, scripts + held_out, options.prompts, wan) if wan else load_model(options.model)
@@ -669,6 +671,15 @@ def run_rewards(options: RunOptions | EvalOptions | ArenaOptions, wan):
 
     weights = {"vq": options.vq, "mq": options.mq, "ta": options.ta}
     return load_rewards(wan, **weights) if wan else pocket_rewards(**weights)
+
+
+def try_rewards(rewards, wan) -> None:
+    """Scores one clip of noise: what is missing in a reward model's environment shows now, not after an hour."""
+    import torch
+
+    say("rewards: one clip of noise, to see that they answer")
+    clip = torch.rand(1, 9, 3, wan.height, wan.width, generator=torch.Generator().manual_seed(0))
+    rewards(clip, ["a red disc moves left"])
 
 
 def say(line: str) -> None:

@@ -221,14 +221,20 @@ def check_run_folder(folder: Path, model: str) -> list[Check]:
                 return False, f"line {k + 1}: {odd[0]} is {line[odd[0]]!r}, expected a finite number"
         return bool(lines), f"{len(lines)} updates"
 
+    def of_a_real_model() -> bool:
+        try:
+            return "components" in cli.read_yaml(folder / "config.yaml")
+        except (OSError, ValueError):  # a finding of its own
+            return False
+
     def summary_complete():
         summary = json.loads((folder / "summary.json").read_text())
-        pocket = "components" not in cli.read_yaml(folder / "config.yaml")  # of a real model; it has no judge
         lacking = [key for key in ("updates", "seconds", "seed") if summary.get(key) is None]
+        expected = ("reward",) if of_a_real_model() else ("vq", "mq", "ta", "reward", "judge")  # its rewards are chosen
         lacking += [
             f"{when}.{key}"
             for when in ("before", "after")
-            for key in ("vq", "mq", "ta", "reward") + (("judge",) if pocket else ())
+            for key in expected
             if (summary.get(when) or {}).get(key) is None
         ]
         return not lacking, f"lacks {', '.join(lacking)}" if lacking else ""
@@ -258,6 +264,11 @@ def check_run_folder(folder: Path, model: str) -> list[Check]:
         return not left, ", ".join(left)
 
     def adapter_acts():
+        if of_a_real_model():  # not loaded here: an adapter acts when a B matrix is not 0
+            most = max(
+                weight.abs().max().item() for key, weight in read_lora(folder).weights.items() if "lora_B" in key
+            )
+            return math.isfinite(most) and most > 0, f"largest weight of a B matrix {most:.1e}"
         pipeline = cli.load_model(model)
         x = torch.randn(1, 3, *pipeline.latent_shape, generator=torch.Generator().manual_seed(0))
         call = (x, torch.ones(1), 0, pipeline.embed(["a disc"]), None)
