@@ -234,11 +234,11 @@ def encode_texts(
 def text_encoder(components: str, device, dtype) -> Callable[[list[str]], list[Tensor]]:
     """umT5 as Wan uses it: texts -> one [tokens, D] each, on the CPU, without padding."""
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-    from transformers import AutoTokenizer, UMT5EncoderModel
+    from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
     folder = component(components, "tokenizer")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:  # as tokenizer.json says: AutoTokenizer of transformers 5 makes T5's of it, without bytes for rare letters
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # missing, damaged, or of a kind that transformers does not know
         raise ValueError(f"{folder} cannot be loaded as a tokenizer: {first_line(error)}") from None
     model = from_folder(UMT5EncoderModel, component(components, "text_encoder"), dtype=dtype).to(device)

@@ -93,6 +93,28 @@ def test_text_is_what_the_diffusers_pipeline_encodes(parts, folder, tmp_path):
     assert_close(embed([TEXTS[2], TEXTS[0]]), expected[[2, 0]], rtol=0, atol=1e-6)
 
 
+def test_rare_letters_become_bytes_as_in_umt5(parts, folder, tmp_path):
+    """A folder that names T5's class, as Wan's does: the ids are those of its tokenizer.json."""
+    words = ["<pad>", "</s>", "<s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", "▁red"]
+    scores = [0.0] * 260 + [-1.0, -2.0, -2.0]
+    tokenizer = Tokenizer(models.Unigram(list(zip(words, scores, strict=True)), unk_id=3, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    config = dict(tokenizer_class="T5TokenizerFast", pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
+    encoder = UMT5EncoderModel(
+        UMT5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=2, pad_token_id=0)
+    ).eval()
+    encoder.save_pretrained(tmp_path / "text_encoder")
+    text = "a red é"
+    ids = torch.tensor([tokenizer.encode(text).ids])
+    assert ids[0, 3:5].tolist() == [4 + 0xC3, 4 + 0xA9]
+    (rows,) = real.text_encoder(str(tmp_path), "cpu", torch.float32)([text])
+    assert_close(rows, encoder(ids, torch.ones_like(ids)).last_hidden_state[0], rtol=0, atol=1e-5)
+
+
 def test_texts_are_encoded_once_and_the_encoder_is_freed(folder, tmp_path, monkeypatch):
     made, encoded = [], []
     from_folder, text_encoder = real.from_folder, real.text_encoder
