@@ -55,7 +55,7 @@ def measure(
         texts = [pipeline.embed([text]) for text in pipeline.segments(script)]
         sampler = Sampler(sigmas, window, switches=pipeline.switches[: len(texts) - 1])
         plan = routing.plan(n_frames, window, nearest, 5, n_branches, generator)
-        end = min([s for s in routing.chunk_starts(n_frames) if s > plan.fork] + [n_frames])
+        end = routing.chunk_of(plan.fork, n_frames).stop
         shape = (window.block, *pipeline.latent_shape)
         z = draw_noise(end // window.block, len(sigmas), shape, generator)
         z, plan = explore(kind, plan, z, generator, window.block, strength)

@@ -75,7 +75,7 @@ class Size:
 
     @property
     def chunk_end(self) -> int:
-        return min([s for s in routing.chunk_starts(self.num_frames) if s > self.fork] + [self.num_frames])
+        return routing.chunk_of(self.fork, self.num_frames).stop
 
     @property
     def stop(self) -> int:
@@ -252,7 +252,7 @@ def update(model: Model, task: Task, branch_batch: int, replay_batch: int, meter
 
 def decode(model: Model, videos: Tensor, size: Size) -> None:
     """From the fork's chunk to the end of the videos [G + 1, T, C, H, W]: what rewards look at."""
-    chunk = max(s for s in routing.chunk_starts(size.num_frames) if s <= size.fork)
+    chunk = routing.chunk_of(size.fork, size.num_frames).start
     for video in videos.split(1):
         model.decode(video[:, chunk:])
 

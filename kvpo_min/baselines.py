@@ -503,7 +503,7 @@ def update(
     sampler = Sampler(sigmas, window, switches=pipeline.switches[: len(texts) - 1])
     plan = routing.plan(num_frames, window, nearest, n_blocks, num_generations, generator)
     plan = replace(plan, n_blocks=method.pivot_blocks or plan.n_blocks)
-    chunk_end = min([s for s in routing.chunk_starts(num_frames) if s > plan.fork] + [num_frames])
+    chunk_end = routing.chunk_of(plan.fork, num_frames).stop
     # blocks that the loss sees: those whose noise is the branch's own; routing acts on to the end of the chunk
     whole = method.pivot_blocks is None and method.exploration in ("fresh", "routing")
     recorded = chunk_end if whole else plan.fork + plan.n_blocks * window.block

@@ -194,11 +194,10 @@ def make_task(pipeline: Pipeline, config: TrainConfig, plan: routing.Plan | None
     window, generator = routing.Window(), torch.Generator().manual_seed(config.seed)
     script = pipeline.sample_scripts(1, config.num_segments, config.seed)[0]
     plan = plan or loop.make_plan(config, 0, 0, window, generator)
-    starts = routing.chunk_starts(config.num_frames)
-    end = min([s for s in starts if s > plan.fork] + [config.num_frames])
-    stop = min(config.num_frames, end + config.global_frames)
+    chunk = routing.chunk_of(plan.fork, config.num_frames)
+    stop = min(config.num_frames, chunk.stop + config.global_frames)
     noise = draw_noise(stop // window.block, len(pipeline.sigmas), (window.block, *pipeline.latent_shape), generator)
-    return Task(script, plan, noise, range(max(s for s in starts if s <= plan.fork), end))
+    return Task(script, plan, noise, chunk)
 
 
 @contextlib.contextmanager

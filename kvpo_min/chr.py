@@ -64,6 +64,14 @@ def chunk_starts(total: int, first: int = 21, rest: int = 18) -> list[int]:
     return [0, *range(first, total, rest)]
 
 
+def chunk_of(frame: int, total: int) -> range:
+    """The frames of the chunk that holds `frame`. From a fork to the end of its chunk the authors replay and score."""
+    if not 0 <= frame < total:
+        raise ValueError(f"frame must be one of the video, 0..{total - 1}, got {frame}")
+    starts = chunk_starts(total)
+    return range(max(s for s in starts if s <= frame), min([s for s in starts if s > frame] + [total]))
+
+
 def ordinary_frames(start: int, window: Window) -> Tensor:
     """Frames [L] that an unrouted block at `start` reads: the sink, then the last `past` ones, ascending (CM:395-413).
 
@@ -92,33 +100,23 @@ def pool(fork: int, window: Window, nearest: int, n_blocks: int, gap: int = 0) -
     return range(lo, max(lo, fork - nearest - gap))
 
 
-def blocks_to_chunk_end(fork: int, total: int, window: Window, first: int = 21, rest: int = 18) -> int:
-    """Whole blocks from `fork` to the end of its chunk. These are the blocks that the authors replay and score."""
-    if not 0 <= fork < total:
-        raise ValueError(f"fork must be a frame of the video, 0..{total - 1}, got {fork}")
-    ends = [*chunk_starts(total, first, rest)[1:], total]
-    return (next(end for end in ends if end > fork) - fork) // window.block
-
-
 def eligible_forks(
-    total: int, window: Window, nearest: int, n_blocks: int | None,
+    total: int, window: Window, nearest: int, n_blocks: int,
     first_chunks: int = 7, first: int = 21, rest: int = 18, gap: int = 0,
 ) -> list[int]:  # fmt: skip
     """Starts of the blocks where a group can fork (rule of DS:86-113), ascending, possibly none.
 
-    A fork needs a full attention window of frames before it, `n_blocks` whole blocks in its chunk (None: all that
-    are left of the chunk), a chunk among the `first_chunks`, and a pool of at least past - nearest frames: a routed
-    block reads exactly as many frames as an ordinary one, so that anchor and branches run as one batch.
+    A fork needs a full attention window of frames before it, `n_blocks` whole blocks in its chunk, a chunk among the
+    `first_chunks`, and a pool of at least past - nearest frames: a routed block reads exactly as many frames as an
+    ordinary one, so that anchor and branches run as one batch.
     """
-    if n_blocks is not None and n_blocks < 1:
-        raise ValueError(f"n_blocks must be at least 1 block, or None for the rest of the chunk, got {n_blocks}")
+    if n_blocks < 1:
+        raise ValueError(f"n_blocks must be at least 1 block, got {n_blocks}")
     forks, starts = [], chunk_starts(total, first, rest)
     for start, end in list(zip(starts, [*starts[1:], total], strict=True))[:first_chunks]:
-        for fork in range(start, end - window.block + 1, window.block):
-            left = (end - fork) // window.block
-            n = left if n_blocks is None else n_blocks
-            enough = len(pool(fork, window, nearest, n, gap)) >= window.past - nearest
-            if n <= left and enough and fork >= window.sink + window.past + window.block:
+        for fork in range(start, end - n_blocks * window.block + 1, window.block):
+            enough = len(pool(fork, window, nearest, n_blocks, gap)) >= window.past - nearest
+            if enough and fork >= window.sink + window.past + window.block:
                 forks.append(fork)
     return forks
 
@@ -143,13 +141,9 @@ def dispersed_routes(frames: Sequence[int], n_routed: int, n_branches: int, gene
     return torch.tensor(frames)[permutation[slots % len(frames)]].sort(dim=1).values  # [G, n_routed]
 
 
-def plan(
-    total: int, window: Window, nearest: int, n_blocks: int | None, n_branches: int, generator: Generator,
-    first_chunks: int = 7, first: int = 21, rest: int = 18,
-) -> Plan:  # fmt: skip
+def plan(total: int, window: Window, nearest: int, n_blocks: int, n_branches: int, generator: Generator) -> Plan:
     """The paper's plan: a uniform fork, then uniform routes of past - nearest frames. Arguments as `eligible_forks`."""
-    fork = _pick(eligible_forks(total, window, nearest, n_blocks, first_chunks, first, rest), generator)
-    n_blocks = n_blocks or blocks_to_chunk_end(fork, total, window, first, rest)
+    fork = _pick(eligible_forks(total, window, nearest, n_blocks), generator)
     frames = pool(fork, window, nearest, n_blocks)
     return Plan(fork, frames, uniform_routes(frames, window.past - nearest, n_branches, generator), n_blocks)
 

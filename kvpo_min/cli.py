@@ -934,12 +934,12 @@ def draw_curves(folder: Path, logs: list[dict], last) -> None:
 def draw_groups(pipeline, folder: Path, config, steps: Sequence, fps: float) -> None:
     """The first group of the first and of the last update: branches and anchor as video, sheet, routes and story."""
     from kvpo_min import viz
-    from kvpo_min.chr import Window, branch_frames, chunk_starts
+    from kvpo_min.chr import Window, branch_frames, chunk_of
 
     for step in {s.step: s for s in steps}.values():
         group = step.groups[0]
         fork, name = group.plan.fork, f"group_{step.step:04d}"
-        first = max(s for s in chunk_starts(config.num_frames) if s <= fork)
+        first = chunk_of(fork, config.num_frames).start
         gained = [f"advantage {a:+.2f}" for a in group.advantages.tolist()]
         labels = [*(f"branch {g}, {text}: {group.script}" for g, text in enumerate(gained)), f"anchor: {group.script}"]
         viz.save_video(folder / "videos" / f"{name}.mp4", group.videos, fps)

@@ -560,7 +560,7 @@ def train(
             state["order"] = torch.randperm(len(scripts), generator=generator).tolist()
         index = state["order"].pop()
         plan = make_plan(config, step, index, window, generator)
-        chunk_end = min([s for s in routing.chunk_starts(config.num_frames) if s > plan.fork] + [config.num_frames])
+        chunk_end = routing.chunk_of(plan.fork, config.num_frames).stop
         stop = min(config.num_frames, chunk_end + config.global_frames)
         noise = draw_noise(stop // window.block, len(sigmas), (window.block, *pipeline.latent_shape), generator)
         return scripts[index], plan, noise, chunk_end
@@ -584,7 +584,7 @@ def train(
         """Rollout, rewards, loss and, on the weights, its gradient."""
         rollout = roll_out(script, plan, noise, chunk_end)
         check_finite("the latents of the videos are", rollout.videos)
-        chunk = max(s for s in routing.chunk_starts(config.num_frames) if s <= plan.fork)
+        chunk = routing.chunk_of(plan.fork, config.num_frames).start
         local, rest = pipeline.decode(rollout.videos[:, chunk:chunk_end]), rollout.videos[:, chunk_end:]
         several = [script] * len(local)
         signals = [score(pipeline, rewards, local, several, chunk)]

@@ -17,8 +17,8 @@ from kvpo_min.chr import (
     ROUTED,
     SINK,
     Window,
-    blocks_to_chunk_end,
     branch_frames,
+    chunk_of,
     chunk_starts,
     dispersed_routes,
     eligible_forks,
@@ -91,8 +91,9 @@ def test_chunks_of_147_frames():
     assert chunk_starts(147) == [0, 21, 39, 57, 75, 93, 111, 129]  # kvpo_spec 1.4
     assert chunk_starts(39) == [0, 21]
     assert chunk_starts(21) == [0]
-    assert [blocks_to_chunk_end(fork, 147, LONGLIVE) for fork in (0, 18, 21, 24, 144)] == [7, 1, 6, 5, 1]
-    assert blocks_to_chunk_end(21, 32, LONGLIVE) == 3  # 11 frames left hold 3 whole blocks
+    chunks = [chunk_of(frame, 147) for frame in range(147)]
+    assert chunks[:21] == [range(21)] * 21 and chunks[21:39] == [range(21, 39)] * 18 and chunks[146] == range(129, 147)
+    assert chunk_of(21, 32) == range(21, 32) and chunk_of(20, 20 + 1) == range(21)
 
 
 def test_ordinary_frames():
@@ -120,8 +121,8 @@ def test_eligible_forks():
     assert eligible_forks(39, LONGLIVE, nearest=1, n_blocks=5) == [21, 24]
     assert eligible_forks(21, LONGLIVE, nearest=1, n_blocks=3) == [12]
     assert eligible_forks(21, LONGLIVE, nearest=1, n_blocks=5) == []
-    assert eligible_forks(39, LONGLIVE, nearest=0, n_blocks=None) == [12, 15, 18, 21, 24, 27, 30, 33, 36]
-    assert eligible_forks(32, LONGLIVE, nearest=0, n_blocks=None) == [12, 15, 18, 21, 24, 27]  # 30 and 31 are no block
+    assert eligible_forks(39, LONGLIVE, nearest=0, n_blocks=1) == [12, 15, 18, 21, 24, 27, 30, 33, 36]
+    assert eligible_forks(32, LONGLIVE, nearest=0, n_blocks=1) == [12, 15, 18, 21, 24, 27]  # 30 and 31 are no block
     # Reach: 12 frames of history hold 9 after the sink, of which routing 3 blocks uses up 6; too few remain for 6.
     assert eligible_forks(147, Window(history=12), nearest=0, n_blocks=3) == []
 
@@ -142,13 +143,12 @@ def test_no_route_reads_the_future_and_all_rows_are_alike():
                     assert all(f < 3 or f >= start - 30 for f in row)
 
 
-def test_plan_to_the_end_of_the_chunk_and_from_its_generator():
+def test_plan_comes_from_its_generator():
     for seed in range(10):
-        p = plan(39, LONGLIVE, 1, None, 4, seeded(seed))
-        assert p.n_blocks == blocks_to_chunk_end(p.fork, 39, LONGLIVE)
-        again = plan(39, LONGLIVE, 1, None, 4, seeded(seed))
+        p = plan(39, LONGLIVE, 1, 2, 4, seeded(seed))
+        again = plan(39, LONGLIVE, 1, 2, 4, seeded(seed))
         assert again.fork == p.fork and again.routes.equal(p.routes)
-    forks = {plan(39, LONGLIVE, 1, None, 4, seeded(seed)).fork for seed in range(50)}
+    forks = {plan(39, LONGLIVE, 1, 2, 4, seeded(seed)).fork for seed in range(50)}
     assert len(forks) > 4
 
 
@@ -220,9 +220,9 @@ def test_route_mask_against_a_loop():
         (lambda: ordinary_frames(-1, LONGLIVE), r"0 or more, got -1"),
         (lambda: pool(21, LONGLIVE, 6, 5), r"nearest must be 0..5, .* got 6"),
         (lambda: pool(21, LONGLIVE, -1, 5), r"nearest must be 0..5, .* got -1"),
-        (lambda: blocks_to_chunk_end(39, 39, LONGLIVE), r"0..38, got 39"),
-        (lambda: blocks_to_chunk_end(-3, 39, LONGLIVE), r"0..38, got -3"),
-        (lambda: eligible_forks(39, LONGLIVE, 1, 0), r"n_blocks must be at least 1 block, .* got 0"),
+        (lambda: chunk_of(39, 39), r"0..38, got 39"),
+        (lambda: chunk_of(-3, 39), r"0..38, got -3"),
+        (lambda: eligible_forks(39, LONGLIVE, 1, 0), r"n_blocks must be at least 1 block, got 0"),
         (lambda: uniform_routes(range(4), 5, 2, seeded()), r"cannot draw 5 frames from a pool of 4"),
         (lambda: dispersed_routes(range(4), 5, 2, seeded()), r"cannot draw 5 frames from a pool of 4"),
         (lambda: uniform_routes(range(4), 0, 2, seeded()), r"at least 1, got 0 and 2"),
