@@ -911,6 +911,7 @@ def save_adapter(policies, folder: Path, base: str) -> None:
 
     policies.peft_config["default"].base_model_name_or_path = base
     aside = folder / "adapter.aside"
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed: peft would read the model card in it
     try:
         with writing(aside):
             policies.save_pretrained(str(aside), selected_adapters=["default"], save_embedding_layers=False)

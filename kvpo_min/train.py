@@ -501,8 +501,8 @@ def train(
     (RewardError), or a reward, video, energy, loss or gradient is not finite (FloatingPointError), the update is
     skipped: weights, optimizer and moving average stay as they are. After the third in a row that error is raised.
 
-    Whatever ends the run early, Ctrl-C and `break` included, a checkpoint of the last whole update is written on the
-    way out, if there are checkpoints at all or with `save_when_stopped`."""
+    Whatever ends the run early, Ctrl-C included, a checkpoint of the last whole update is written on the way out, if
+    there are checkpoints at all or with `save_when_stopped`. A caller who takes no more updates (`break`) gets none."""
     n_segments = {len(pipeline.segments(script)) for script in scripts}
     if n_segments != {config.num_segments}:
         raise ValueError(f"num_segments is {config.num_segments}, but the scripts have {sorted(n_segments)} segments")
@@ -695,7 +695,7 @@ def train(
             record = None  # what it holds would stay in memory during the next update
             if stop:
                 raise too_many_skips(failure, step)
-    except BaseException:  # also GeneratorExit: whoever took updates from it stopped
+    except (Exception, KeyboardInterrupt):
         if rank == 0 and whole and state["step"] > saved and (config.checkpointing_steps or save_when_stopped):
             checkpoint()
         raise

@@ -342,6 +342,16 @@ def test_interrupted_run_keeps_what_it_has(model, tmp_path, capsys, monkeypatch,
     assert all(weight.abs().max() > 0 for weight in weights.values())  # B left zero: the update is in it
 
 
+def test_an_adapter_is_saved_over_what_a_killed_run_left(model, tmp_path):
+    """peft reads the model card that it finds where it saves; this one was cut off in its header."""
+    pipeline = load_pocket(folder=model)
+    policies = add_policies(pipeline, TrainConfig(rank=2))
+    (tmp_path / "adapter.aside").mkdir()
+    (tmp_path / "adapter.aside" / "README.md").write_text("---\nlibrary_name: [peft\n---\n")
+    cli.save_adapter(policies, tmp_path, "base")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
 def test_two_processes_leave_one_run(model, tmp_path):
     """torchrun with gloo: one folder, each update once, the weights and measurements of a single process."""
     argv = ["train", "--model", str(model), *SMALL, "--max_train_steps", "2", "--groups_per_update", "2"]
