@@ -35,7 +35,7 @@ SETTINGS = {
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(prompt => prompt.innerText)"
 STARTED = f"() => {PROMPTS}.some(text => text.includes('*'))"
 DONE = f"() => !{PROMPTS}.some(text => text.includes('*'))"  # all ran, or one failed and the rest were called off
-CHANGED = "([area, before]) => area.innerHTML != before"
+CHANGED = "([area, before, seen]) => area.innerHTML != before && (!seen || area.querySelector('img, video'))"
 
 
 @contextlib.contextmanager
@@ -118,9 +118,7 @@ def move(page, area, control) -> str:
         page.mouse.up()
         after = number.inner_text()
     assert after != before, f"stayed {before}"
-    page.wait_for_function(CHANGED, arg=[area.element_handle(), html], timeout=60_000)
-    if pictures:
-        area.locator("img, video").first.wait_for()
+    page.wait_for_function(CHANGED, arg=[area.element_handle(), html, pictures], timeout=60_000)
     assert area.locator("[data-mime-type='application/vnd.jupyter.stderr']").count() == 0, area.inner_text()[-500:]
     return f"from {before} to {after}"
 
