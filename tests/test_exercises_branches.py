@@ -52,13 +52,18 @@ def test_04_even_and_dealt_routes_are_right():
         (lambda frames, n, g, generator: torch.tensor(frames)[torch.randint(5, (g, n), generator=generator)], "twice"),
         (lambda frames, n, g, generator: even(frames[:16], n, g, generator), "never read"),
         (lambda frames, n, g: even(frames, n, g, None), "TypeError"),
-        (lambda frames, n, g, generator: None, "raised"),
+        (lambda frames, n, g, generator: None, "returns nothing yet"),
     ],
 )  # fmt: skip
 def test_04_wrong_answers_are_told(answer, says):
     with torch.random.fork_rng():
         verdict = check_04(answer)
     assert not verdict and says in verdict.says
+
+
+@pytest.mark.parametrize("form", [list, torch.Tensor.tolist, torch.Tensor.numpy, tuple])
+def test_04_takes_routes_in_any_form(form):
+    assert check_04(lambda frames, n, g, generator: form(even(frames, n, g, generator)))
 
 
 def test_05_the_inverse_square_is_right():
@@ -74,10 +79,10 @@ def test_05_the_inverse_square_is_right():
         (lambda sigma, floor: 1 / sigma, "squared"),
         (lambda sigma, floor: 1 / sigma**2, "Without a floor it is right"),
         (lambda sigma, floor: torch.ones_like(sigma), "should be"),
-        (lambda sigma, floor: (sigma / sigma.clamp(min=floor)) ** 2, "should be"),  # those of velocities
+        (lambda sigma, floor: (sigma / sigma.clamp(min=floor)) ** 2, "velocity residuals"),
         (lambda sigma, floor: 1.0, "shape [4]"),
         (lambda sigma: sigma, "TypeError"),
-        (lambda sigma, floor: None, "raised"),
+        (lambda sigma, floor: None, "returns nothing yet"),
     ],
 )
 def test_05_wrong_answers_are_told(answer, says):

@@ -1,5 +1,6 @@
 """Checks of notebooks 00 to 03: right answers pass, plausible wrong ones do not and are told why, nothing raises."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,16 @@ def test_00_one_branch_gains_most(seed):
     (slope,) = torch.autograd.grad(-(p / p.detach() * A).mean() * TAU, logits)
     gained = (logits - 1e-3 * slope).softmax(0) - p
     assert verdicts[int(gained.argmax())]
+
+
+@pytest.mark.parametrize("as_number", [torch.tensor, np.int64, np.uint8])
+def test_00_takes_whole_numbers_of_any_library(as_number):
+    E, A = group(0)
+    assert [bool(check_00(as_number(g), E, A, TAU)) for g in range(4)] == [
+        bool(check_00(g, E, A, TAU)) for g in range(4)
+    ]
+    for no_branch in (as_number(4), True, torch.tensor([0, 1]), 0.0, "0"):
+        assert "Expected a branch" in repr(check_00(no_branch, E, A, TAU))
 
 
 def test_00_is_not_always_the_best_branch():
@@ -71,9 +82,13 @@ def test_02_other_masks(mask):
 
 def test_03():
     assert check_03(lambda real, fake: fake - real)
-    assert check_03(lambda real, fake: 2 * (fake - real))
-    assert "sign" in repr(check_03(lambda real, fake: real - fake))
-    for wrong in (lambda r, f: f, lambda r, f: r, lambda r, f: 0 * r, lambda r, f: (f - r).abs(), lambda r, f: f + r):
-        assert not check_03(wrong)
+    for factor in (2, 30, 0.01, 1 / 192):  # the scale is the learning rate's business
+        assert check_03(lambda real, fake, factor=factor: factor * (fake - real))
+    assert check_03(lambda real, fake: (fake - real) / (fake - real).abs().mean())
+    for factor in (1, 0.01):
+        assert "sign" in repr(check_03(lambda real, fake, factor=factor: factor * (real - fake)))
+    for wrong in (lambda r, f: f, lambda r, f: r, lambda r, f: -r, lambda r, f: 0 * r, lambda r, f: (f - r).abs(),
+                  lambda r, f: (f - r) ** 2, lambda r, f: f + r, lambda r, f: r * torch.nan):  # fmt: skip
+        assert not check_03(wrong) and "vanish when the two estimates agree" in repr(check_03(wrong))
     assert "Return" in repr(check_03(lambda real, fake: None))
     assert "raised" in repr(check_03(lambda: 0)) and "shape" in repr(check_03(lambda r, f: (f - r).mean()))

@@ -38,6 +38,11 @@ WRONG_07 = {
     "larger counts": lambda lp, old, A, low, high: -torch.maximum(*(r * A for r in ratios(lp, old, low, high))).mean(),
     "sign is wrong": lambda *args: -objective(*args),
     "sum over branches": lambda *args: 6 * objective(*args),
+    "old over new": lambda lp, old, A, low, high: -torch.minimum(*(r * A for r in ratios(old, lp, low, high))).mean(),
+    "not to 1 - clip_low": lambda lp, old, A, low, high: (
+        -torch.minimum((lp - old).exp() * A, (lp - old).exp().clamp(low, high) * A).mean()
+    ),
+    "this is a tuple of": clipped_objective,
     "swapped": lambda lp, old, A, low, high: objective(lp, old, A, high, low),
     "No gradient": lambda lp, *args: objective(lp.detach(), *args),
     "the gradient is not": half_detached,
@@ -70,6 +75,12 @@ def test_08_accepts_right_answers():
         return len(entropies) >= 6 and sum(entropies[-6:]) / 6 < 0.15 * math.log(g)
 
     assert check_08(average)
+
+    def says_only_when_to_stop(entropies, g):  # without else: None means go on
+        if stop(entropies, g):
+            return True
+
+    assert check_08(says_only_when_to_stop)
 
 
 WRONG_08 = {
