@@ -108,6 +108,9 @@ def changes(text: str) -> dict[str, str]:
     parts = [part.partition("=") for part in text.split(",") if part]
     if bad := [name for name, equals, _ in parts if not equals]:
         raise ValueError(f"--set takes name=value with commas between, got {bad[0]!r}")
+    names = [name.strip() for name, _, _ in parts]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"--set gives {twice[0]} twice; keep one")
     return {name.strip(): value.strip() for name, _, value in parts}
 
 
@@ -129,7 +132,7 @@ def config_of(method: str, options: ArenaOptions, learning_rate: float, seed: in
             given[name] = {"true": True, "false": False}[text.lower()] if of is bool else of(text)
         except (ValueError, KeyError):
             raise ValueError(f"--set {name}={text}: expected a {of.__name__}") from None
-    check_official(defaults | given, kind)
+    check_official(defaults | given, kind, changes(options.set))
     return kind(**given)
 
 
@@ -283,7 +286,7 @@ class Run:
 
 def numbers(text: str, kind: type, flag: str) -> list:
     try:
-        return [kind(part) for part in text.split(",")] if text else []
+        return [*dict.fromkeys(kind(part) for part in text.split(","))] if text else []
     except ValueError:
         raise ValueError(f"--{flag} takes numbers with commas between, got {text!r}") from None
 
@@ -380,6 +383,9 @@ def compete(
                     steps += bool(next(stream).get("grad_norm"))  # groups that set tau or are unsafe move nothing
                 except FloatingPointError as error:
                     note = f"diverged: {error}"
+                if not counts["forward"] and not note:
+                    raise ValueError("the passes of this backbone cannot be counted: its velocity and encode must call "
+                                     "its forward once each, as WanBackbone's do")  # fmt: skip
         seconds += time.perf_counter() - begun
         if budget not in lacking:  # an interrupted run came this far
             continue

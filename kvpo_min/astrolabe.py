@@ -79,7 +79,8 @@ def contrast(
             "v, v_old and target must be alike [G, ...] and r [G], got "
             f"{list(v.shape)}, {list(v_old.shape)}, {list(target.shape)} and {list(r.shape)}"
         )
-    v_old = v_old.detach()
+    v_old, target, r = v_old.detach(), target.detach(), r.detach()
+    weight = weight.detach() if isinstance(weight, Tensor) else weight
     dims = tuple(range(1, v.ndim))
     positive = ((1 - beta) * v_old + beta * v - target).square().mean(dims)  # [G]
     negative = ((1 + beta) * v_old - beta * v - target).square().mean(dims)
@@ -308,6 +309,8 @@ class AstrolabeConfig:
                 "window_frames and num_frames must be multiples of 3 (a block), the window no longer than the video; "
                 f"got {self.window_frames} and {self.num_frames}"
             )
+        if self.spread not in ("none", "global"):
+            raise ValueError(f'spread must be "none" or "global", got {self.spread!r}')
         if self.compat not in ("", "official"):
             raise ValueError(f'compat must be "" or "official", got {self.compat!r}')
         if self.compat:  # the released code's side, in one place (docs/paper_map.md)

@@ -137,7 +137,7 @@ def flow_sde_kernel(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, a: 
     At sigma = 1 the root takes the next level, as its code does (sd3_sde_with_logprob.py). A shifted schedule may begin
     at .99999994 instead, which is meant to be 1: taken as it is, the std there would be 1,171."""
     dt = sigma_next - sigma
-    s = a * (sigma / (1 - torch.where(sigma > 1 - 1e-4, sigma_next, sigma))).sqrt()
+    s = a * (sigma / (1 - torch.where(sigma.float() > 1 - 1e-4, sigma_next, sigma))).sqrt()
     mean = x * (1 + s**2 / (2 * sigma) * dt) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
     return mean, s * (-dt).sqrt()
 
@@ -156,9 +156,10 @@ def gaussian_log_prob(trajectory: Trajectory, v: Tensor, kernel: Kernel) -> tupl
     v like trajectory.z [G, B, S, F, C, H, W] -> log p [G, B, S - 1], a MEAN over the elements of a block as in the
     Flow-GRPO and DanceGRPO codes (why their clip is 1e-4), mean [G, B, S - 1, F, C, H, W] and std [S - 1, 1, 1, 1, 1].
     """
-    sigma = trajectory.sigma[:, None, None, None, None]
-    mean, std = kernel(trajectory.z[:, :, :-1], v[:, :, :-1], sigma[:-1], sigma[1:])
-    squared = ((trajectory.z[:, :, 1:] - mean) / std).square()
+    wide = torch.promote_types(v.dtype, torch.float32)  # ratios leave 1 by 1e-4: bfloat16 would not see it
+    z, v, sigma = trajectory.z.to(wide), v.to(wide), trajectory.sigma.to(wide)[:, None, None, None, None]
+    mean, std = kernel(z[:, :, :-1], v[:, :, :-1], sigma[:-1], sigma[1:])
+    squared = ((z[:, :, 1:] - mean) / std).square()
     return (-0.5 * squared - std.log() - 0.5 * math.log(2 * math.pi)).mean((-4, -3, -2, -1)), mean, std
 
 
@@ -207,6 +208,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
 def quasi_norm_advantages(A: Tensor, p: float = 0.8) -> Tensor:
     """Neighbor GRPO's reweighting against flat rewards: A_i / (sum_k |A_k|^p)^(1/p) (arXiv 2511.16955); 0 stays 0.
     With p = 2 it is the standardised advantage over sqrt(G)."""
+    A = A.to(torch.promote_types(A.dtype, torch.float32))
     return A / A.abs().pow(p).sum().pow(1 / p).clamp(min=1e-12)
 
 
@@ -219,6 +221,13 @@ def best_and_worst(A: Tensor, n: int) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
+
+
+def _check_alike(A: Tensor, n: int, **tensors: Tensor) -> None:
+    # a shape that broadcasts would give a number, and the wrong one
+    shapes = {name: list(t.shape) for name, t in tensors.items()}
+    if A.shape != (n,) or len(set(map(tuple, shapes.values()))) != 1:
+        raise ValueError(f"expected tensors of one shape and A [{n}], got {shapes} and A {list(A.shape)}")
 
 
 def flow_grpo_loss(
@@ -234,6 +243,7 @@ def flow_grpo_loss(
     steps = list(range(len(trajectory.sigma) - 1)) if steps is None else list(steps)
     if not steps or not all(0 <= s < len(trajectory.sigma) - 1 for s in steps):
         raise ValueError(f"steps must be among 0..{len(trajectory.sigma) - 2} (the last has no noise), got {steps}")
+    _check_alike(A, len(trajectory.z), z=trajectory.z, v=v, v_old=v_old)
     log_p, mean, std = gaussian_log_prob(trajectory, v, kernel)
     with torch.no_grad():
         log_p_old = gaussian_log_prob(trajectory, v_old, kernel)[0]
@@ -252,6 +262,7 @@ def cm_grpo_regression(trajectory: Trajectory, v: Tensor, A: Tensor, A_max: floa
     |x0_hat - sg(x0_hat + A (1 - s) / (2 s^2) (x' - (1 - s) x0_hat))|^2, s the next level (RAVEN, arXiv 2605.15190).
     Its gradient is that of -A log N(x'; (1 - s) x0_hat, s^2), mean over elements.
     trajectory, v [G, B, S, ...]; A [G]"""
+    _check_alike(A, len(trajectory.z), z=trajectory.z, v=v)
     sigma = trajectory.sigma[:, None, None, None, None]
     x0 = velocity_to_x0(trajectory.z, v, trajectory.sigma)[:, :, :-1]
     s = sigma[1:]
@@ -276,6 +287,8 @@ def neighbor_loss(
     """Neighbor GRPO (arXiv 2511.16955) and AR-CoPO: one prediction, the anchor's, is pulled towards good candidates and
     away from bad ones. PPO on the distance softmax, per block, step and anchor. anchor, v, v_old [a, B, S, ...];
     candidates: their x0_hat [G, B, S, ...]; A [G]."""
+    _check_alike(A, len(candidates), z=anchor.z[0], v=v[0], v_old=v_old[0], candidates=candidates[0])
+    candidates = candidates.detach()
     log_p, log_p_old = (
         distance_log_prob(velocity_to_x0(anchor.z, u, anchor.sigma), candidates, tau) for u in (v, v_old.detach())
     )
@@ -295,8 +308,9 @@ def rwr_loss(v: Tensor, target: Tensor, A: Tensor, tau: float = 1.0, w_max: floa
     normalised to mean 1. Weights as in Peters & Schaal 2007 and AWR (arXiv 1910.00177); Lee et al. (arXiv 2302.12192)
     weight a generator's likelihood by the reward itself. No clip is pushed away. v, target = eps - x0 [G, ...]; A [G].
     As plain flow matching it can undo the distillation (blur): watch the sharpness."""
-    w = (A / tau).exp().clamp(max=w_max)
-    return ((w / w.mean()) * (v - target).square().mean(tuple(range(1, v.ndim)))).mean()
+    _check_alike(A, len(v), v=v, target=target)
+    w = (A.detach() / tau).clamp(max=math.log(w_max)).softmax(0)  # [G] w / sum of w
+    return (w * (v - target.detach()).square().mean(tuple(range(1, v.ndim)))).sum()
 
 
 def diffusion_nft_loss(
@@ -307,7 +321,8 @@ def diffusion_nft_loss(
 
     z, v, v_old, x0 [G, ...]; sigma (); A [G]. At v = v_old its gradient is clip / (beta w) times that of
     `astrolabe.contrast(..., weight=sigma^2)`."""
-    r, dims = positive_share(A, clip), tuple(range(1, v.ndim))
+    _check_alike(A, len(v), z=z, v=v, v_old=v_old, x0=x0)
+    r, dims = positive_share(A.detach(), clip), tuple(range(1, v.ndim))
     v_old, total = v_old.detach(), 0.0
     for share, u in ((r, (1 - beta) * v_old + beta * v), (1 - r, (1 + beta) * v_old - beta * v)):
         residual = z - sigma * u - x0

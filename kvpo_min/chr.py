@@ -112,6 +112,8 @@ def eligible_forks(
     """
     if n_blocks < 1:
         raise ValueError(f"n_blocks must be at least 1 block, got {n_blocks}")
+    if first % window.block or rest % window.block:
+        raise ValueError(f"chunks must hold whole blocks of {window.block} frames, got chunks of {first} and {rest}")
     forks, starts = [], chunk_starts(total, first, rest)
     for start, end in list(zip(starts, [*starts[1:], total], strict=True))[:first_chunks]:
         for fork in range(start, end - n_blocks * window.block + 1, window.block):
@@ -220,6 +222,6 @@ def _check_draw(frames: Sequence[int], n_routed: int, n_branches: int) -> None:
 
 def _pick(forks: list[int], generator: Generator) -> int:
     if not forks:
-        raise ValueError("no block can fork: make the video longer, or n_blocks, which fit into a chunk, or the window "
-                         "smaller")  # fmt: skip
+        raise ValueError("no block can fork: make the video longer, the window smaller, or n_blocks fewer, which "
+                         "must fit into one chunk")  # fmt: skip
     return forks[int(torch.randint(len(forks), (1,), generator=generator))]

@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -241,10 +241,10 @@ def parse_options(command: str, classes: Sequence[type], argv: Sequence[str], de
         name = token.split("=")[0].removeprefix("--")
         if token.startswith("--") and name not in (*flags, "config", "print_config", "help"):
             raise ValueError(f"unknown flag --{name}{nearest_known(name, flags)}")
-    for path in config_files(argv):
-        check_yaml(path, known)
+    files, rest = split_config(argv)
+    files = [f"--config={path}" for path in files if check_yaml(path, known)]  # jsonargparse refuses an empty one
     try:
-        values = parser.parse_args(argv)
+        values = parser.parse_args([*files, *rest])  # of two values it takes the later: flags win wherever they stand
     except argparse.ArgumentError as error:
         message = re.sub(r"<class '(\w+)'>", r"\1", str(error))
         raise ValueError(re.sub(r'^Parser key "(\w+)":', r"--\1:", message)) from None
@@ -256,13 +256,22 @@ def parse_options(command: str, classes: Sequence[type], argv: Sequence[str], de
     return {name: values[name] for name in known}
 
 
-def config_files(argv: Sequence[str]) -> Iterator[str]:
-    """The files that --config names."""
-    for k, token in enumerate(argv):
-        if token == "--config" and k + 1 < len(argv):
-            yield argv[k + 1]
-        elif token.startswith("--config="):
-            yield token.removeprefix("--config=")
+def split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files that --config names, and the other tokens."""
+    files, rest, tokens = [], [], iter(argv)
+    for token in tokens:
+        if token.startswith("--config="):
+            files.append(token.removeprefix("--config="))
+        elif token == "--config" and (path := next(tokens, None)) is not None:
+            files.append(path)
+        else:
+            rest.append(token)
+    return files, rest
+
+
+def flags_of(argv: Sequence[str]) -> set[str]:
+    """Names of the options that were given as flags."""
+    return {token.split("=")[0].removeprefix("--") for token in argv if token.startswith("--")}
 
 
 def real_options(argv: Sequence[str], model: str, wan):
@@ -270,7 +279,7 @@ def real_options(argv: Sequence[str], model: str, wan):
     file may hold them as they are by default, as `--print_config` writes them."""
     if not is_pocket(model):
         return wan
-    flags = {token.split("=")[0].removeprefix("--") for token in argv}
+    flags = flags_of(argv)
     fields = dataclasses.fields(wan)
     unused = [f.name for f in fields if f.name in flags or getattr(wan, f.name) != f.default]
     if unused:
@@ -281,23 +290,25 @@ def real_options(argv: Sequence[str], model: str, wan):
     return None
 
 
-def check_official(values: Mapping, kind: type) -> None:
-    """Refuses an option beside compat that compat replaces; as it is by default, it cannot be told from not given.
-    kind: the class of the configuration."""
+def check_official(values: Mapping, kind: type, given: Container[str] = ()) -> None:
+    """Refuses an option beside compat that compat replaces. kind: the class of the configuration; given: names of what
+    was given in so many words, which otherwise, as it is by default, cannot be told from not given."""
     ours, theirs = (vars(kind(compat=compat)) for compat in ("", values["compat"]))
     for name, value in theirs.items():
-        if name != "compat" and value != ours[name] and values[name] not in (value, ours[name]):
+        said = name in given or values[name] != ours[name]
+        if name != "compat" and value != ours[name] and said and values[name] != value:
             raise ValueError(
                 f"{name} is {value} with compat {values['compat']}, got {values[name]}: leave one of them out"
             )
 
 
-def check_yaml(path: str, known: Sequence[str]) -> None:
-    """Refuses a config file that is missing, not a YAML mapping, or that holds a key nobody reads."""
+def check_yaml(path: str, known: Sequence[str]) -> dict:
+    """What a config file holds. Refuses one that is missing, not a YAML mapping, or with a key that nobody reads."""
     content = read_yaml(Path(path))
     unknown = [str(key) for key in content if key not in known]
     if unknown:
         raise ValueError(f"{path}: unknown key '{unknown[0]}'{nearest_known(unknown[0], known)}")
+    return content
 
 
 def read_yaml(path: Path) -> dict:
@@ -490,6 +501,16 @@ def check_parents(path: Path) -> None:
     above = next((parent for parent in path.parents if parent.exists()), None)
     if above and not above.is_dir():
         raise NotADirectoryError(f"{above} is a file, so {path} cannot be made; name another place")
+
+
+def check_file(path: Path) -> None:
+    """Raises OSError for a file that could not be written, before the work whose results it is to hold."""
+    check_parents(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, name a file")
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"{there} cannot be written to; name another place")
 
 
 def clear_run(folder: Path) -> None:
@@ -736,7 +757,11 @@ def check_geometry(config) -> None:
     from kvpo_min.train import make_plan
 
     check_length(config.num_frames, config.num_segments)
-    make_plan(config, 0, 0, Window(), torch.Generator())
+    try:
+        make_plan(config, 0, 0, Window(), torch.Generator())
+    except ValueError as error:
+        sizes = f"num_frames {config.num_frames}, perturb_num_blocks {config.perturb_num_blocks}"
+        raise ValueError(f"{sizes} and nearest {config.nearest}: {error}") from None
 
 
 def check_output(config, options: RunOptions, wan=None) -> None:
@@ -1093,7 +1118,7 @@ def demo(argv: Sequence[str]) -> int:
     values = parse_options(
         "demo", [TrainConfig, RunOptions], argv, {"output_dir": "kvpo_demo", "event": "changes colour"}
     )
-    check_official(values, TrainConfig)
+    check_official(values, TrainConfig, flags_of(argv))
     with ends_like_ctrl_c():
         return run(*split_options(values, TrainConfig, RunOptions))
 
@@ -1104,7 +1129,7 @@ def train_command(argv: Sequence[str]) -> int:
 
     classes = TrainConfig, RunOptions, WanOptions
     values = parse_options("train", classes, argv)
-    check_official(values, TrainConfig)
+    check_official(values, TrainConfig, flags_of(argv))
     config, options, wan = split_options(values, *classes)
     with ends_like_ctrl_c():
         return run(config, options, real_options(argv, options.model, wan))
@@ -1135,6 +1160,9 @@ def sample_command(argv: Sequence[str]) -> int:
     if options.adapter:
         load_adapter(pipeline, options.adapter)
     folder.mkdir(parents=True, exist_ok=True)
+    for kind in ("mp4", "png"):
+        for earlier in folder.glob(f"[0-9][0-9][0-9]_*.{kind}"):  # there are some with --overwrite_output_dir alone
+            earlier.unlink()
     batch, fps = (1, REAL_FPS) if wan else (32, 8)
     for n in sorted(set(counts)):  # one batch holds scripts of the same number of segments
         index = [k for k, count in enumerate(counts) if count == n]
@@ -1157,9 +1185,7 @@ def eval_command(argv: Sequence[str]) -> int:
     wan, out = real_options(argv, options.model, wan), Path(options.json)
     scripts = read_prompts(options.prompts) if wan else read_scripts(options.prompts)
     num_frames = video_length(options.num_frames, count_segments(scripts, bool(wan)))
-    if out.is_dir():
-        raise IsADirectoryError(f"--json must name a file, {out} is a folder")
-    check_parents(out)
+    check_file(out)
 
     from kvpo_min.train import evaluate
 
@@ -1224,6 +1250,7 @@ def arena_command(argv: Sequence[str]) -> int:
     def make_pipeline():
         return load_model(options.model)
 
+    check_file(Path(options.csv))
     rewards = run_rewards(options, None)
     if options.plan:
         print(plan(make_pipeline, rewards, options))
@@ -1236,8 +1263,8 @@ def arena_command(argv: Sequence[str]) -> int:
 
 def bench_command(argv: Sequence[str]) -> int:
     (options,) = split_options(parse_options("bench", [BenchOptions], argv), BenchOptions)
-    if Path(options.json).is_dir() and options.json:
-        raise IsADirectoryError(f"--json must name a file, {options.json} is a folder")
+    if options.json:
+        check_file(Path(options.json))
     from kvpo_min import bench
 
     bench.load_naive()

@@ -53,7 +53,7 @@ def anchor_advantages(rewards: Mapping[str, Tensor], anchor: Mapping, weights: M
     total = 0.0
     for name, r in rewards.items():
         r = r.detach().to(torch.promote_types(r.dtype, torch.float32))  # [G]
-        r_anchor = torch.as_tensor(anchor[name]).to(r).reshape(1)
+        r_anchor = torch.as_tensor(anchor[name]).detach().to(r).reshape(1)
         std = torch.cat([r, r_anchor]).std()  # over G + 1 videos
         total = total + weights[name] * (r - r_anchor) / (std + EPS)
     return total
@@ -109,7 +109,8 @@ def safety_scale(safe: bool, unsafe: float = 0.0) -> float:
 
 def log_ratio(log_p: Tensor, log_p_old: Tensor) -> Tensor:
     """log(pi / pi_old) [G], held within +-20 so that its exponential stays finite. No gradient reaches pi_old."""
-    return (log_p - log_p_old.detach()).clamp(-20, 20)
+    wide = torch.promote_types(log_p.dtype, torch.float32)  # exp(20) is too much for float16
+    return (log_p.to(wide) - log_p_old.detach().to(wide)).clamp(-20, 20)
 
 
 def clipped_objective(
@@ -167,9 +168,14 @@ def _check_components(rewards: Mapping, anchor: Mapping, weights: Mapping) -> No
         if unknown := sorted(set(other) - set(rewards)):
             raise KeyError(f"{label} names {unknown}, which rewards lacks; rewards has {sorted(rewards)}")
     for name, r in rewards.items():
-        if r.ndim != 1 or len(r) != len(next(iter(rewards.values()))):
+        if r.ndim != 1 or not len(r) or len(r) != len(next(iter(rewards.values()))):
             raise ValueError(f"rewards[{name!r}] must be [G] like the others, got {list(r.shape)}")
+        for number, label in ((anchor[name], "anchor"), (weights[name], "weights")):
+            if torch.as_tensor(number).numel() != 1:
+                raise ValueError(f"{label}[{name!r}] must be one number, got {list(torch.as_tensor(number).shape)}")
         if not r.isfinite().all():
             raise ValueError(f"rewards[{name!r}] must be finite, got {r.tolist()}: mend or drop that branch")
         if not torch.as_tensor(anchor[name]).isfinite().all():
             raise ValueError(f"anchor[{name!r}] must be finite, got {float(anchor[name])}: mend it or drop the group")
+        if not torch.as_tensor(weights[name]).isfinite().all():
+            raise ValueError(f"weights[{name!r}] must be finite, got {float(weights[name])}")

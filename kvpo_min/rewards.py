@@ -58,6 +58,8 @@ def check_videos(videos: Tensor, prompts: list[str], least: int = 1) -> Tensor:
         raise ValueError(f"a reward takes videos of floats in [0, 1], got {videos.dtype}")
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"a reward takes a list of prompts, got {prompts!r}")
+    if videos.min() < -0.5 or videos.max() > 1.5:  # bytes, or -1 to 1; a little over the edge is a decoder's
+        raise ValueError(f"a reward takes videos in [0, 1], got {videos.min():.3g} to {videos.max():.3g}: rescale them")
     if videos.shape[1] < least:
         raise ValueError(f"motion is seen in at least {least} frames, got {videos.shape[1]}")
     return videos.to(torch.promote_types(videos.dtype, torch.float32))
@@ -95,8 +97,9 @@ def centre_steps(mass: Tensor) -> Tensor:
 class VisualQuality:
     """VQ in [0, 1]: (1 - taste) * clean + taste * warm.
 
-    clean: exp(-stray pixels / pixels of the thing); warm: the share of the thing that is red, orange or yellow. A pixel
-    is stray when it is far from every colour of the scene, softly: d^4 / (d^4 + spread^4)."""
+    clean: exp(-stray / (mass + 16)) * mass / (mass + 16), with mass the pixels of the thing: 16 pixels more keep an
+    empty picture at 0, and cost a small thing something. warm: the share of the thing (mass + 1) that is red, orange or
+    yellow. A pixel is stray when it is far from every colour of the scene, softly: d^4 / (d^4 + spread^4)."""
 
     scene: Scene
     taste: float = 0.4
@@ -153,7 +156,8 @@ class TextAlignment:
             parts += [shape[n, :, k].mean() for k, name in enumerate(scene.shapes) if name in words]
             for name, heading in scene.directions.items():
                 if name in words:
-                    parts.append((0.5 + 0.5 * (steps[n] @ torch.tensor(heading).to(steps)) / length[n]).mean())
+                    unit = torch.tensor(heading).to(steps) / math.hypot(*heading)  # a direction may be diagonal
+                    parts.append((0.5 + 0.5 * (steps[n] @ unit) / length[n]).mean())
             if scene.rest in words:
                 parts.append((-steps[n].square().sum(-1) / 2).exp().mean())
             scores.append(torch.stack(parts).mean() if parts else colour.new_ones(()))
@@ -161,10 +165,15 @@ class TextAlignment:
 
     def shape_shares(self, mass: Tensor) -> Tensor:
         """How much each shape fits, by normalised correlation at the best place. mass [N, F, H, W] -> [N, F, shapes]"""
+        if not self.scene.shapes:
+            return mass.new_zeros(*mass.shape[:2], 0)
         spectrum = torch.fft.rfft2(mass)[:, :, None]
         fits = []
         for masks in self.scene.shapes.values():
             masks = masks.to(mass)
+            if masks.shape[-2:] != mass.shape[-2:]:
+                sizes = f"{list(masks.shape[-2:])} and {list(mass.shape[-2:])}"
+                raise ValueError(f"the shapes' masks must be as large as the videos, got {sizes}")
             product = spectrum * torch.fft.rfft2(masks).conj()  # [N, F, K, H, W / 2 + 1]
             correlation = torch.fft.irfft2(product, s=mass.shape[-2:])
             peak = correlation.amax((3, 4)) / masks.square().sum((1, 2)).sqrt()
@@ -204,6 +213,9 @@ class Mixture:
         return out
 
     def total(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum [N] of such scores."""
+        if not scores:
+            raise ValueError("there is no reward to sum: the mixture is empty")
         return sum(self.weights[name] * score for name, score in scores.items())
 
     def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor:

@@ -34,7 +34,13 @@ AT_ONCE = 48
 
 
 class Backbone(Protocol):
-    """All that KVPO asks of a model (`wan.py` is one). `start` is the block's first absolute frame, an int or [B]."""
+    """All that sampling, forking and replay ask of a model (`wan.py` is one). `start` is the block's first absolute
+    frame, an int or [B]. `text` [b, L, D] and `kv` serve the whole batch with b = 1.
+
+    `train.train` also moves tensors to `device` and, where it is not given `policies`, puts LoRA on the linear layers
+    of `transformer` that `train.LORA_TARGETS` names, which are diffusers' names."""
+
+    device: torch.device
 
     def velocity(self, x: Tensor, sigma: Tensor, start: int | Tensor, text: Tensor, kv: Tensor | None) -> Tensor:
         """[B, F, C, H, W], [B] -> v = noise - x0, same shape; `kv` is read only."""

@@ -270,14 +270,17 @@ def add_policies(pipeline: Pipeline, config: TrainConfig):
         raise ValueError(
             "the model has adapters already: give train(policies=...) what add_policies made, or load it anew"
         )
-    torch.manual_seed(config.seed)  # peft draws the A matrices from the global generator
     lora = LoraConfig(
         r=config.rank, lora_alpha=config.lora_alpha, lora_dropout=0.0, bias="none",
         target_modules=LORA_TARGETS, exclude_modules=LORA_FROZEN,
     )  # fmt: skip
-    policies = get_peft_model(pipeline.backbone.transformer, lora)
+    device = torch.device(pipeline.backbone.device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)  # peft draws the A matrices from the global generator
+        policies = get_peft_model(pipeline.backbone.transformer, lora)
+        for name in ("old", "ema"):
+            policies.add_adapter(name, lora)
     for name in ("old", "ema"):
-        policies.add_adapter(name, lora)
         copy_adapter(policies, "default", name)
     for weight in adapter_weights(policies, "ema").values():
         if weight.is_cuda:  # it is kept and saved, and does not act: the GPU's memory is for the others
@@ -705,7 +708,10 @@ def too_many_skips(failure: Exception, step: int) -> Exception:
     """What ends a run after the skipped update `step`, with what was wrong in it and what to do."""
     if isinstance(failure, RewardError):
         return RewardError(f"the rewards of {SKIPS} updates in a row could not be had; {failure}")
-    what_to_do = "the weights have diverged: start again with a lower learning_rate or a higher kl_coef"
+    what_to_do = (
+        "the weights have diverged: start again with a lower learning_rate or a higher kl_coef (or, if you gave tau, "
+        "with a larger one)"
+    )
     if isinstance(failure, NotFinite):
         what_to_do = "mend that reward or leave it out, then go on"
     return type(failure)(f"updates {step + 1 - SKIPS} to {step} were skipped; in update {step} {failure}: {what_to_do}")

@@ -69,6 +69,8 @@ class Trajectory:
 def x0_to_velocity(z: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
     """v = (z - x0) / sigma. z, x0: [..., F, C, H, W]; sigma > 0: a number or [...], one level for each (F, C, H, W)."""
     sigma = _per_latent(sigma, z)
+    if not (sigma > 0).all():
+        raise ValueError(f"at sigma 0 a clean latent names no velocity: expected sigma > 0, got {sigma.min().item():g}")
     return (z.to(sigma) - x0.to(sigma)) / sigma
 
 
@@ -136,10 +138,14 @@ def calibrate_tau(E_groups: Tensor, target: float = 1.0) -> float:
 
 def gibbs_entropy(log_p: Tensor) -> Tensor:
     """Entropy () of log pi [G], in nats: log G when the branches are equally likely, 0 when one has taken over."""
-    return torch.special.entr(log_p.exp()).sum(dim=-1)
+    return -(log_p.exp() * log_p.clamp(min=-1e3)).sum(dim=-1)  # finite, with its gradient, also where pi is 0
 
 
 def _per_latent(sigma: Tensor | float, z: Tensor) -> Tensor:
     # [...] -> [..., 1, 1, 1, 1], in float32 or better: bfloat16 would cost more than the residual is worth
     wide = torch.promote_types(z.dtype, torch.float32)
-    return torch.as_tensor(sigma, dtype=wide, device=z.device)[..., None, None, None, None]
+    each = torch.as_tensor(sigma, dtype=wide, device=z.device)[..., None, None, None, None]
+    if z.ndim < 4 or torch.broadcast_shapes(each.shape, z.shape) != z.shape:
+        levels = list(each.shape[:-4])
+        raise ValueError(f"expected latents [..., F, C, H, W] and sigma [...], got {list(z.shape)} and {levels}")
+    return each

@@ -120,6 +120,13 @@ def test_minimum_of_the_objective(beta):
         assert contrast((best + 0.1).expand(7, 4), v_old.expand(7, 4), u, r, beta) > loss
 
 
+def test_only_v_carries_gradient():
+    inputs = [torch.rand(3, 4, generator=torch.Generator().manual_seed(k)).requires_grad_() for k in range(3)]
+    r, weight = torch.rand(3).requires_grad_(), torch.rand(3).requires_grad_()
+    got = torch.autograd.grad(contrast(*inputs, r, weight=weight), [*inputs, r, weight], allow_unused=True)
+    assert got[0] is not None and got[1:] == (None,) * 4
+
+
 def test_contrast_against_a_loop_and_in_x0_space():
     v, v_old, u = triple(3)
     r, beta, sigma = torch.tensor([0.1, 0.6, 0.8], dtype=torch.float64), 0.1, 0.75

@@ -89,6 +89,19 @@ def trajectory_of(kernel, G=3, B=2, seed=0, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_log_probabilities_of_half_precision_are_taken_in_float32(kernel, dtype):
+    whole, v = trajectory_of(kernel)
+    half = Trajectory(whole.z.to(dtype), whole.x0.to(dtype), whole.sigma.to(dtype))
+    wide = Trajectory(half.z.float(), half.x0.float(), half.sigma.float())
+    v = v.to(dtype)
+    for got, want in zip(gaussian_log_prob(half, v, kernel), gaussian_log_prob(wide, v.float(), kernel), strict=True):
+        assert got.isfinite().all() and torch.equal(got, want)
+    mean, std = flow_sde_kernel(*(torch.ones(1, dtype=dtype) for _ in range(3)), torch.tensor([0.9375], dtype=dtype))
+    assert mean.isfinite().all() and 0 < std < 1  # the root takes the next level also where .9999 rounds to 1
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_log_probabilities_are_those_of_torch(kernel):
     trajectory, v = trajectory_of(kernel)
     other = v + 0.1
@@ -406,6 +419,52 @@ def test_reward_weighted_regression_by_hand():
     want = sum(w[g] / w.mean() * (v[g] - u[g]).square().mean() for g in range(3)) / 3
     assert_close(rwr_loss(v, u, A), want)
     assert_close(rwr_loss(v, u, A, tau=1e6), (v - u).square().mean(), **CLOSE)  # hot: plain flow matching
+
+
+def test_weights_of_the_regression_hold_where_all_are_tiny():
+    v, u = torch.randn(2, 2, 3, 2, generator=seeded(4))
+    close, far = rwr_loss(v, u, torch.tensor([-1.0, -2.0]), tau=0.005), (v - u)[0].square().mean() / 2
+    assert_close(close, 2 * far)  # exp(-200) is 0 in float32; normalised, the first has all the weight
+
+
+def test_flat_rewards_of_half_precision_stay_0():
+    assert torch.equal(quasi_norm_advantages(torch.zeros(3).half()), torch.zeros(3))
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    trajectory, v = trajectory_of(consistency_kernel)
+    A, three = torch.ones(1).double(), torch.ones(3).double()
+    flat, one = v.flatten(1), v[:1]
+    calls = [
+        lambda: flow_grpo_loss(trajectory, one, one, three),
+        lambda: flow_grpo_loss(trajectory, v, v, A),
+        lambda: cm_grpo_regression(trajectory, one, three),
+        lambda: cm_grpo_regression(trajectory, v, A),
+        lambda: rwr_loss(flat, flat, A),
+        lambda: rwr_loss(flat, flat[:1], three),
+        lambda: neighbor_loss(trajectory[:1], one, one, trajectory.x0, A, 1.0),
+        lambda: diffusion_nft_loss(flat, torch.tensor(0.5), flat, flat, flat[:1], three),
+        lambda: diffusion_nft_loss(flat, torch.tensor(0.5), flat, flat, flat, A),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"tensors of one shape and A \[3\]"):
+            call()
+
+
+def test_only_the_policy_carries_gradient():
+    trajectory, v = trajectory_of(consistency_kernel)
+    v, others = v.requires_grad_(), [t.clone().requires_grad_() for t in (v.detach(), v.detach() + 1, torch.ones(3))]
+    v_old, target, A = others
+    sigma = torch.tensor(0.5)
+    losses = [
+        rwr_loss(v, target, A),
+        diffusion_nft_loss(v.detach(), sigma, v, v_old, v.detach(), A),
+        neighbor_loss(trajectory[:1], v[:1], v_old[:1], target, A, 1.0),
+        flow_grpo_loss(trajectory, v, v_old, A, consistency_kernel),
+    ]
+    for loss in losses:
+        got = torch.autograd.grad(loss, [v, *others], allow_unused=True)
+        assert got[0] is not None and got[1:] == (None, None, None)
 
 
 def test_diffusion_nft_against_a_loop():

@@ -112,6 +112,16 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     assert config == TrainConfig(learning_rate=1e-5, seed=7) and options == cli.RunOptions(overwrite_output_dir=True)
 
 
+@pytest.mark.parametrize("config", [["--config", "{}"], ["--config={}"]])
+def test_flags_win_wherever_they_stand(config, tmp_path):
+    (tmp_path / "c.yaml").write_text("max_train_steps: 7\nrank: 3\n")
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    config, empty = ([part.format(tmp_path / name) for part in config] for name in ("c.yaml", "empty.yaml"))
+    for argv in (["--max_train_steps", "4", *config], [*config, "--max_train_steps=4", *empty]):
+        values = cli.parse_options("train", [TrainConfig], argv)
+        assert (values["max_train_steps"], values["rank"]) == (4, 3)
+
+
 def test_printed_config_reads_back(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--rank", "5", "--compat", "official", "--print_config"])
@@ -146,6 +156,11 @@ WRONG = {
     "config without a file": (["train", "--config"], "expected one argument"),
     "no config": (["train", "--config", "{tmp}/absent.yaml"], "there is no config file"),
     "range": (["train", "--num_generations", "1"], "num_generations must be at least 2"),
+    "official": (["train", "--compat", "official", "--kl_coef", "1"], "kl_coef is 10.0 with compat official, got 1.0"),
+    "blocks": (["train", "--perturb_num_blocks", "7"], "num_frames 39, perturb_num_blocks 7 and nearest 2: no block"),
+    "arena below a file": (["arena", "--csv", "{tmp}/one.txt/a.csv"], "one.txt is a file, so"),
+    "arena in a folder": (["arena", "--csv", "{tmp}"], "is a folder, name a file"),
+    "bench below a file": (["bench", "--json", "{tmp}/one.txt/a.json"], "one.txt is a file, so"),
     "weights": (["train", "--vq", "0", "--mq", "0", "--ta", "0"], "not all 0"),
     "eval prompts": (["demo", "--eval_prompts", "0"], "eval_prompts must be at least 1"),
     "report": (["train", "--report_to", "wandb"], "report_to must be none or tensorboard"),
@@ -471,6 +486,10 @@ def test_sample_writes_a_video_and_a_sheet_a_script(finished, model, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == expected
     lengths = [len(viz._media().read_video(tmp_path / "out" / f"{name}.mp4")) for name in names]
     assert lengths == [39, 75, 39]  # two segments: up to where a third would begin
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    one = ["sample", "a square", "--model", str(model), "--num_frames", "21", "--output_dir", str(tmp_path / "out")]
+    assert cli.main([*one, "--overwrite_output_dir"]) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["000_a_square.mp4", "000_a_square.png", "mine.txt"]
 
     one = ["sample", "a red disc moves left", "--model", str(model), "--num_frames", "21", "--output_dir"]
     for name, more in (("a", []), ("b", []), ("c", ["--adapter", str(finished)]), ("d", ["--seed", "1"])):

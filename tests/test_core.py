@@ -223,6 +223,8 @@ def test_route_mask_against_a_loop():
         (lambda: chunk_of(39, 39), r"0..38, got 39"),
         (lambda: chunk_of(-3, 39), r"0..38, got -3"),
         (lambda: eligible_forks(39, LONGLIVE, 1, 0), r"n_blocks must be at least 1 block, got 0"),
+        (lambda: eligible_forks(147, Window(4, 8, 4, 40), 1, 2), r"whole blocks of 4 frames, got chunks of 21 and 18"),
+        (lambda: plan(147, Window(2, 8, 2, 40), 1, 2, 4, seeded()), r"whole blocks of 2 frames"),
         (lambda: uniform_routes(range(4), 5, 2, seeded()), r"cannot draw 5 frames from a pool of 4"),
         (lambda: dispersed_routes(range(4), 5, 2, seeded()), r"cannot draw 5 frames from a pool of 4"),
         (lambda: uniform_routes(range(4), 0, 2, seeded()), r"at least 1, got 0 and 2"),
@@ -385,6 +387,31 @@ NAN = float("nan")
 def test_tve_errors(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_levels_must_fit_the_latents():
+    z = torch.randn(2, 3, 4, 4, generator=seeded())  # no frame axis: a sigma a row would broadcast to [2, 2, 3, 4, 4]
+    for view in (x0_to_velocity, velocity_to_x0):
+        with pytest.raises(ValueError, match=r"expected latents .* got \[2, 3, 4, 4\] and \[2\]"):
+            view(z, z, torch.tensor([0.5, 0.6]))
+        assert view(z, z, 0.5).shape == z.shape
+    for sigma in (0.0, torch.tensor([0.5, 0.0])):
+        with pytest.raises(ValueError, match="sigma > 0, got 0"):
+            x0_to_velocity(z[None].expand(2, -1, -1, -1, -1), z, sigma)
+
+
+def test_entropy_has_a_gradient_where_a_branch_has_none_of_the_probability():
+    E = torch.tensor([0.0, 3.0, 0.1], requires_grad=True)
+    log_p = gibbs_log_prob(E, 0.01)  # exp(-300) is 0
+    gibbs_entropy(log_p).backward()
+    tiny = 1e-4
+    want = [
+        (gibbs_entropy(gibbs_log_prob(E.detach().double() + tiny * e, 0.01))
+         - gibbs_entropy(gibbs_log_prob(E.detach().double() - tiny * e, 0.01))) / (2 * tiny)
+        for e in torch.eye(3, dtype=torch.float64)
+    ]  # fmt: skip
+    assert log_p[1].exp() == 0 and E.grad.isfinite().all()
+    assert_close(E.grad.double(), torch.stack(want), rtol=1e-3, atol=1e-5)
 
 
 # ---------------------------------------------------------------- grpo
@@ -618,6 +645,18 @@ def test_safety_and_advantages_agree_in_bfloat16():
         (lambda: anchor_advantages(ONE, {"vq": 1, "ta": 1}, {"vq": 1}), KeyError, r"anchor names \['ta'\]"),
         (lambda: branch_is_safe(ONE, {"vq": 1}, {"vq": 1, "ta": 1}), KeyError, r"weights names \['ta'\]"),
         (
+            lambda: branch_is_safe(ONE, {"vq": torch.ones(3)}, {"vq": 1}),
+            ValueError,
+            r"anchor\['vq'\] must be one number",
+        ),
+        (
+            lambda: anchor_advantages(ONE, {"vq": torch.ones(3)}, {"vq": 1}),
+            ValueError,
+            r"must be one number, got \[3\]",
+        ),
+        (lambda: anchor_advantages(ONE, {"vq": 1}, {"vq": math.nan}), ValueError, r"weights\['vq'\] must be finite"),
+        (lambda: branch_is_safe({"vq": torch.tensor([])}, {"vq": 1}, {"vq": 1}), ValueError, r"must be \[G\]"),
+        (
             lambda: anchor_advantages(
                 {"vq": torch.ones(2), "ta": torch.ones(3)}, {"vq": 1, "ta": 1}, {"vq": 1, "ta": 1}
             ),
@@ -654,3 +693,15 @@ def test_safety_and_advantages_agree_in_bfloat16():
 def test_grpo_errors(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_losses_of_half_precision_stay_finite():
+    log_p = torch.tensor([-0.1, -15.0]).half().requires_grad_()
+    loss = kvpo_loss(log_p, torch.tensor([-15.0, -0.1]).half(), log_p.detach(), torch.zeros(2))  # a ratio of exp(14.9)
+    loss.total.backward()
+    assert loss.total == 0 and loss.ratio.isfinite().all() and log_p.grad.isfinite().all()
+
+
+def test_advantages_carry_no_gradient():
+    r, anchor = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor(1.5, requires_grad=True)
+    assert not anchor_advantages({"vq": r}, {"vq": anchor}, {"vq": 1.0}).requires_grad

@@ -348,6 +348,38 @@ def test_weights_must_fit_the_rewards():
             Mixture(REWARDS, weights)
 
 
+def test_a_diagonal_direction_scores_at_most_1():
+    scene = replace(SCENE, directions={"diagonally": (1, 1), "right": (0, 1)})
+    path = torch.tensor([[16 + 3 * f, 16 + 3 * f] for f in range(6)])
+    pixels = video("red", "square", path)[None]
+    along, half = (TextAlignment(scene)(pixels, [word]).item() for word in ("diagonally", "right"))
+    length = math.hypot(3, 3)
+    assert 0.95 < along <= 0.5 + 0.5 * length / math.hypot(length, 1) + 1e-3 and half < along
+
+
+def test_a_scene_of_ones_own():
+    pixels = video("red", "square")[None]
+    plain = replace(SCENE, shapes={})
+    assert TextAlignment(plain)(pixels, ["red"]) > 0.8
+    small = replace(SCENE, shapes={"dot": torch.ones(1, 5, 5)})
+    with pytest.raises(ValueError, match=r"masks must be as large as the videos, got \[5, 5\] and \[64, 64\]"):
+        TextAlignment(small)(pixels, ["a dot"])
+
+
+@pytest.mark.parametrize("pixels, got", [(255.0, "0 to 255"), (-1.0, "-1 to 0")])
+def test_pixels_of_another_range_are_refused(pixels, got):
+    videos = torch.zeros(1, 4, 3, 64, 64)
+    videos[0, 0, 0, 0, 0] = pixels
+    for reward in REWARDS.values():
+        with pytest.raises(ValueError, match=f"got {got}: rescale"):
+            reward(videos, ["a disc"])
+
+
+def test_an_empty_mixture_has_no_total():
+    with pytest.raises(ValueError, match="the mixture is empty"):
+        Mixture({}, {})(torch.zeros(1, 4, 3, 8, 8), ["a disc"])
+
+
 def test_pixels_of_bytes_are_refused():
     for reward in REWARDS.values():
         with pytest.raises(ValueError, match=r"floats in \[0, 1\], got torch.uint8"):

@@ -234,7 +234,9 @@ def test_acting_returns_to_the_trained_policy(plain):
 
 
 def test_copy_adapter(make_pipeline):
+    before = torch.get_rng_state()
     policies = add_policies(make_pipeline(), TrainConfig(rank=2))
+    assert torch.equal(torch.get_rng_state(), before)  # the caller's own random numbers go on
     with torch.no_grad():
         for k, name in enumerate(("default", "old", "ema")):
             for weight in adapter_weights(policies, name).values():

@@ -42,7 +42,7 @@ MAY_BE_0 = ("text_dropout", "history_dropout", "guidance", "ema_decay")  # all e
 
 @dataclass
 class DistillConfig:
-    """Sizes and rates: the recipe found while the weights that ship were made (docs/LOG.md tells how they were)."""
+    """Sizes and rates, the recipe found while the weights that ship were made. How they were: docs/LOG.md."""
 
     output_dir: str = "pocket"  # holds autoencoder/, teacher/, student/
     seed: int = 0
