@@ -270,6 +270,11 @@ def add_policies(pipeline: Pipeline, config: TrainConfig):
         raise ValueError(
             "the model has adapters already: give train(policies=...) what add_policies made, or load it anew"
         )
+    if not any(name.endswith(tuple(LORA_TARGETS)) for name, _ in pipeline.backbone.transformer.named_modules()):
+        raise ValueError(
+            f"no layer of the model ends with one of {LORA_TARGETS}, diffusers' names: name them so, or give "
+            "train(policies=...) a peft model of the transformer with the adapters default, old and ema, all alike"
+        )
     lora = LoraConfig(
         r=config.rank, lora_alpha=config.lora_alpha, lora_dropout=0.0, bias="none",
         target_modules=LORA_TARGETS, exclude_modules=LORA_FROZEN,

@@ -233,6 +233,14 @@ def test_acting_returns_to_the_trained_policy(plain):
         assert not any(weight.requires_grad for weight in adapter_weights(plain.policies, name).values())
 
 
+def test_layers_of_other_names_are_refused_by_name(make_pipeline):
+    pipeline = make_pipeline()
+    stranger = torch.nn.ModuleDict({"query": torch.nn.Linear(2, 2)})
+    pipeline.backbone.transformer = stranger
+    with pytest.raises(ValueError, match="'to_q', .* diffusers' names: name them so, or give train"):
+        add_policies(pipeline, TrainConfig(rank=2))
+
+
 def test_copy_adapter(make_pipeline):
     before = torch.get_rng_state()
     policies = add_policies(make_pipeline(), TrainConfig(rank=2))
