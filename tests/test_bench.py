@@ -236,7 +236,7 @@ WRONG = {
     "no fork": (["--num_frames", "21"], "no block can fork"),
     "segments": (["--num_segments", "5", "--num_frames", "147"], "num_segments must be 1 to 4, got 5"),
     "unseen": (["--num_segments", "2"], "num_frames must be above 39"),
-    "folder": (["--json", "{tmp}"], "--json must name a file"),
+    "folder": (["--json", "{tmp}"], "is a folder, name a file"),
     "model": (["--model", "{tmp}/none"], "holds no model"),
 }
 

@@ -91,10 +91,10 @@ def test_the_file_holds_the_pixels(stub, tmp_path):
     copy = tmp_path / "copy.npy"
     body = f"open({str(copy)!r}, 'wb').write(open(request['videos'], 'rb').read()); tell_scores([0] * len(prompts))"
     reward = stub(f"{body}; sys.stderr.write(request['videos'] + chr(10)); sys.stderr.flush()")
-    reward((VIDEOS * 3 - 1).requires_grad_(), PROMPTS)  # partly outside [0, 1]
+    reward((VIDEOS * 1.5 - 0.25).requires_grad_(), PROMPTS)  # partly outside [0, 1]
     pixels = np.load(copy)
     assert pixels.dtype == np.uint8 and pixels.shape == tuple(VIDEOS.shape)
-    assert_close(torch.from_numpy(pixels) / 255.0, (VIDEOS * 3 - 1).clamp(0, 1), rtol=0, atol=0.5 / 255 + 1e-6)
+    assert_close(torch.from_numpy(pixels) / 255.0, (VIDEOS * 1.5 - 0.25).clamp(0, 1), rtol=0, atol=0.5 / 255 + 1e-6)
     deadline = time.monotonic() + 10
     while not reward.worker.stderr and time.monotonic() < deadline:
         time.sleep(0.01)
