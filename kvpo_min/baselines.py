@@ -287,7 +287,8 @@ def neighbor_loss(
     """Neighbor GRPO (arXiv 2511.16955) and AR-CoPO: one prediction, the anchor's, is pulled towards good candidates and
     away from bad ones. PPO on the distance softmax, per block, step and anchor. anchor, v, v_old [a, B, S, ...];
     candidates: their x0_hat [G, B, S, ...]; A [G]."""
-    _check_alike(A, len(candidates), z=anchor.z[0], v=v[0], v_old=v_old[0], candidates=candidates[0])
+    _check_alike(A, len(candidates), z=anchor.z, v=v, v_old=v_old)
+    _check_alike(A, len(candidates), anchor=anchor.z[0], candidate=candidates[0])
     candidates = candidates.detach()
     log_p, log_p_old = (
         distance_log_prob(velocity_to_x0(anchor.z, u, anchor.sigma), candidates, tau) for u in (v, v_old.detach())

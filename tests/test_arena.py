@@ -1,5 +1,6 @@
 """The arena: costs against hand counts, rows that outlive interruptions, what is refused, tables from rows."""
 
+import contextlib
 import csv
 import json
 import math
@@ -185,6 +186,18 @@ def test_a_run_that_diverges_is_a_row(make, tmp_path, monkeypatch):
     assert [row["purpose"] for row in rows] == ["sweep", "sweep"]  # no rate is left to report
     assert all(row["note"] == "diverged: the loss is nan" and row["reward_after"] == "" for row in rows)
     assert not list(arena(None, REWARDS, options))
+
+
+def test_passes_that_cannot_be_counted_end_the_arena(make, tmp_path, monkeypatch):
+    """They are counted in `forward`; a backbone that does without would train for ever."""
+    monkeypatch.setattr(ring, "counting", lambda backbone, counts: contextlib.nullcontext())
+    with pytest.raises(ValueError, match="passes of this backbone cannot be counted"):
+        list(arena(make, REWARDS, options_for(tmp_path / "a.csv", "rwr")))
+
+
+def test_a_number_given_twice_counts_once():
+    assert ring.numbers("0,1,0", int, "seeds") == [0, 1]
+    assert ring.numbers("1e-3,0.001", float, "learning_rates") == [0.001]
 
 
 def test_videos_that_are_not_finite_are_a_row(make, tmp_path, monkeypatch):

@@ -443,6 +443,8 @@ def test_shapes_that_would_broadcast_are_refused():
         lambda: rwr_loss(flat, flat, A),
         lambda: rwr_loss(flat, flat[:1], three),
         lambda: neighbor_loss(trajectory[:1], one, one, trajectory.x0, A, 1.0),
+        lambda: neighbor_loss(trajectory[:2], one, one, trajectory.x0, three, 1.0),
+        lambda: neighbor_loss(trajectory[:1], one, one, trajectory.x0[:, :1], three, 1.0),
         lambda: diffusion_nft_loss(flat, torch.tensor(0.5), flat, flat, flat[:1], three),
         lambda: diffusion_nft_loss(flat, torch.tensor(0.5), flat, flat, flat, A),
     ]
