@@ -1,4 +1,4 @@
-"""`kvpo-min bench`: one update of `train.train` against `benchmarks/naive.py`, the authors' order of work, and against
+"""`kvpo-min bench`: one update (kvpo.py) against `benchmarks/naive.py`, the authors' order of work, and against
 the floor.
 
 Both get the same weights, script, plan and noise, on the same machine in the same process, and must leave the same loss
@@ -15,8 +15,8 @@ divide it by the small spread of the rewards. How far apart they then are in flo
     floor_ratio     our settings against the floor: the network's calls of the same update, the same shapes and batches,
                     one after the other on tensors that lie ready, those without gradient without adapters.
 
-Times are medians over interleaved pairs. Peak memory is that of a process of its own (`alone`). The loop is timed from
-outside: its functions are patched while it runs, and the network is wrapped by one that counts.
+Times are medians over interleaved pairs. Peak memory is that of a process of its own (`alone`). The six steps of an
+update (kvpo.py) are called and timed one by one, and the network is wrapped by one that counts.
 
 `scaling` measures how time grows with the branches, the routed blocks and the history, and what a stream needs.
 """
@@ -35,16 +35,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from types import ModuleType
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from kvpo_min import chr as routing
-from kvpo_min import train as loop
+from kvpo_min import kvpo
+from kvpo_min.config import TrainConfig
+from kvpo_min.grpo import safety_scale
+from kvpo_min.kvpo import Task
+from kvpo_min.pipeline import Pipeline
+from kvpo_min.policies import acting, adapter_weights, add_policies, copy_adapter
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import Sampler, Stream, draw_noise, generate
-from kvpo_min.train import Pipeline, TrainConfig, acting, adapter_weights, add_policies
+from kvpo_min.tve import calibrate_tau, trajectory_energy
 
 PHASES = ("prefix", "rollout", "decode", "reward", "replay_frozen", "replay", "backward", "optimiser", "other")
 TOLERANCE = 1e-4  # relative difference of losses, and of gradients, up to which two schedules agree
@@ -80,12 +84,15 @@ class Meter:
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        self.phase, begun = phase, time.perf_counter()
+        """Seconds of a phase inside another one count for the inner one alone."""
+        outer, self.phase = self.phase, phase
+        begun, inside = time.perf_counter(), sum(row["seconds"] for row in self.rows.values())
         try:
             yield
         finally:
-            self.rows[phase]["seconds"] += time.perf_counter() - begun
-            self.phase = "other"
+            inside = sum(row["seconds"] for row in self.rows.values()) - inside
+            self.rows[phase]["seconds"] += time.perf_counter() - begun - inside
+            self.phase = outer
 
     def timed(self, phase: str, function: Callable) -> Callable:
         def call(*args, **kwargs):
@@ -128,21 +135,6 @@ class Counted:
 
 
 # ------------------------------------------------------------------------------------------------------------ schedules
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is random in an update, and what follows from it."""
-
-    script: str
-    plan: routing.Plan
-    noise: Tensor  # [1, blocks, S, F, C, H, W]
-    chunk: range  # frames of the fork's chunk
-
-    @property
-    def stop(self) -> int:
-        """The end of the video."""
-        return self.noise.shape[1] * routing.Window().block
 
 
 @dataclass(frozen=True)
@@ -190,14 +182,10 @@ def official(config: TrainConfig) -> TrainConfig:
 
 
 def make_task(pipeline: Pipeline, config: TrainConfig, plan: routing.Plan | None = None) -> Task:
-    """A script, a plan and noise, drawn as a run would."""
-    window, generator = routing.Window(), torch.Generator().manual_seed(config.seed)
-    script = pipeline.sample_scripts(1, config.num_segments, config.seed)[0]
-    plan = plan or loop.make_plan(config, 0, 0, window, generator)
-    chunk = routing.chunk_of(plan.fork, config.num_frames)
-    stop = min(config.num_frames, chunk.stop + config.global_frames)
-    noise = draw_noise(stop // window.block, len(pipeline.sigmas), (window.block, *pipeline.latent_shape), generator)
-    return Task(script, plan, noise, chunk)
+    """What a run would draw first, or a given plan with the noise that fits it."""
+    generator = torch.Generator().manual_seed(config.seed)
+    scripts = pipeline.sample_scripts(1, config.num_segments, config.seed)
+    return kvpo.draw(pipeline, scripts, [0], config, 0, generator, plan)
 
 
 @contextlib.contextmanager
@@ -230,34 +218,33 @@ def measured(subject: Subject, meter: Meter) -> Iterator[Pipeline]:
 
 
 def ours(subject: Subject, config: TrainConfig, task: Task, meter: Meter) -> float:
-    """One update by `train.train` itself, its parts timed from outside. -> loss; the gradient is on the weights"""
-    replays = loop.replay_energies
-
-    def replay(*args, **kwargs):
-        with meter("replay" if torch.is_grad_enabled() else "replay_frozen"):
-            return replays(*args, **kwargs)
-
-    patches = [
-        patch.object(loop, "make_plan", lambda *_: task.plan),
-        patch.object(loop, "draw_noise", lambda *_: subject.noise(task)),
-        patch.object(loop, "replay_energies", replay),
-    ]
-    for where, name, phase in (
-        (loop, "generate", "prefix"),
-        (loop, "fork", "rollout"),
-        (loop, "score", "reward"),
-        (loop, "copy_adapter", "optimiser"),
-        (torch.nn.utils, "clip_grad_norm_", "optimiser"),
-        (torch.optim.AdamW, "step", "optimiser"),
-        (torch.Tensor, "backward", "backward"),
-    ):
-        patches.append(patch.object(where, name, meter.timed(phase, getattr(where, name))))
-    with contextlib.ExitStack() as stack, measured(subject, meter) as pipeline:
-        for one in patches:
-            stack.enter_context(one)
+    """One update as `kvpo.update` and `train.train` make it, step by step. -> loss; the gradient is on the weights"""
+    policies, rewards, weights = subject.policies, subject.rewards, subject.weights
+    task = replace(task, noise=subject.noise(task))
+    with measured(subject, meter) as pipeline:
         pipeline = replace(pipeline, decode=meter.timed("decode", pipeline.decode))
-        steps = loop.train(pipeline, [task.script], subject.rewards, config, subject.policies)
-        return next(steps).groups[0].loss
+        optimizer = torch.optim.AdamW(weights.values(), lr=config.learning_rate, weight_decay=config.adam_weight_decay)
+        with meter("optimiser"):
+            copy_adapter(policies, "default", "old")
+        with meter("prefix"), acting(policies, "old"):
+            prefix = kvpo.make_prefix(pipeline, config, task)
+        with meter("rollout"):
+            rollout = kvpo.roll_out(pipeline, policies, config, task, prefix)
+        with meter("reward"):
+            _, signals = kvpo.score_group(pipeline, rewards, task, rollout)
+            advantages, safe = kvpo.compare(signals, rewards.weights, config)
+        scale = safety_scale(safe, config.unsafe_scale)
+        with meter("replay_frozen"):
+            energies = {"initial": kvpo.energies_of(pipeline, policies, config, rollout, "initial")}
+        with meter("replay"):
+            energies["default"] = kvpo.energies_of(pipeline, policies, config, rollout, "default", with_graph=True)
+        with meter("backward"):
+            _, loss = kvpo.send_back(pipeline, config, rollout, energies, advantages, scale, config.tau)
+        with meter("optimiser"):
+            torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm)
+            optimizer.step()
+            copy_adapter(policies, "default", "ema", 1 - config.ema_decay)
+    return loss.total.item()
 
 
 def naive(subject: Subject, config: TrainConfig, task: Task, meter: Meter, context: str = "own") -> float:
@@ -411,12 +398,10 @@ def bench(pipeline: Pipeline, rewards: Mixture, options) -> dict:
 
 def calibrated(subject: Subject, config: TrainConfig, task: Task) -> float:
     """tau that a run would set from this group."""
-    with (
-        patch.object(loop, "make_plan", lambda *_: task.plan),
-        patch.object(loop, "draw_noise", lambda *_: task.noise),
-        measured(subject, Meter()) as pipeline,
-    ):
-        return next(loop.train(pipeline, [task.script], subject.rewards, config, subject.policies)).tau
+    copy_adapter(subject.policies, "default", "old")
+    rollout = kvpo.roll_out(subject.pipeline, subject.policies, config, task)
+    energies = kvpo.energies_of(subject.pipeline, subject.policies, config, rollout)
+    return calibrate_tau(trajectory_energy(energies)[None], config.tau_target)
 
 
 def merge(runs: Sequence[dict]) -> dict[str, dict]:

@@ -517,7 +517,7 @@ def clear_run(folder: Path) -> None:
     """Deletes what an earlier run left, by name; anything else in the folder stays."""
     import shutil
 
-    from kvpo_min.train import checkpoints, discard
+    from kvpo_min.resume import checkpoints, discard
 
     patterns = (
         "config.yaml", "metrics.jsonl", "summary.json", "README.md", "adapter_config.json", "adapter_model.safetensors",
@@ -533,7 +533,7 @@ def clear_run(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes aside and renames, so that a file is either the old or the new one. Raises OSError naming it."""
-    from kvpo_min.train import writing
+    from kvpo_min.system import writing
 
     with writing(path.with_name(path.name + ".aside")) as aside:
         aside.write_text(text, encoding="utf-8")
@@ -576,7 +576,9 @@ def run(config, options: RunOptions, wan=None) -> int:
     """One training run with its evaluation, and the folder it leaves behind (`demo` and `train`). `wan`: the options of
     a real model. Under torchrun all processes train, and the first one alone evaluates and writes. -> exit code"""
     begun = time.perf_counter()
-    from kvpo_min.train import add_policies, check_share, join_processes, processes, told_by_all, train, uninterrupted
+    from kvpo_min.policies import add_policies
+    from kvpo_min.system import gather, join_processes, processes, uninterrupted
+    from kvpo_min.train import check_share, train
 
     join_processes()
     rank, _ = processes()
@@ -590,14 +592,14 @@ def run(config, options: RunOptions, wan=None) -> int:
     if wan and rank == 0:
         try_rewards(rewards, wan)
     if rank:
-        told_by_all("")  # the first process encodes the prompts; then the others find them encoded
+        gather("")  # the first process encodes the prompts; then the others find them encoded
     pipeline = load_real(options.model, scripts + held_out, options.prompts, wan) if wan else load_model(options.model)
     check_positions(pipeline, config.num_frames)
     if rank:
         for _ in train(pipeline, scripts, rewards, config, add_policies(pipeline, config)):
             pass
         return 0
-    told_by_all("")
+    gather("")
     folder = Path(config.output_dir)
     check_writable(folder)
 
@@ -646,7 +648,7 @@ def run(config, options: RunOptions, wan=None) -> int:
 
 def make_room(folder: Path, config, options: RunOptions) -> None:
     """Deletes what the user let be overwritten: an earlier run, or what comes after the checkpoint that is resumed."""
-    from kvpo_min.train import checkpoints, discard, find_checkpoint, read_state
+    from kvpo_min.resume import checkpoints, discard, find_checkpoint, read_state
 
     if not options.overwrite_output_dir:
         return
@@ -661,7 +663,7 @@ def make_room(folder: Path, config, options: RunOptions) -> None:
 
 def way_on(folder: Path) -> str:
     """What to do after a run was stopped."""
-    from kvpo_min.train import checkpoints
+    from kvpo_min.resume import checkpoints
 
     if steps := checkpoints(folder):
         return f"go on from checkpoint-{steps[-1]}: the same command with --resume_from_checkpoint latest"
@@ -754,7 +756,7 @@ def check_geometry(config) -> None:
     import torch
 
     from kvpo_min.chr import Window
-    from kvpo_min.train import make_plan
+    from kvpo_min.kvpo import make_plan
 
     check_length(config.num_frames, config.num_segments)
     try:
@@ -766,7 +768,7 @@ def check_geometry(config) -> None:
 
 def check_output(config, options: RunOptions, wan=None) -> None:
     """Raises FileExistsError for a folder in use, and FileNotFoundError or ValueError for a run that cannot go on."""
-    from kvpo_min.train import checkpoints, find_checkpoint, read_state
+    from kvpo_min.resume import checkpoints, find_checkpoint, read_state
 
     folder = Path(config.output_dir)
     if not resumes_in_place(config):
@@ -792,7 +794,7 @@ def resumes_in_place(config) -> bool:
 
 def check_resume(checkpoint: Path, config, options: RunOptions, wan=None) -> None:
     """A run goes on as it was: refuses options that differ from the checkpoint's, and a run that is over."""
-    from kvpo_min.train import read_state
+    from kvpo_min.resume import read_state
 
     state = read_state(checkpoint)
     beside = checkpoint.parent / "config.yaml"
@@ -845,7 +847,7 @@ def measure(pipeline, scripts: list[str], rewards, num_frames: int, batch: int =
     """-> rewards and judge on the held-out prompts, and the pixels of the first few, [n, T, 3, H, W]"""
     import torch
 
-    from kvpo_min.train import evaluate
+    from kvpo_min.pipeline import evaluate
 
     shown: list = []
 
@@ -864,8 +866,10 @@ def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, repor
     and the last `Step` of this call that were not skipped, as `set_aside` leaves them)"""
     from tqdm import tqdm
 
-    from kvpo_min.reward_models import RewardError
-    from kvpo_min.train import checkpoints, find_checkpoint, read_state, train, writing
+    from kvpo_min.resume import checkpoints, find_checkpoint, read_state
+    from kvpo_min.rewards import RewardError
+    from kvpo_min.system import writing
+    from kvpo_min.train import train
 
     path, logs, steps = folder / "metrics.jsonl", [], []
 
@@ -932,7 +936,7 @@ def save_adapter(policies, folder: Path, base: str) -> None:
     """The trained policy (adapter `default`) as peft writes it, at the top of the folder. Raises OSError."""
     import shutil
 
-    from kvpo_min.train import sync, writing
+    from kvpo_min.system import sync, writing
 
     policies.peft_config["default"].base_model_name_or_path = base
     aside = folder / "adapter.aside"
@@ -1113,7 +1117,7 @@ or, on the stock transformer in Python, `peft.PeftModel.from_pretrained(transfor
 
 
 def demo(argv: Sequence[str]) -> int:
-    from kvpo_min.train import TrainConfig
+    from kvpo_min.config import TrainConfig
 
     values = parse_options(
         "demo", [TrainConfig, RunOptions], argv, {"output_dir": "kvpo_demo", "event": "changes colour"}
@@ -1124,8 +1128,8 @@ def demo(argv: Sequence[str]) -> int:
 
 
 def train_command(argv: Sequence[str]) -> int:
+    from kvpo_min.config import TrainConfig
     from kvpo_min.real import WanOptions
-    from kvpo_min.train import TrainConfig
 
     classes = TrainConfig, RunOptions, WanOptions
     values = parse_options("train", classes, argv)
@@ -1149,7 +1153,7 @@ def sample_command(argv: Sequence[str]) -> int:
     check_folder(folder, options.overwrite_output_dir)
 
     from kvpo_min import viz
-    from kvpo_min.train import sample
+    from kvpo_min.pipeline import sample
 
     if wan:
         folder.mkdir(parents=True, exist_ok=True)  # the encoding of a single script is kept there
@@ -1187,7 +1191,7 @@ def eval_command(argv: Sequence[str]) -> int:
     num_frames = video_length(options.num_frames, count_segments(scripts, bool(wan)))
     check_file(out)
 
-    from kvpo_min.train import evaluate
+    from kvpo_min.pipeline import evaluate
 
     rewards = run_rewards(options, wan)
     pipeline = load_real(options.model, scripts, options.prompts, wan) if wan else load_model(options.model)
@@ -1365,7 +1369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kvpo-min: error: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
-        from kvpo_min.reward_models import RewardError
+        from kvpo_min.rewards import RewardError
 
         if not isinstance(error, RewardError):
             raise

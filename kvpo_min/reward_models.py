@@ -35,15 +35,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvpo_min.rewards import Mixture, check_videos
+from kvpo_min.rewards import Mixture, RewardError, check_videos
 
 WORKERS = Path(__file__).parent / "reward_workers"
 FPS = 16  # frames a second of Wan2.1's videos
-
-
-class RewardError(RuntimeError):
-    """A reward model failed: its worker died, was silent for too long, or gave no usable scores. Training can skip the
-    update and go on; the next call starts the worker anew."""
 
 
 class WorkerReward:

@@ -23,6 +23,11 @@ import torch
 from torch import Tensor
 
 
+class RewardError(RuntimeError):
+    """A reward model failed: its worker died, was silent for too long, or gave no usable scores. Training can skip the
+    update and go on; the next call starts the worker anew."""
+
+
 class NotFinite(FloatingPointError, ValueError):
     """A reward gave NaN or infinity. A training run skips the update."""
 

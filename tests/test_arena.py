@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from kvpo_min import arena as ring
-from kvpo_min import cli
-from kvpo_min import train as training
+from kvpo_min import cli, kvpo
 from kvpo_min.arena import COLUMNS, TRAINED, UNTRAINED, arena, config_of, counting, methods_of, runs_of, shared_key
 from kvpo_min.baselines import REFUSED
 from kvpo_min.chr import chunk_starts
@@ -82,8 +81,8 @@ def trained_once(make, method, settings, **more):
 
 
 def test_passes_of_kvpo_by_hand(make, monkeypatch):
-    seen, make_plan = [], training.make_plan
-    monkeypatch.setattr(training, "make_plan", lambda *a: seen.append(make_plan(*a)) or seen[-1])
+    seen, make_plan = [], kvpo.make_plan
+    monkeypatch.setattr(kvpo, "make_plan", lambda *a: seen.append(make_plan(*a)) or seen[-1])
     log, forward, backward = trained_once(make, "kvpo", f"{SMALL},tau=1,unsafe_scale=1,grad_steps=3")
     p, b = seen[0].fork // 3, (min(s for s in [*chunk_starts(39), 39] if s > seen[0].fork) - seen[0].fork) // 3
     rest = (39 - seen[0].fork) // 3  # blocks that are made: to the end of the video

@@ -354,7 +354,7 @@ def observe_run(options, make_pipeline, monkeypatch, folder):
 
     monkeypatch.setattr(cli, "measure", measure)
     monkeypatch.setattr(cli, "train_loop", train_loop)
-    monkeypatch.setattr("kvpo_min.train.add_policies", lambda *args: Anything())
+    monkeypatch.setattr("kvpo_min.policies.add_policies", lambda *args: Anything())
     for name in ("draw_curves", "draw_groups", "draw_before_after", "save_adapter"):
         monkeypatch.setattr(cli, name, lambda *args: None)
     done = command("train", {"output_dir": "run", "eval_prompts": 2} | options)
@@ -369,7 +369,7 @@ def observe_sample(options, make_pipeline, monkeypatch, folder):
         seen["sampled"] = scripts, length, seed
         yield torch.zeros(len(scripts), 3, *pipeline.latent_shape)
 
-    monkeypatch.setattr("kvpo_min.train.sample", sample)
+    monkeypatch.setattr("kvpo_min.pipeline.sample", sample)
     done = command("sample", {"script": "a disc", "output_dir": "a"} | options, "script")
     return seen | done | {"files": sorted(files(folder))}
 
@@ -381,7 +381,7 @@ def observe_eval(options, make_pipeline, monkeypatch, folder):
         seen.update(evaluated=(scripts, length, seed), weights=dict(rewards.weights))
         return {"vq": 0.5}
 
-    monkeypatch.setattr("kvpo_min.train.evaluate", evaluate)
+    monkeypatch.setattr("kvpo_min.pipeline.evaluate", evaluate)
     (folder / "one.txt").write_text("a disc\n")
     done = command("eval", {"prompts": "one.txt", "json": "a.json"} | options)
     return seen | done | {"files": sorted(files(folder))}

@@ -19,9 +19,8 @@ import torch
 from safetensors.torch import load_file
 from test_train import SCRIPTS, Run, bitwise, numbers, only, ranked
 
-from kvpo_min import cli, doctor
-from kvpo_min.reward_models import RewardError
-from kvpo_min.rewards import Mixture
+from kvpo_min import cli, doctor, kvpo
+from kvpo_min.rewards import Mixture, RewardError
 from kvpo_min.train import adapter_weights, add_policies, checkpoints, save_checkpoint, train
 
 ROOT = Path(__file__).parents[1]
@@ -337,8 +336,8 @@ NOT_FINITE = {  # what is spoiled: what is said, and what to do
 
 def spoiled(what, run, monkeypatch):
     """-> a list: while something is in it, `what` is not finite."""
-    on, policy = [], ["trained"]
-    plain = {name: getattr(training, name) for name in ("acting", "fork", "replay_energies", "kvpo_loss")}
+    on, policy = [], []
+    plain = {name: getattr(kvpo, name) for name in ("acting", "fork", "replay_energies", "kvpo_loss")}
 
     def reward(videos, prompts):
         score = ranked(videos, prompts)
@@ -346,7 +345,7 @@ def spoiled(what, run, monkeypatch):
 
     @contextlib.contextmanager
     def acting(policies, name):
-        policy.append(name)
+        policy.append("trained" if name == "default" else name)
         try:
             with plain["acting"](policies, name):
                 yield
@@ -366,7 +365,7 @@ def spoiled(what, run, monkeypatch):
         return replace(loss, total=loss.total + float("inf")) if on and what == "loss" else loss
 
     for replacement in (acting, fork, replay_energies, kvpo_loss):
-        monkeypatch.setattr(training, replacement.__name__, replacement)
+        monkeypatch.setattr(kvpo, replacement.__name__, replacement)
     weight = next(w for key, w in adapter_weights(run.policies, "default").items() if "lora_B" in key)
     weight.register_hook(lambda g: g * float("nan") if on and what == "gradient" else None)
     run.rewards.rewards["it"] = reward

@@ -15,9 +15,9 @@ import torch
 from torch.testing import assert_close
 
 from kvpo_min import chr as routing
+from kvpo_min import kvpo
 from kvpo_min.pocket import pocket_rewards
-from kvpo_min.reward_models import RewardError
-from kvpo_min.rewards import Mixture
+from kvpo_min.rewards import Mixture, RewardError
 from kvpo_min.rollout import Sampler, Stream, draw_noise, generate, replay
 from kvpo_min.train import (
     TrainConfig,
@@ -409,8 +409,8 @@ def test_equal_rewards_give_no_update(make_pipeline):
 
 def test_when_no_branch_beats_the_anchor(make_pipeline, monkeypatch):
     """unsafe_scale 0: no update at all, nor a replay with graph; 0.5: half the loss and half the gradient."""
-    records, replayed, plain = {}, [], training.replay_energies
-    monkeypatch.setattr(training, "replay_energies", lambda *a: replayed.append(plain(*a)) or replayed[-1])
+    records, replayed, plain = {}, [], kvpo.replay_energies
+    monkeypatch.setattr(kvpo, "replay_energies", lambda *a: replayed.append(plain(*a)) or replayed[-1])
     for scale in (0.0, 0.5, 1.0):
         run = Run(make_pipeline(), only(anchor_best), unsafe_scale=scale)
         before = run.weights()

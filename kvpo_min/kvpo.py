@@ -1,0 +1,264 @@
+"""One KVPO update, from a script to the gradient: `update`, and its six steps, each of which can be called alone.
+
+The paper's algorithm (arXiv 2605.14278, section 3), a line a step (authors: trainer/kvpo.py:985-1582 and 2833-3341):
+
+    for every group of an update                                                                             train.py
+        draw         a script, a fork, the frames that each of G branches may read, and noise                chr.py
+        roll_out     the old policy makes the prefix, the branches and the anchor from that same noise       rollout.py
+        score_group  rewards of the fork's chunk (local), and of what follows it (global)                    rewards.py
+        compare      advantages A over the anchor, and whether any branch beats it                           grpo.py
+        energies_of  replay under the ordinary context: how far a policy's velocities are from a branch's    tve.py
+        send_back    Gibbs policy, clipped objective, KL to the initial policy; the gradient to the weights  grpo.py
+    optimizer step, moving average; every `old_policy_every` updates: old policy <- trained policy           train.py
+
+Symbols: G branches, B blocks from the fork to the end of its chunk, S denoising steps, F frames a block.
+
+Memory: with `replay_batch` an update holds no graph larger than that many forwards, and its gradient is the same. The
+loss sees the weights through the energies alone, so energies without graph give dL/dE; then every piece is replayed
+once more, with graph, and sent backward at once, times its dL/dE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvpo_min import chr as routing
+from kvpo_min.config import TrainConfig
+from kvpo_min.grpo import Loss, anchor_advantages, branch_is_safe, fuse, kvpo_loss, safety_scale
+from kvpo_min.pipeline import Pipeline, score
+from kvpo_min.policies import acting
+from kvpo_min.rewards import Mixture
+from kvpo_min.rollout import (
+    Rollout,
+    Sampler,
+    Stream,
+    draw_noise,
+    fork,
+    generate,
+    keep_frames,
+    pieces,
+    replay,
+    switch_reach,
+)
+from kvpo_min.tve import energy_weights, gibbs_log_prob, step_energies, trajectory_energy
+
+Signal = tuple[dict[str, Tensor], dict[str, Tensor]]  # of one clip: {component: [G]} and the anchor's {component: ()}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is random in a group, and what follows from it."""
+
+    script: str
+    plan: routing.Plan
+    noise: Tensor  # [1, blocks, S, F, C, H, W]; its blocks end where the last scored frame does
+    chunk: range  # frames of the fork's chunk: from the fork to its end they are replayed, and all of it is scored
+
+    @property
+    def stop(self) -> int:
+        """The frame after the last one of the videos."""
+        return self.noise.shape[1] * self.noise.shape[3]
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one update saw of a script's branches."""
+
+    script: str
+    plan: routing.Plan
+    rollout: Rollout
+    videos: Tensor  # [G + 1, T, 3, H, W] pixels of the fork's chunk, anchor last
+    rewards: dict[str, Tensor]  # name -> [G]; local signal
+    anchor: dict[str, Tensor]  # name -> ()
+    global_rewards: dict[str, Tensor] | None
+    global_anchor: dict[str, Tensor] | None
+    advantages: Tensor  # [G]
+    safe: bool
+    energies: Tensor  # [G, B, S] of the policy before the update
+    log_p: Tensor  # [G]
+    log_p_old: Tensor
+    log_p_init: Tensor
+    ratio: Tensor  # [G]
+    loss: float
+    kl: float
+    entropy: float
+    clip_fraction: float
+
+
+def update(
+    pipeline: Pipeline, policies, rewards: Mixture, config: TrainConfig, task: Task, tau: float,
+    old_is_current: bool = True,
+) -> Group:  # fmt: skip
+    """One group, from its plan to the gradient, which is added to that of the adapter `default`.
+    `policies`: from `add_policies`. `old_is_current`: the adapters `old` and `default` are alike, so the ratio is 1.
+    Raises FloatingPointError when a video, reward, energy or loss is not finite, and what the rewards raise."""
+    rollout = roll_out(pipeline, policies, config, task)
+    videos, signals = score_group(pipeline, rewards, task, rollout)
+    advantages, safe = compare(signals, rewards.weights, config)
+    scale = safety_scale(safe, config.unsafe_scale)  # 0: the loss will be 0, and no graph is needed
+    energies = {"initial": energies_of(pipeline, policies, config, rollout, "initial")}
+    if not old_is_current:
+        energies["old"] = energies_of(pipeline, policies, config, rollout, "old")
+    energies["default"] = energies_of(pipeline, policies, config, rollout, "default", with_graph=scale > 0)
+    log_p, loss = send_back(pipeline, config, rollout, energies, advantages, scale, tau)
+    (local, anchor), (after, anchor_after) = *signals, *[(None, None)] * (2 - len(signals))
+    return Group(
+        script=task.script, plan=task.plan, rollout=rollout, videos=videos,
+        rewards=local, anchor=anchor, global_rewards=after, global_anchor=anchor_after,
+        advantages=advantages, safe=safe, energies=energies["default"].detach(),
+        log_p=log_p["default"].detach(), log_p_old=log_p["old"], log_p_init=log_p["initial"], ratio=loss.ratio,
+        loss=loss.total.item(), kl=loss.kl.item(), entropy=loss.entropy.item(), clip_fraction=loss.clip_fraction.item(),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ its steps
+
+
+def draw(
+    pipeline: Pipeline, scripts: Sequence[str], order: list[int], config: TrainConfig, step: int,
+    generator: torch.Generator, plan: routing.Plan | None = None,
+) -> Task:  # fmt: skip
+    """Script, plan (if it is not given) and noise of one group of update `step`, from a CPU generator. `order`: indices
+    of the scripts still to come, the next one last; it is used up, and drawn anew when it is empty."""
+    if not order:  # every script once before any comes again
+        order[:] = torch.randperm(len(scripts), generator=generator).tolist()
+    index, window = order.pop(), routing.Window()
+    plan = plan or make_plan(config, step, index, window, generator)
+    chunk = routing.chunk_of(plan.fork, config.num_frames)
+    n_blocks = min(config.num_frames, chunk.stop + config.global_frames) // window.block
+    noise = draw_noise(n_blocks, len(pipeline.sigmas), (window.block, *pipeline.latent_shape), generator)
+    return Task(scripts[index], plan, noise, chunk)
+
+
+@torch.no_grad()
+def roll_out(pipeline: Pipeline, policies, config: TrainConfig, task: Task, prefix: Stream | None = None) -> Rollout:
+    """Prefix, G branches and the anchor, made by the adapter `old`. The keys and values that replays read stay on it.
+    `prefix`: what `make_prefix` gave (default: made here, where nothing else holds it, so that it can be freed)."""
+    sampler, plan, noise = pipeline.sampler(config.num_segments), task.plan, task.noise.to(pipeline.backbone.device)
+    with acting(policies, "old"):
+        made = fork(
+            pipeline.backbone, texts_of(pipeline, task), noise, plan, task.stop, task.chunk.stop, sampler,
+            config.nearest, config.branch_batch or None, prefix or make_prefix(pipeline, config, task),
+        )  # fmt: skip
+    read = {*range(sampler.window.sink), *range(plan.fork - sampler.window.past, plan.fork)}
+    return replace(made, prefix=keep_frames(made.prefix, read))
+
+
+def score_group(
+    pipeline: Pipeline, rewards: Mixture, task: Task, rollout: Rollout
+) -> tuple[Tensor, list[Signal]]:  # fmt: skip
+    """-> pixels of the fork's chunk [G + 1, T, 3, H, W], and its rewards (local signal), then, if the videos go on
+    after it, those of what follows (global signal). Raises FloatingPointError when the latents are not finite."""
+    check_finite("the latents of the videos are", rollout.videos)
+    shown, signals = None, []
+    for frames in (task.chunk, range(task.chunk.stop, rollout.videos.shape[1])):
+        if len(frames):
+            pixels = pipeline.decode(rollout.videos[:, frames.start : frames.stop])
+            scores = score(pipeline, rewards, pixels, [task.script] * len(pixels), frames.start)
+            signals.append(({name: s[:-1] for name, s in scores.items()}, {name: s[-1] for name, s in scores.items()}))
+            shown = pixels if shown is None else shown
+    return shown, signals
+
+
+def compare(signals: Sequence[Signal], weights: Mapping[str, float], config: TrainConfig) -> tuple[Tensor, bool]:
+    """-> advantages [G] over the anchor, local and global signal in one, and whether any branch beats the anchor."""
+    each = [anchor_advantages(branches, anchor, weights) for branches, anchor in signals]
+    advantages = fuse(each[0], each[1] if len(each) > 1 else None,
+                      config.local_weight, config.global_weight, config.fuse_mode, config.adv_clip_max)  # fmt: skip
+    return advantages, any(branch_is_safe(branches, anchor, weights) for branches, anchor in signals)
+
+
+def energies_of(
+    pipeline: Pipeline, policies, config: TrainConfig, rollout: Rollout, policy: str = "default",
+    with_graph: bool = False,
+) -> Tensor:  # [G, B, S]  # fmt: skip
+    """How far a policy ("default", "old", "ema" or "initial") is from each branch's velocities, under the ordinary
+    context. `with_graph`: gradients are to flow; with `replay_batch` they stop here, and `send_back` goes on."""
+    with acting(policies, policy), torch.set_grad_enabled(with_graph and not config.replay_batch):
+        if not config.replay_batch:
+            steps, sampler = config.grad_steps if with_graph else 0, pipeline.sampler(config.num_segments)
+            return replay_energies(pipeline.backbone, rollout, sampler, steps, config.context)
+        z = rollout.trajectory.z[: config.num_generations]  # [G, B, S, F, C, H, W]
+        energies = z.new_zeros(z.shape[:3], dtype=torch.promote_types(z.dtype, torch.float32))
+        for where, part in energies_in_pieces(pipeline, config, rollout):
+            energies[where] = part
+    return energies.requires_grad_(with_graph)
+
+
+def send_back(
+    pipeline: Pipeline, config: TrainConfig, rollout: Rollout, energies: Mapping[str, Tensor], advantages: Tensor,
+    scale: float, tau: float,
+) -> tuple[dict[str, Tensor], Loss]:  # fmt: skip
+    """Loss of one group, and, unless `scale` is 0, its gradient to the weights, divided by `groups_per_update`.
+    energies: [G, B, S] of the policies "default", "initial" and, where it is not the current one, "old".
+    -> log pi [G] of all three, and the loss. Raises FloatingPointError when energies or loss are not finite."""
+    weights, log_p = energy_weights(pipeline.sigmas, config.sigma_floor), {}
+    for policy, each in energies.items():
+        check_finite(f"the energies of the {'trained' if policy == 'default' else policy} policy are", each)
+        log_p[policy] = gibbs_log_prob(trajectory_energy(each, weights), tau)
+    log_p.setdefault("old", log_p["default"].detach())  # the same weights would give the same numbers: the ratio is 1
+    A = advantages.to(log_p["default"].device)  # pixels and scores may live on the CPU
+    loss = kvpo_loss(log_p["default"], log_p["old"], log_p["initial"], A,
+                     config.clip_range_low, config.clip_range_high, config.kl_coef, scale)  # fmt: skip
+    check_finite(f"the loss is {loss.total.item()}, that is,", loss.total)
+    if scale:
+        (loss.total / config.groups_per_update).backward()
+    if scale and config.replay_batch and (slope := energies["default"].grad).any():  # dL/dE [G, B, S]
+        for where, part in energies_in_pieces(pipeline, config, rollout, config.grad_steps):
+            (part * slope[where]).sum().backward()
+    return log_p, loss
+
+
+# ----------------------------------------------------------------------------------------------------- what they share
+
+
+def make_plan(config: TrainConfig, step: int, index: int, window: routing.Window, generator: torch.Generator):
+    """Where to fork and what each branch reads: the paper's plan, or the authors' with compat="official"."""
+    sizes = (config.num_frames, window, config.nearest, config.perturb_num_blocks, config.num_generations)
+    if config.compat:
+        return routing.plan_official(config.seed, index, (step + 1) * 1_000_003, *sizes)
+    return routing.plan(*sizes, generator)
+
+
+@torch.no_grad()
+def make_prefix(pipeline: Pipeline, config: TrainConfig, task: Task) -> Stream:
+    """The video up to the fork, by the policy that acts, with the keys and values that branches and replays read."""
+    sampler, start = pipeline.sampler(config.num_segments), task.plan.fork
+    near = range(start - switch_reach(sampler.window), start)
+    needed = {*range(sampler.window.sink), *task.plan.routes.flatten().tolist(), *near}
+    noise = task.noise.to(pipeline.backbone.device)
+    texts = texts_of(pipeline, task)
+    return keep_frames(generate(pipeline.backbone, Stream(), texts, noise, start, sampler), needed)
+
+
+def texts_of(pipeline: Pipeline, task: Task) -> list[Tensor]:
+    """What the model reads, [1, L, D] a segment."""
+    return [pipeline.embed([text]) for text in pipeline.segments(task.script)]
+
+
+def replay_energies(
+    backbone, rollout: Rollout, sampler: Sampler, grad_steps: int = 0, context: str = "stored"
+) -> Tensor:  # [G, B, S]
+    """How far the policy that acts is from each branch's velocities; the first `grad_steps` steps carry gradient."""
+    v = replay(backbone, rollout, sampler, grad_steps, context=context, branches=len(rollout.plan.routes))
+    return step_energies(v, rollout.trajectory.velocity[: len(v)])
+
+
+def energies_in_pieces(
+    pipeline: Pipeline, config: TrainConfig, rollout: Rollout, n_steps: int = 0
+) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
+    """Energies of the first steps (0: all) at most `replay_batch` forwards at a time, with graph where gradients are
+    recorded. Yields where a piece belongs in [G, B, S], and its energies."""
+    backbone, sampler = pipeline.backbone, pipeline.sampler(config.num_segments)
+    for where, part, its_sampler in pieces(backbone, rollout, sampler, config.replay_batch, n_steps, config.context):
+        yield where, replay_energies(backbone, part, its_sampler, len(its_sampler.sigmas), config.context)
+
+
+def check_finite(what: str, numbers: Tensor) -> None:
+    """Raises FloatingPointError: the update is skipped, and no NaN reaches a weight."""
+    if not numbers.isfinite().all():
+        raise FloatingPointError(f"{what} not finite")

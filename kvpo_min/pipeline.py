@@ -1,0 +1,114 @@
+"""A generator and what surrounds it: sampling, scoring and evaluating videos. No policy gradient in here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+from kvpo_min.chr import Window
+from kvpo_min.rewards import Mixture
+from kvpo_min.rollout import Sampler, Stream, draw_noise, generate, segment_at, switch_reach
+from kvpo_min.tve import schedule
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A generator and what surrounds it. `pocket.load_pocket` makes one."""
+
+    backbone: torch.nn.Module  # rollout.Backbone; `.transformer` is what LoRA is put on
+    decode: Callable[[Tensor], Tensor]  # latents [N, T, C, H, W] -> pixels [N, T, 3, H', W'] in [0, 1], one a frame
+    embed: Callable[[list[str]], Tensor]  # texts -> [B, L, D]
+    latent_shape: tuple[int, int, int]  # C, H, W
+    switches: tuple[int, ...]  # frames at which the second, third, ... segment begins
+    segments: Callable[[str], list[str]]  # script -> texts that the model reads, one a segment
+    reward_prompts: Callable[[str], list[str]]  # script -> texts that rewards are given, one a segment
+    read: Callable[[Tensor], object] | None = None  # pixels -> a dataclass of tensors [N, ...]: what the judge sees
+    judge: Callable[[object, list[str]], dict[str, float]] | None = None  # of that and the scripts; never trained on
+    sample_scripts: Callable[[int, int, int], list[str]] | None = None  # n, segments, seed -> scripts
+    sigmas: Tensor = field(default_factory=schedule)  # [S] noise levels of the sampler
+    name: str = "model"
+
+    def sampler(self, num_segments: int = 1) -> Sampler:
+        """The sampler of videos of so many segments, with the ordinary window."""
+        return Sampler(self.sigmas, switches=self.switches[: num_segments - 1])
+
+
+def score(
+    pipeline: Pipeline, rewards: Mixture, pixels: Tensor, scripts: Sequence[str], first: int
+) -> dict[str, Tensor]:
+    """Scores videos segment by segment with that segment's words, then averages over the segments in view.
+    pixels [N, T, 3, H, W] begin at frame `first`; one script a video, all with the same number of segments.
+    -> {component: [N]} (authors: kvpo.py:1769-1930 score one clip a segment)."""
+    prompts = [pipeline.reward_prompts(script) for script in scripts]
+    if not prompts or pixels.shape[1] < 3:
+        raise ValueError(
+            f"a score needs a script and 3 frames of it at least, got {len(prompts)} and {pixels.shape[1]}"
+        )
+    switches = pipeline.switches[: len(prompts[0]) - 1]
+    last = first + pixels.shape[1]
+    borders = [first, *[s for s in switches if first < s < last], last]
+    clips = []
+    for begin, end in zip(borders, borders[1:], strict=False):
+        if end - begin >= 3:  # motion needs three frames
+            texts = [p[segment_at(begin, switches)] for p in prompts]
+            clips.append(rewards.scores(pixels[:, begin - first : end - first], texts))
+    return {name: torch.stack([clip[name] for clip in clips]).mean(0) for name in clips[0]}
+
+
+@torch.no_grad()
+def sample(
+    pipeline: Pipeline, scripts: Sequence[str], num_frames: int, seed: int = 99999, batch: int = 32,
+    sigmas: Tensor | None = None, eta: float = 1.0, bar: bool = False,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Generates one video a script, unrouted; video i's noise comes from a generator of its own, seed + 10000 i, so
+    it does not depend on the batch. `sigmas`, `eta`: another sampler than the 4-step one.
+    Yields latents [b, T, C, H, W]."""
+    from tqdm import tqdm
+
+    sigmas = pipeline.sigmas if sigmas is None else sigmas
+    n_segments = {len(pipeline.segments(script)) for script in scripts}
+    if len(n_segments) != 1:
+        raise ValueError(f"scripts of one call must have the same number of segments, got {sorted(n_segments)}")
+    switches = pipeline.switches[: n_segments.pop() - 1]
+    window = Window()
+    window = replace(window, history=window.sink + switch_reach(window))  # nothing is routed
+    sampler = Sampler(sigmas, window, switches=switches, eta=eta)
+    for begin in tqdm(range(0, len(scripts), batch), desc="sample", disable=not bar, leave=False):
+        part = scripts[begin : begin + batch]
+        texts = [pipeline.embed(list(t)) for t in zip(*[pipeline.segments(s) for s in part], strict=True)]
+        noise = [
+            draw_noise(num_frames // window.block, len(sigmas) if eta else 1, (window.block, *pipeline.latent_shape),
+                       torch.Generator().manual_seed(seed + 10000 * (begin + i)))
+            for i in range(len(part))
+        ]  # fmt: skip
+        noise = torch.cat(noise).to(pipeline.backbone.device)  # drawn on the CPU: the same on every device
+        yield generate(pipeline.backbone, Stream(), texts, noise, num_frames, sampler).latents
+
+
+def evaluate(
+    pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, num_frames: int, seed: int = 99999, batch: int = 32,
+    sigmas: Tensor | None = None, eta: float = 1.0, bar: bool = False,
+) -> dict:  # fmt: skip
+    """Mean rewards of unrouted videos, their standard errors over prompts, and the held-out judge."""
+    scores, readings = [], []
+    begin = 0
+    for latents in sample(pipeline, scripts, num_frames, seed, batch, sigmas, eta, bar):
+        part = scripts[begin : begin + len(latents)]
+        pixels = pipeline.decode(latents)
+        scores.append(score(pipeline, rewards, pixels, part, 0))
+        if pipeline.judge:
+            readings.append(pipeline.read(pixels))
+        begin += len(part)
+    scores = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
+    total = rewards.total(scores)
+    out = {name: s.mean().item() for name, s in scores.items()} | {"reward": total.mean().item()}
+    for name, each in (scores | {"reward": total}).items():
+        out[f"{name}_sem"] = (each.std() / len(each) ** 0.5).item() if len(each) > 1 else float("nan")
+    if readings:  # pooled over all frames, so that the shares do not depend on the batches
+        names = [f.name for f in fields(readings[0])]
+        pooled = {name: torch.cat([getattr(reading, name) for reading in readings]) for name in names}
+        out["judge"] = pipeline.judge(type(readings[0])(**pooled), list(scripts))
+    return out

@@ -1,0 +1,119 @@
+"""What a run shares with its machine: the other processes, signals, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+def join_processes() -> None:
+    """Under torchrun: joins the other processes and takes the GPU that is this one's. Otherwise nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=12))  # one process evaluates while the others wait
+
+
+def processes() -> tuple[int, int]:
+    """-> the rank of this process, and how many there are; (0, 1) without torchrun"""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gather(value) -> list:
+    """The value that each process gives, in the order of their ranks."""
+    values = [value] * processes()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Gives all processes the first one's numbers, in place."""
+    if processes()[1] > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.data, 0)
+
+
+def sum_over_all(tensor: Tensor) -> Tensor:
+    """Adds up the tensors of all processes, in place."""
+    if processes()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_gradients(weights: Sequence[Tensor]) -> None:
+    """Adds up the gradients of all processes, in one message."""
+    if processes()[1] == 1:
+        return
+    gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+    total = sum_over_all(torch.cat([g.flatten() for g in gradients]))
+    for weight, part in zip(weights, total.split([w.numel() for w in weights]), strict=True):
+        weight.grad = part.view_as(weight)
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block is done, so that it is done as a whole."""
+    if threading.current_thread() is not threading.main_thread():  # signals come to the main thread alone
+        yield
+        return
+    came = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if handler is not None}  # None: not Python's
+    for number in handlers:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Writes a file: afterwards it is on the disk, not only on its way there. Raises OSError that names it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield path
+        sync(path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise OSError(f"{path} could not be written: {reason}. Free space there, or name another folder") from error
+
+
+def sync(path: Path) -> None:
+    """Waits until a file is on the disk, or the names in a folder, where the system can tell."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some network disks refuse for folders
+            raise
+    finally:
+        os.close(descriptor)
