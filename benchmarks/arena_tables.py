@@ -18,8 +18,8 @@ import re
 import statistics
 from pathlib import Path
 
-from kvpo_min.arena import HERE, UNTRAINED, read_rows
-from kvpo_min.baselines import EXPLORATIONS, METHODS, POLICIES, REFUSED
+from kvpo_min.compare.arena import HERE, UNTRAINED, read_rows
+from kvpo_min.compare.baselines import EXPLORATIONS, METHODS, POLICIES, REFUSED
 from kvpo_min.viz import ANCHOR, BRANCHES
 
 SHOWN = {"reward": "reward", "vq": "VQ", "mq": "MQ", "ta": "TA", "judge_all": "judge: all", "judge_valid": "valid",

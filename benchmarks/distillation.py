@@ -12,8 +12,8 @@ import json
 import time
 from pathlib import Path
 
+from kvpo_min.pipeline import evaluate
 from kvpo_min.pocket import load_pocket, pocket_rewards, world
-from kvpo_min.train import evaluate
 from kvpo_min.tve import schedule
 
 MODELS = {

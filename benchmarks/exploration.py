@@ -11,7 +11,7 @@ branches against the unrouted anchor, from the fork to the end of its chunk.
 - distance: mean distance of the branches' frames from the nearest clean rendering, over the anchors'
 Noise of strength s, sqrt(1 - s^2) shared + s fresh, is mixed into the initial noise ("at the fork") or the re-noising
 steps ("consistency noise") of the same five blocks that routing would touch; "fresh noise" is all noise from the fork
-on. The four are those of the comparison of methods (`kvpo_min.baselines.explore`).
+on. The four are those of the comparison of methods (`kvpo_min.compare.baselines.explore`).
 """
 
 import argparse
@@ -22,10 +22,10 @@ import torch
 from tqdm import tqdm
 
 from kvpo_min import chr as routing
-from kvpo_min.baselines import explore
+from kvpo_min.compare.baselines import explore
+from kvpo_min.pipeline import score
 from kvpo_min.pocket import load_pocket, pocket_rewards, world
 from kvpo_min.rollout import Sampler, draw_noise, fork
-from kvpo_min.train import score
 
 WAYS = {
     "routing, nearest 1, 5 routed": dict(nearest=1, past=6),

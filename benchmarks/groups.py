@@ -15,11 +15,11 @@ from statistics import fmean
 
 import torch
 
-from kvpo_min.arena import SCRIPTS, TRAINED, config_of, updates
 from kvpo_min.cli import ArenaOptions
+from kvpo_min.compare.arena import SCRIPTS, TRAINED, config_of, updates
 from kvpo_min.pocket import load_pocket, pocket_rewards
 from kvpo_min.pocket.world import prompt_set
-from kvpo_min.train import adapter_weights, add_policies
+from kvpo_min.policies import adapter_weights, add_policies
 
 
 def measure(method: str, n_groups: int, seed: int = 0) -> dict[str, float | str]:

@@ -41,9 +41,10 @@ def make_model(folder: Path) -> None:
     """A random model in the layout of `kvpo-min distill`; and the imports that a run needs."""
     from diffusers import WanTransformer3DModel
 
+    from kvpo_min.config import TrainConfig
     from kvpo_min.pocket import load_pocket, world
     from kvpo_min.pocket.distill import new_autoencoder
-    from kvpo_min.train import TrainConfig, add_policies
+    from kvpo_min.policies import add_policies
 
     torch.manual_seed(0)
     autoencoder = new_autoencoder()
@@ -138,7 +139,7 @@ def resume(argv: list[str], log: Path) -> str:
 
 def seen(folder: Path) -> tuple[int, int, bool]:
     """-> whole lines of metrics.jsonl, the newest checkpoint (0: none), and whether anything is half-written"""
-    from kvpo_min.train import checkpoints
+    from kvpo_min.resume import checkpoints
 
     path = folder / "metrics.jsonl"
     lines = path.read_bytes().count(b"\n") if path.exists() else 0

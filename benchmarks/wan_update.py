@@ -36,8 +36,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvpo_min import chr as routing
+from kvpo_min.config import TrainConfig
 from kvpo_min.grpo import kvpo_loss
-from kvpo_min.real import SWITCHES, MixedBackbone, decode_stream
+from kvpo_min.kvpo import replay_energies
+from kvpo_min.policies import acting, adapter_weights, add_policies, copy_adapter
 from kvpo_min.rollout import (
     KVHistory,
     Sampler,
@@ -50,8 +52,8 @@ from kvpo_min.rollout import (
     segment_at,
     switch_reach,
 )
-from kvpo_min.train import TrainConfig, acting, adapter_weights, add_policies, copy_adapter, replay_energies
 from kvpo_min.tve import calibrate_tau, gibbs_log_prob, schedule, trajectory_energy
+from kvpo_min.wan.real import SWITCHES, MixedBackbone, decode_stream
 
 GIB = 2**30
 WINDOW, NEAREST = routing.Window(), 1

@@ -348,7 +348,7 @@ def load_real(model: str, scripts: Sequence[str], prompts: str | Path, wan):
     """The pipeline of a real Wan that can be asked for these scripts, whose encodings are kept beside `prompts`."""
     from diffusers.utils import logging
 
-    from kvpo_min.real import BETWEEN, load_wan, text_cache
+    from kvpo_min.wan.real import BETWEEN, load_wan, text_cache
 
     logging.set_verbosity_error()
     texts = [text for script in scripts for text in script.split(BETWEEN)]
@@ -690,7 +690,7 @@ def ends_like_ctrl_c() -> Iterator[None]:
 def run_rewards(options: RunOptions | EvalOptions | ArenaOptions, wan):
     """What the videos are scored with: formulas on the pocket world, or the models that `wan` names."""
     from kvpo_min.pocket import pocket_rewards
-    from kvpo_min.real import load_rewards
+    from kvpo_min.wan.real import load_rewards
 
     weights = {"vq": options.vq, "mq": options.mq, "ta": options.ta}
     return load_rewards(wan, **weights) if wan else pocket_rewards(**weights)
@@ -729,7 +729,7 @@ def run_prompts(config, options: RunOptions) -> tuple[list[str], list[str]]:
 
 def real_prompts(config, options: RunOptions) -> tuple[list[str], list[str]]:
     """Training scripts of a real model, and the last of its prompts file, which are held out. Raises ValueError."""
-    from kvpo_min.real import SWITCHES, read_prompts
+    from kvpo_min.wan.real import SWITCHES, read_prompts
 
     if not 1 <= config.num_segments <= len(SWITCHES) + 1:
         raise ValueError(f"num_segments must be 1 to {len(SWITCHES) + 1}, got {config.num_segments}")
@@ -1129,7 +1129,7 @@ def demo(argv: Sequence[str]) -> int:
 
 def train_command(argv: Sequence[str]) -> int:
     from kvpo_min.config import TrainConfig
-    from kvpo_min.real import WanOptions
+    from kvpo_min.wan.real import WanOptions
 
     classes = TrainConfig, RunOptions, WanOptions
     values = parse_options("train", classes, argv)
@@ -1140,7 +1140,7 @@ def train_command(argv: Sequence[str]) -> int:
 
 
 def sample_command(argv: Sequence[str]) -> int:
-    from kvpo_min.real import WanOptions, read_prompts
+    from kvpo_min.wan.real import WanOptions, read_prompts
 
     options, wan = split_options(parse_options("sample", [SampleOptions, WanOptions], argv), SampleOptions, WanOptions)
     wan = real_options(argv, options.model, wan)
@@ -1183,7 +1183,7 @@ def sample_command(argv: Sequence[str]) -> int:
 
 
 def eval_command(argv: Sequence[str]) -> int:
-    from kvpo_min.real import WanOptions, read_prompts
+    from kvpo_min.wan.real import WanOptions, read_prompts
 
     options, wan = split_options(parse_options("eval", [EvalOptions, WanOptions], argv), EvalOptions, WanOptions)
     wan, out = real_options(argv, options.model, wan), Path(options.json)
@@ -1210,7 +1210,7 @@ def eval_command(argv: Sequence[str]) -> int:
 
 def export_command(argv: Sequence[str]) -> int:
     (options,) = split_options(parse_options("export", [ExportOptions], argv), ExportOptions)
-    from kvpo_min.checkpoints import export_lora, read_lora, stack_loras
+    from kvpo_min.wan.checkpoints import export_lora, read_lora, stack_loras
 
     folder = Path(options.output_dir)
     check_folder(folder, overwrite=False, how="")
@@ -1249,7 +1249,7 @@ def distill_command(argv: Sequence[str]) -> int:
 
 def arena_command(argv: Sequence[str]) -> int:
     (options,) = split_options(parse_options("arena", [ArenaOptions], argv), ArenaOptions)
-    from kvpo_min.arena import arena, line, plan
+    from kvpo_min.compare.arena import arena, line, plan
 
     def make_pipeline():
         return load_model(options.model)
@@ -1269,9 +1269,8 @@ def bench_command(argv: Sequence[str]) -> int:
     (options,) = split_options(parse_options("bench", [BenchOptions], argv), BenchOptions)
     if options.json:
         check_file(Path(options.json))
-    from kvpo_min import bench
+    from kvpo_min.checks import bench
 
-    bench.load_naive()
     config = bench.make_config(options)
     run_prompts(config, RunOptions())
     check_geometry(config)
@@ -1294,7 +1293,7 @@ def doctor(argv: Sequence[str]) -> int:
     (options,) = split_options(parse_options("doctor", [DoctorOptions], argv), DoctorOptions)
     if options.output_dir and not Path(options.output_dir).is_dir():
         raise FileNotFoundError(f"there is no run folder {options.output_dir}")
-    from kvpo_min.doctor import check_run_folder, check_update
+    from kvpo_min.checks.doctor import check_run_folder, check_update
 
     checks = check_update(options)
     if options.output_dir:
@@ -1321,7 +1320,7 @@ class ParityOptions:
 def parity_command(argv: Sequence[str]) -> int:
     (options,) = split_options(parse_options("parity", [ParityOptions], argv), ParityOptions)
 
-    from kvpo_min.parity import parity, table
+    from kvpo_min.checks.parity import parity, table
 
     found = parity(options.golden)
     print(table(found))

@@ -13,11 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvpo_min import arena as ring
 from kvpo_min import cli, kvpo
-from kvpo_min.arena import COLUMNS, TRAINED, UNTRAINED, arena, config_of, counting, methods_of, runs_of, shared_key
-from kvpo_min.baselines import REFUSED
 from kvpo_min.chr import chunk_starts
+from kvpo_min.compare import arena as ring
+from kvpo_min.compare.arena import (
+    COLUMNS,
+    TRAINED,
+    UNTRAINED,
+    arena,
+    config_of,
+    counting,
+    methods_of,
+    runs_of,
+    shared_key,
+)
+from kvpo_min.compare.baselines import REFUSED
 from kvpo_min.pocket import world
 from kvpo_min.rewards import Mixture, NotFinite
 from kvpo_min.train import add_policies

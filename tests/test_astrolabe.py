@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kvpo_min.astrolabe import (
+from kvpo_min.chr import Window, ordinary_frames
+from kvpo_min.compare.astrolabe import (
     AstrolabeConfig,
     Risk,
     StreamedNoise,
@@ -37,8 +38,7 @@ from kvpo_min.astrolabe import (
     train,
     window_starts,
 )
-from kvpo_min.baselines import diffusion_nft_loss
-from kvpo_min.chr import Window, ordinary_frames
+from kvpo_min.compare.baselines import diffusion_nft_loss
 from kvpo_min.pocket import world
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import KVHistory, Sampler, Stream, fork, generate, replay

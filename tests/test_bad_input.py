@@ -26,16 +26,19 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import save
 
-from kvpo_min import arena, cli, real
 from kvpo_min import chr as routing
-from kvpo_min.checkpoints import load_transformer, read_file, read_lora
+from kvpo_min import cli
+from kvpo_min.compare import arena
 from kvpo_min.pocket import world
 from kvpo_min.pocket.distill import DistillConfig
-from kvpo_min.real import WanOptions
-from kvpo_min.rewards import Mixture, MotionQuality, TextAlignment, VisualQuality, check_videos
+from kvpo_min.pocket.rewards import MotionQuality, TextAlignment, VisualQuality
+from kvpo_min.rewards import Mixture, check_videos
 from kvpo_min.rollout import KVHistory, Sampler, Stream, draw_noise, fork, generate, pieces, replay
 from kvpo_min.train import TrainConfig, add_policies, score
 from kvpo_min.tve import schedule
+from kvpo_min.wan import real
+from kvpo_min.wan.checkpoints import load_transformer, read_file, read_lora
+from kvpo_min.wan.real import WanOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,9 +8,10 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
-from kvpo_min import baselines
-from kvpo_min.astrolabe import noised
-from kvpo_min.baselines import (
+from kvpo_min.chr import Plan, uniform_routes
+from kvpo_min.compare import baselines
+from kvpo_min.compare.astrolabe import noised
+from kvpo_min.compare.baselines import (
     EXPLORATIONS,
     METHODS,
     POLICIES,
@@ -40,7 +41,6 @@ from kvpo_min.baselines import (
     sde_fork,
     update,
 )
-from kvpo_min.chr import Plan, uniform_routes
 from kvpo_min.pocket import world
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import Sampler, Stream, draw_noise, fork, generate, replay

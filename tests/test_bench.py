@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvpo_min import bench, cli
 from kvpo_min import chr as routing
+from kvpo_min import cli
+from kvpo_min.checks import bench
 from kvpo_min.cli import BenchOptions
 from kvpo_min.pocket import pocket_rewards
 from kvpo_min.rewards import Mixture
@@ -248,17 +249,10 @@ def test_wrong_input(case, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_without_a_checkout(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "NAIVE", tmp_path / "naive.py")
-    assert cli.main(["bench"]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "run `pip install -e .` in a checkout" in err
-
-
 def test_peak_memory_is_that_of_this_process():
     ballast = torch.ones(2**27)  # half a GiB here, which the process that is started does not hold
     code = (
-        "import torch; from kvpo_min.bench import peak_memory; before = peak_memory(); "
+        "import torch; from kvpo_min.checks.bench import peak_memory; before = peak_memory(); "
         "ballast = torch.ones(2**27); print(before, peak_memory())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -279,7 +273,7 @@ def test_a_process_of_its_own(monkeypatch, capsys, make_pipeline):
 
     monkeypatch.setattr(bench.subprocess, "run", run)
     found = {what: bench.alone(what, OPTIONS, 42) for what in ("nothing", "naive", "stream")}
-    assert all(argv[:3] == [sys.executable, "-m", "kvpo_min.bench"] for argv in started)
+    assert all(argv[:3] == [sys.executable, "-m", "kvpo_min.checks.bench"] for argv in started)
     assert all(one["peak"] > 2**26 for one in found.values()) and len(found["stream"]["seconds_a_block"]) == 2
     failed = subprocess.CompletedProcess([], 1, "", "no memory")
     monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: failed)
@@ -316,7 +310,7 @@ def test_importing_the_package_is_cheap():
     """torch is the only large library that the modules import; diffusers and the others wait for a model."""
     code = (
         "import sys, kvpo_min; assert not {'torch', 'numpy'} & set(sys.modules)\n"
-        "import kvpo_min.pocket, kvpo_min.baselines, kvpo_min.real\n"
+        "import kvpo_min.pocket, kvpo_min.compare.baselines, kvpo_min.wan.real\n"
         "assert not {'diffusers', 'peft', 'transformers', 'matplotlib', 'jsonargparse', 'IPython'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
-from kvpo_min import checkpoints
-from kvpo_min.checkpoints import Lora, export_lora, load_transformer, merge_lora, read_lora, stack_loras
 from kvpo_min.train import LORA_TARGETS
+from kvpo_min.wan import checkpoints
+from kvpo_min.wan.checkpoints import Lora, export_lora, load_transformer, merge_lora, read_lora, stack_loras
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,11 +13,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from kvpo_min import cli, doctor
+from kvpo_min import cli
+from kvpo_min.checks import doctor
 from kvpo_min.chr import Plan
 from kvpo_min.pocket import load_pocket, pocket_rewards, world
-from kvpo_min.real import WanOptions
 from kvpo_min.train import TrainConfig, adapter_weights, add_policies, evaluate, train
+from kvpo_min.wan.real import WanOptions
 
 ROOT = Path(__file__).parent.parent
 SMALL = [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvpo_min.exercises import check_00, check_01, check_02, check_03
+from kvpo_min.teach import check_00, check_01, check_02, check_03
 
 TAU = 0.2
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from kvpo_min.exercises import StubVideoModel, backbone_faults, check_07, check_08, check_09, entropy_curves
 from kvpo_min.grpo import clipped_objective
+from kvpo_min.teach import StubVideoModel, backbone_faults, check_07, check_08, check_09, entropy_curves
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvpo_min import astrolabe, cli, real
-from kvpo_min.checkpoints import Lora, export_lora
+from kvpo_min import cli
+from kvpo_min.compare import astrolabe
 from kvpo_min.pocket import distill
-from kvpo_min.real import WanOptions
 from kvpo_min.rewards import Mixture
 from kvpo_min.train import TrainConfig, adapter_weights, add_policies, train
-from kvpo_min.wan import WanBackbone
+from kvpo_min.wan import WanBackbone, real
+from kvpo_min.wan.checkpoints import Lora, export_lora
+from kvpo_min.wan.real import WanOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -394,7 +395,7 @@ def observe_export(options, make_pipeline, monkeypatch, folder):
 
 
 def observe_arena(options, make_pipeline, monkeypatch, folder):
-    from kvpo_min import arena
+    from kvpo_min.compare import arena
 
     seen = stub_models(monkeypatch, make_pipeline, {"runs": [], "prompts": [], "config": []})
 
@@ -429,7 +430,7 @@ def observe_doctor(options, make_pipeline, monkeypatch, folder):
 
 
 def observe_bench(options, make_pipeline, monkeypatch, folder):
-    from kvpo_min import bench
+    from kvpo_min.checks import bench
 
     seen = stub_models(monkeypatch, make_pipeline, {})
 
@@ -448,9 +449,11 @@ def observe_bench(options, make_pipeline, monkeypatch, folder):
 
 
 def observe_parity(options, make_pipeline, monkeypatch, folder):
-    from kvpo_min.parity import parity
+    from kvpo_min.checks.parity import parity
 
-    monkeypatch.setattr("kvpo_min.parity.parity", lambda golden: [] if golden == "tests/golden" else parity(golden))
+    monkeypatch.setattr(
+        "kvpo_min.checks.parity.parity", lambda golden: [] if golden == "tests/golden" else parity(golden)
+    )
     return command("parity", options)
 
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from kvpo_min import cli, parity
-from kvpo_min.checkpoints import wan_from_original
+from kvpo_min import cli
+from kvpo_min.checks import parity
 from kvpo_min.chr import Window, branch_frames, plan_official
 from kvpo_min.grpo import branch_kl, clipped_objective
 from kvpo_min.rollout import replay
 from kvpo_min.tve import gibbs_log_prob, schedule
+from kvpo_min.wan.checkpoints import wan_from_original
 
 GOLDEN = Path(os.environ.get("KVPO_GOLDEN") or Path(__file__).parent / "golden")
 SCHEDULE, PLANS, OBJECTIVES, CALLS, UPDATE, SHAPES = (

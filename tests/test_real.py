@@ -17,12 +17,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from kvpo_min import cli, doctor, real
-from kvpo_min.checkpoints import Lora, export_lora, merge_lora, read_lora
+from kvpo_min import cli
+from kvpo_min.checks import doctor
 from kvpo_min.cli import RunOptions, parse_options, split_options
-from kvpo_min.real import WanOptions, decode_stream, encode_texts, load_wan, read_prompts, text_cache
 from kvpo_min.rewards import Mixture
 from kvpo_min.train import TrainConfig, add_policies, train
+from kvpo_min.wan import real
+from kvpo_min.wan.checkpoints import Lora, export_lora, merge_lora, read_lora
+from kvpo_min.wan.real import WanOptions, decode_stream, encode_texts, load_wan, read_prompts, text_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 from test_train import SCRIPTS, Run, bitwise, numbers, only, ranked
 
-from kvpo_min import cli, doctor, kvpo
+from kvpo_min import cli, kvpo
+from kvpo_min.checks import doctor
 from kvpo_min.rewards import Mixture, RewardError
 from kvpo_min.train import adapter_weights, add_policies, checkpoints, save_checkpoint, train
 

@@ -9,17 +9,9 @@ import torch
 from torch.testing import assert_close
 
 from kvpo_min.pocket import pocket_rewards, scene, world
+from kvpo_min.pocket.rewards import MotionQuality, Scene, TextAlignment, VisualQuality, centre_steps, ink_maps
 from kvpo_min.pocket.world import COLOURS, DIRECTIONS, RADII, SHAPES, SIZE, WARM
-from kvpo_min.rewards import (
-    Mixture,
-    MotionQuality,
-    Scene,
-    TextAlignment,
-    VisualQuality,
-    centre_steps,
-    check_videos,
-    ink_maps,
-)
+from kvpo_min.rewards import Mixture, check_videos
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCENE = scene()

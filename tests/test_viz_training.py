@@ -11,8 +11,8 @@ import torch
 from kvpo_min import viz
 from kvpo_min.chr import Window, plan
 from kvpo_min.grpo import clipped_objective
-from kvpo_min.real import memory_plan
 from kvpo_min.tve import gibbs_log_prob
+from kvpo_min.wan.real import memory_plan
 
 E = torch.tensor([0.020, 0.026, 0.023])
 TAU = E.std(correction=0).item()

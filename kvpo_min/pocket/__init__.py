@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvpo_min.pipeline import Pipeline
 from kvpo_min.pocket import world
-from kvpo_min.rewards import Mixture, MotionQuality, Scene, TextAlignment, VisualQuality
-from kvpo_min.train import Pipeline
+from kvpo_min.pocket.rewards import MotionQuality, Scene, TextAlignment, VisualQuality
+from kvpo_min.rewards import Mixture
 from kvpo_min.tve import schedule
 
 WEIGHTS = Path(__file__).parent / "weights"  # autoencoder/, teacher/, student/ in diffusers layout, fp16
@@ -22,8 +23,8 @@ def load_pocket(name: str = "student", folder: str | Path | None = None, device:
     whose parts do not belong together."""
     from diffusers import AutoencoderTiny, WanTransformer3DModel
 
-    from kvpo_min.checkpoints import from_folder
     from kvpo_min.wan import WanBackbone
+    from kvpo_min.wan.checkpoints import from_folder
 
     folder = Path(folder or WEIGHTS)
     for part in ("autoencoder", name):

@@ -31,9 +31,10 @@ import torch
 from torch import Tensor
 
 from kvpo_min.chr import Plan, Window
+from kvpo_min.pipeline import score
+from kvpo_min.policies import acting, adapter_weights, add_policies, copy_adapter
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import Rollout, Sampler, Stream, fork, generate, replay, switch_reach
-from kvpo_min.train import acting, adapter_weights, add_policies, copy_adapter, score
 from kvpo_min.tve import Trajectory, schedule
 
 EPS = 1e-4  # added to a standard deviation, as the authors do

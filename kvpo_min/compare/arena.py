@@ -38,14 +38,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvpo_min import astrolabe
-from kvpo_min.baselines import EXPLORATIONS, METHODS, POLICIES, REFUSED, Method, State, best_of_n, check_cell, update
 from kvpo_min.chr import Window, chunk_starts
 from kvpo_min.cli import EVAL_SEED, ArenaOptions, check_geometry, check_official, check_seed, nearest_known, say
+from kvpo_min.compare import astrolabe
+from kvpo_min.compare.baselines import (
+    EXPLORATIONS,
+    METHODS,
+    POLICIES,
+    REFUSED,
+    Method,
+    State,
+    best_of_n,
+    check_cell,
+    update,
+)
+from kvpo_min.config import TrainConfig
+from kvpo_min.pipeline import Pipeline, sample, score
 from kvpo_min.pocket.world import SWITCHES, prompt_set
+from kvpo_min.policies import adapter_weights, add_policies
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import Sampler, draw_noise, switch_reach
-from kvpo_min.train import Pipeline, TrainConfig, adapter_weights, add_policies, sample, score, train
+from kvpo_min.train import train
 
 MODES = {"short": (39, 1), "long": (147, 4)}  # frames, prompts a script
 TRAINED = ("kvpo", "astrolabe", "flow_grpo", "dance_grpo", "cm_grpo", "neighbor_grpo", "ar_copo", "diffusion_nft",

@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from kvpo_min.checkpoints import transformer_from, wan_from_original
 from kvpo_min.chr import (
     Plan,
     Window,
@@ -41,6 +40,7 @@ from kvpo_min.grpo import anchor_advantages, fuse, kvpo_loss, safety_scale
 from kvpo_min.rollout import KVHistory, Rollout, Sampler, fork, replay
 from kvpo_min.tve import energy_weights, gibbs_log_prob, schedule, step_energies, trajectory_energy
 from kvpo_min.wan import WanBackbone
+from kvpo_min.wan.checkpoints import transformer_from, wan_from_original
 
 Pairs = dict[str, tuple]  # "what/which": (ours, theirs), each a number, a list or a tensor
 

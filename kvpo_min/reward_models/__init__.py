@@ -1,7 +1,7 @@
 """Learned rewards: HPSv3 and VideoAlign in processes of their own, CLIP and PickScore in this one.
 
 HPSv3 and VideoAlign pin versions of transformers that do not fit ours. So each runs in its own environment (`envs/`)
-as a worker (`reward_workers/`), and `WorkerReward` talks to it in lines of JSON:
+as a worker (`workers/`), and `WorkerReward` talks to it in lines of JSON:
 
     to its stdin:     {"id": 7, "videos": "/tmp/.../videos.npy", "prompts": ["...", ...], "fps": 16, "component": "mq"}
     from its stdout:  {"id": 7, "scores": [0.31, ...]}   or   {"id": 7, "error": "what went wrong"}
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from kvpo_min.rewards import Mixture, RewardError, check_videos
 
-WORKERS = Path(__file__).parent / "reward_workers"
+WORKERS = Path(__file__).parent / "workers"
 FPS = 16  # frames a second of Wan2.1's videos
 
 
@@ -219,13 +219,13 @@ def _end(process: subprocess.Popen, patience: float = 1.0) -> None:
 
 
 def hpsv3_reward(python: str, *options: str, timeout: float = 1800.0) -> WorkerReward:
-    """HPSv3 (VQ). `python`: that of its environment (envs/hpsv3.txt); `options`: see reward_workers/hpsv3.py."""
+    """HPSv3 (VQ). `python`: that of its environment (envs/hpsv3.txt); `options`: see workers/hpsv3.py."""
     return WorkerReward([python, str(WORKERS / "hpsv3.py"), *options], timeout)
 
 
 def videoalign_rewards(python: str, *options: str, timeout: float = 1800.0) -> dict[str, WorkerReward]:
     """VideoAlign's {"vq", "mq", "ta"} from one process; mq looks at the video in shades of grey, as the authors do.
-    `python`: that of its environment (envs/videoalign.txt); `options`: see reward_workers/videoalign.py."""
+    `python`: that of its environment (envs/videoalign.txt); `options`: see workers/videoalign.py."""
     vq = WorkerReward([python, str(WORKERS / "videoalign.py"), *options], timeout, "vq")
     return {"vq": vq, "mq": vq.part("mq"), "ta": vq.part("ta")}
 
@@ -234,8 +234,8 @@ def reward_from(line: str, component: str, fps: float = FPS):
     """The reward that a line of a config names; `component`: what it is wanted for ("vq", "mq" or "ta"); `fps`: frames
     a second of the videos.
 
-        hpsv3 PYTHON [options]           reward_workers/hpsv3.py with the python of its environment (envs/hpsv3.txt)
-        videoalign PYTHON [options]      reward_workers/videoalign.py, likewise (envs/videoalign.txt)
+        hpsv3 PYTHON [options]           workers/hpsv3.py with the python of its environment (envs/hpsv3.txt)
+        videoalign PYTHON [options]      workers/videoalign.py, likewise (envs/videoalign.txt)
         worker COMMAND                   any other program that speaks the lines at the top of this file
         clip [FOLDER_OR_ID [DEVICE]]     `ClipReward`
         pickscore [FOLDER_OR_ID [DEVICE]]

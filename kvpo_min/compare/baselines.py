@@ -31,9 +31,10 @@ import torch
 from torch import Tensor
 
 from kvpo_min import chr as routing
-from kvpo_min.astrolabe import contrast, positive_share
 from kvpo_min.chr import Plan, ordinary_frames
+from kvpo_min.compare.astrolabe import contrast, positive_share
 from kvpo_min.grpo import clipped_objective
+from kvpo_min.pipeline import score
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import (
     KVHistory,
@@ -47,7 +48,6 @@ from kvpo_min.rollout import (
     segment_at,
     switch_prompt,
 )
-from kvpo_min.train import score
 from kvpo_min.tve import (
     Trajectory,
     calibrate_tau,

@@ -1,4 +1,4 @@
-"""`kvpo-min bench`: one update (kvpo.py) against `benchmarks/naive.py`, the authors' order of work, and against
+"""`kvpo-min bench`: one update (kvpo.py) against `naive.py`, the authors' order of work, and against
 the floor.
 
 Both get the same weights, script, plan and noise, on the same machine in the same process, and must leave the same loss
@@ -24,7 +24,6 @@ update (kvpo.py) are called and timed one by one, and the network is wrapped by 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import resource
 import subprocess
@@ -34,13 +33,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from kvpo_min import chr as routing
 from kvpo_min import kvpo
+from kvpo_min.checks import naive as plain
 from kvpo_min.config import TrainConfig
 from kvpo_min.grpo import safety_scale
 from kvpo_min.kvpo import Task
@@ -52,7 +51,6 @@ from kvpo_min.tve import calibrate_tau, trajectory_energy
 
 PHASES = ("prefix", "rollout", "decode", "reward", "replay_frozen", "replay", "backward", "optimiser", "other")
 TOLERANCE = 1e-4  # relative difference of losses, and of gradients, up to which two schedules agree
-NAIVE = Path(__file__).parents[1] / "benchmarks" / "naive.py"
 
 
 class Disagreement(Exception):
@@ -248,24 +246,10 @@ def ours(subject: Subject, config: TrainConfig, task: Task, meter: Meter) -> flo
 
 
 def naive(subject: Subject, config: TrainConfig, task: Task, meter: Meter, context: str = "own") -> float:
-    """The same update by benchmarks/naive.py. -> loss; the gradient is on the weights"""
-    update = load_naive().update
+    """The same update by naive.py. -> loss; the gradient is on the weights"""
     with measured(subject, meter) as pipeline:
         task = replace(task, noise=subject.noise(task))
-        return update(pipeline, subject.policies, subject.rewards, config, task, meter, context)
-
-
-def load_naive() -> ModuleType:
-    """benchmarks/naive.py of the checkout that this package lies in. Raises FileNotFoundError."""
-    if not NAIVE.is_file():
-        raise FileNotFoundError(
-            f"there is no {NAIVE}, the update that bench compares with: it is part of the repository, not of the "
-            f"package; run `pip install -e .` in a checkout"
-        )
-    spec = importlib.util.spec_from_file_location("naive", NAIVE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+        return plain.update(pipeline, subject.policies, subject.rewards, config, task, meter, context)
 
 
 def floor(subject: Subject, calls: Sequence[Call]) -> float:
@@ -346,7 +330,6 @@ def bench(pipeline: Pipeline, rewards: Mixture, options) -> dict:
     """Compares, then times `options.pairs` interleaved pairs. `options`: a `cli.BenchOptions`. -> the content of --json
     Raises Disagreement when the schedules do not give the same numbers."""
     config = make_config(options)
-    load_naive()  # before any work
     subject = make_subject(pipeline, rewards, config)
     task, authors = make_task(pipeline, config), official(config)
     authors_task = make_task(pipeline, authors)
@@ -499,7 +482,7 @@ def stream(pipeline: Pipeline, num_frames: int, seed: int) -> dict[str, list[flo
 
 def alone(what: str, options, num_frames: int = 0) -> dict:
     """Runs `what` in a process of its own. -> what it found, and its peak memory in bytes"""
-    argv = [sys.executable, "-m", "kvpo_min.bench", what, json.dumps(asdict(options)), str(num_frames)]
+    argv = [sys.executable, "-m", "kvpo_min.checks.bench", what, json.dumps(asdict(options)), str(num_frames)]
     done = subprocess.run(argv, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"`{' '.join(argv[1:4])}` failed: {done.stderr.strip()[-2000:]}")

@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 
 from kvpo_min import cli
-from kvpo_min.checkpoints import read_file, read_lora
 from kvpo_min.chr import Window
+from kvpo_min.config import TrainConfig
 from kvpo_min.pocket import pocket_rewards
-from kvpo_min.real import WanOptions
+from kvpo_min.policies import acting, adapter_weights, add_policies
 from kvpo_min.rollout import Sampler, replay
-from kvpo_min.train import TrainConfig, acting, adapter_weights, add_policies, train
+from kvpo_min.train import train
 from kvpo_min.tve import gibbs_log_prob, step_energies
+from kvpo_min.wan.checkpoints import read_file, read_lora
+from kvpo_min.wan.real import WanOptions
 
 
 @dataclass(frozen=True)

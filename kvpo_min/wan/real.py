@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvpo_min.checkpoints import fetch, first_line, from_folder, load_transformer
+from kvpo_min.pipeline import Pipeline
 from kvpo_min.reward_models import mixture_from
 from kvpo_min.rewards import Mixture
-from kvpo_min.train import Pipeline
 from kvpo_min.tve import schedule
 from kvpo_min.wan import WanBackbone
+from kvpo_min.wan.checkpoints import fetch, first_line, from_folder, load_transformer
 
 SWITCHES = (39, 75, 111)  # configs/train_kvpo_longlive.yaml:42
 BETWEEN = " | "  # between the prompts of a script

@@ -19,7 +19,7 @@ import torch
 
 from kvpo_min.chr import Window, branch_frames, ordinary_frames
 from kvpo_min.grpo import anchor_advantages, branch_is_safe, fuse, kvpo_loss, safety_scale
-from kvpo_min.train import acting, adapter_weights, copy_adapter
+from kvpo_min.policies import acting, adapter_weights, copy_adapter
 
 WINDOW = Window()
 

@@ -1,4 +1,4 @@
-"""The loop of a reward worker: a line of JSON in, a line of JSON out (the lines are described in reward_models.py).
+"""The loop of a reward worker: a line of JSON in, a line of JSON out (described in reward_models/__init__.py).
 
 Needs numpy alone: it runs in whatever environment the reward model wants.
 """

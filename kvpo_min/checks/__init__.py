@@ -1,0 +1,1 @@
+"""Is it right, and how fast: recorded numbers, invariants of an update, time."""
