@@ -10,10 +10,11 @@ a video stays what it was; a model that draws its videos anew moves towards the 
 import argparse
 from statistics import fmean, stdev
 
-from kvpo_min.cli import EVAL_SEED, ArenaOptions, run_rewards
-from kvpo_min.compare.arena import MODES, NOISE, measure, twice
+from kvpo_min.cli.models import run_rewards
+from kvpo_min.compare.arena import MODES, NOISE, ArenaOptions, measure, twice
 from kvpo_min.pipeline import sample
 from kvpo_min.pocket import load_pocket
+from kvpo_min.pocket.prompts import EVAL_SEED
 from kvpo_min.pocket.world import prompt_set
 
 

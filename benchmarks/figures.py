@@ -15,9 +15,9 @@ from PIL import Image
 
 from kvpo_min import chr as routing
 from kvpo_min import viz
-from kvpo_min.cli import load_adapter
 from kvpo_min.pipeline import sample
 from kvpo_min.pocket import load_pocket, world
+from kvpo_min.policies import load_adapter
 from kvpo_min.rollout import Sampler, draw_noise, fork
 
 

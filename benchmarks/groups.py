@@ -15,8 +15,7 @@ from statistics import fmean
 
 import torch
 
-from kvpo_min.cli import ArenaOptions
-from kvpo_min.compare.arena import SCRIPTS, TRAINED, config_of, updates
+from kvpo_min.compare.arena import SCRIPTS, TRAINED, ArenaOptions, config_of, updates
 from kvpo_min.pocket import load_pocket, pocket_rewards
 from kvpo_min.pocket.world import prompt_set
 from kvpo_min.policies import adapter_weights, add_policies

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from kvpo_min.cli import EVAL_SEED, ArenaOptions
-from kvpo_min.compare.arena import MODES, NOISE, SCRIPTS, config_of, counting, updates
+from kvpo_min.compare.arena import MODES, NOISE, SCRIPTS, ArenaOptions, config_of, counting, updates
 from kvpo_min.pipeline import sample
 from kvpo_min.pocket import load_pocket, pocket_rewards
+from kvpo_min.pocket.prompts import EVAL_SEED
 from kvpo_min.pocket.world import prompt_set
 from kvpo_min.policies import add_policies
 from kvpo_min.viz import before_after

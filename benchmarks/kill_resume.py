@@ -60,6 +60,7 @@ def make_model(folder: Path) -> None:
 def start(argv: list[str], log: Path) -> int:
     """Runs the command line in a process of its own, whose output goes to `log`. -> its id"""
     from kvpo_min import cli
+    from kvpo_min.cli import report
 
     process = os.fork()
     if process:
@@ -71,7 +72,7 @@ def start(argv: list[str], log: Path) -> int:
         os.dup2(out, 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the shell has set
         for name in ("draw_curves", "draw_groups", "draw_before_after"):  # they take longer than all the rest
-            setattr(cli, name, lambda *arguments: None)
+            setattr(report, name, lambda *arguments: None)
         code = cli.main(argv)
     except BaseException:
         traceback.print_exc()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -115,3 +117,31 @@ class TrainConfig:
     def sigma_floor(self) -> float:
         """Of the energy's weights: 0 the velocity energy (paper), 1 that of x0 (authors)."""
         return 1.0 if self.compat else 0.0
+
+
+def nearest_known(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean '{near[0]}'?)" if near else f"; known: {', '.join(known)}"
+
+
+def check_weights(*weights: float) -> None:
+    if not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
+        raise ValueError(f"the weights vq, mq, ta must be 0 or more and not all 0, got {', '.join(map(str, weights))}")
+
+
+def check_seed(seed: int, name: str = "seed") -> None:
+    """Refuses what torch's generators do not take, before any work."""
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{name} must lie in -2**63 .. 2**63 - 1, got {seed}")
+
+
+def check_official(values: Mapping, kind: type, given: Container[str] = ()) -> None:
+    """Refuses an option beside compat that compat replaces. kind: the class of the configuration; given: names of what
+    was given in so many words, which otherwise, as it is by default, cannot be told from not given."""
+    ours, theirs = (vars(kind(compat=compat)) for compat in ("", values["compat"]))
+    for name, value in theirs.items():
+        said = name in given or values[name] != ours[name]
+        if name != "compat" and value != ours[name] and said and values[name] != value:
+            raise ValueError(
+                f"{name} is {value} with compat {values['compat']}, got {values[name]}: leave one of them out"
+            )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -112,3 +113,38 @@ def evaluate(
         pooled = {name: torch.cat([getattr(reading, name) for reading in readings]) for name in names}
         out["judge"] = pipeline.judge(type(readings[0])(**pooled), list(scripts))
     return out
+
+
+def table(columns: Mapping[str, dict], mark_down: bool = False) -> str:
+    """Results of `evaluate` side by side; with two columns, their difference."""
+    names = {"vq": "VQ", "mq": "MQ", "ta": "TA", "reward": "reward"}
+    results = list(columns.values())
+
+    def cell(result: dict, key: str) -> str:
+        value, error = result.get(key), result.get(f"{key}_sem")
+        if value is None or math.isnan(value):
+            return "-"
+        return f"{value:.3f}" + (f" ± {error:.3f}" if error is not None and math.isfinite(error) else "")
+
+    def row(name: str, parts: Sequence[dict], key: str) -> list[str]:
+        cells = [name, *(cell(part, key) for part in parts)]
+        if len(parts) == 2:
+            a, b = (part.get(key) for part in parts)
+            known = None not in (a, b) and math.isfinite(a) and math.isfinite(b)
+            cells.append(f"{b - a:+.3f}" if known else "-")
+        return cells
+
+    rows = [row(label, results, key) for key, label in names.items()]
+    judges = [result.get("judge", {}) for result in results]
+    rows += [row(f"judge: {key}", judges, key) for key in judges[0]]
+    header = ["", *columns, *(["change"] if len(results) == 2 else [])]
+    if mark_down:
+        lines = [header, ["---"] * len(header), *rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [header, *rows]
+    first, *widths = (max(len(line[k]) for line in lines) for k in range(len(header)))
+
+    def aligned(line: list[str]) -> str:
+        return "  ".join([line[0].ljust(first), *(text.rjust(w) for text, w in zip(line[1:], widths, strict=True))])
+
+    return "\n".join(map(aligned, lines))

@@ -4,6 +4,9 @@ The initial policy is the base with its adapters switched off."""
 from __future__ import annotations
 
 import contextlib
+import copy
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,3 +78,48 @@ def acting(policies, name: str):
         yield
     finally:
         policies.set_adapter("default")
+
+
+def load_adapter(pipeline, folder: str | Path):
+    """Puts a saved LoRA on the pipeline's transformer, ready to sample. -> the peft model
+
+    Raises FileNotFoundError when a file is missing and ValueError when it is damaged, no LoRA, or made for another
+    model; the pipeline is then as it was."""
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    folder, transformer = Path(folder), pipeline.backbone.transformer
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is not an adapter: it has no {name}")
+    if any("lora_" in name for name, _ in transformer.named_parameters()):
+        raise ValueError("the model has an adapter already: load it again before you load another")
+    try:
+        if json.loads((folder / "adapter_config.json").read_text())["peft_type"] != "LORA":
+            raise ValueError("peft_type is not LORA")
+        config = LoraConfig.from_pretrained(folder)
+        config.base_model_name_or_path = None  # a note for readers; peft would compare it with the base's path
+        saved = load_file(folder / "adapter_model.safetensors")
+    except Exception as error:  # JSON, safetensors and peft have kinds of their own
+        raise ValueError(f"{folder}: the adapter is damaged or not a LoRA: {error or type(error).__name__}") from None
+    if broken := [key for key, weight in saved.items() if not weight.float().isfinite().all()]:
+        raise ValueError(f"{folder}: the adapter's {broken[0]} holds numbers that are not finite")
+    try:
+        with torch.device("meta"):  # first on a model without weights: what fails half-way would leave its layers
+            trial = get_peft_model(type(transformer).from_config(transformer.config), copy.deepcopy(config))
+    except Exception as error:  # peft found none of the layers, or cannot use what the config says
+        raise ValueError(f"{folder}: the adapter was made for another model: {error or type(error).__name__}") from None
+    wanted = get_peft_model_state_dict(trial, save_embedding_layers=False)
+    wrong = [key for key in sorted({*wanted, *saved}) if not same_shape(wanted.get(key), saved.get(key))]
+    if wrong:
+        raise ValueError(
+            f"{folder}: the adapter was made for another model, or is incomplete: {len(wrong)} of its tensors do not "
+            f"fit, the first is {wrong[0]}"
+        )
+    policies = get_peft_model(transformer, config)
+    set_peft_model_state_dict(policies, saved)
+    return policies.requires_grad_(False).eval()
+
+
+def same_shape(a, b) -> bool:
+    return a is not None and b is not None and a.shape == b.shape

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import yaml
 from torch import Tensor
 
 # ------------------------------------------------------------------------------------------------------------ processes
@@ -89,6 +92,23 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(came[0])
 
 
+@contextlib.contextmanager
+def ends_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM, with which clusters end a job, is taken as Ctrl-C is."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
@@ -117,3 +137,49 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+# -------------------------------------------------------------------------------------------------- text files of a run
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes aside and renames, so that a file is either the old or the new one. Raises OSError naming it."""
+    with writing(path.with_name(path.name + ".aside")) as aside:
+        aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def read_yaml(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config file {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        content, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+    except Exception as error:  # malformed dates, tags and nesting raise nearly anything
+        raise ValueError(f"{path} is not YAML: {error or type(error).__name__}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold lines like 'seed: 0', got a {type(content).__name__}")
+    keys = [key.value for key, _ in tree.value]  # of a key that is there twice, YAML would take the last
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"{path}: the key '{twice[0]}' is there twice; keep one")
+    return content
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl. Raises ValueError naming a line that is no record of an update."""
+    lines = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        try:
+            lines.append(json.loads(line))
+            lines[-1]["step"]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(
+                f"{path}, line {number}: expected the JSON of an update, got {line[:60]!r} ({error})"
+            ) from None
+    return lines

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvpo_min import cli, kvpo
+from kvpo_min import cli, kvpo, pocket
 from kvpo_min.chr import chunk_starts
+from kvpo_min.compare import arena as arena_of
 from kvpo_min.compare import arena as ring
 from kvpo_min.compare.arena import (
     COLUMNS,
@@ -28,6 +29,7 @@ from kvpo_min.compare.arena import (
     shared_key,
 )
 from kvpo_min.compare.baselines import REFUSED
+from kvpo_min.pocket import prompts as prompts_of
 from kvpo_min.pocket import world
 from kvpo_min.rewards import Mixture, NotFinite
 from kvpo_min.train import add_policies
@@ -63,7 +65,7 @@ def make(make_pipeline):
 
 def options_for(path, methods="rwr", **more):
     given = dict(seeds="0", learning_rates="1e-3", forwards=1, evaluations=1, eval_prompts=2, set=SMALL)
-    return cli.ArenaOptions(csv=str(path), methods=methods, **given | more)
+    return arena_of.ArenaOptions(csv=str(path), methods=methods, **given | more)
 
 
 def read(path):
@@ -177,7 +179,7 @@ def test_training_changes_what_is_measured(make, tmp_path):
 
     (row,) = arena(make, REWARDS, options_for(tmp_path / "a.csv", "cm_grpo", learning_rates="1e-1"))
     assert row["reward_after"] != row["reward_before"] and float(row["reward_sem"]) > 0
-    scripts = world.prompt_set(2, 1, cli.EVAL_SEED)
+    scripts = world.prompt_set(2, 1, prompts_of.EVAL_SEED)
     base = evaluate(make(), scripts, REWARDS, 39)
     for name in ("vq", "mq", "ta", "reward"):
         assert float(row[f"{name}_before"]) == pytest.approx(base[name], rel=1e-4)
@@ -331,7 +333,7 @@ def test_the_sweep_chooses_on_a_seed_of_its_own(tmp_path):
     assert [(r.method, r.seed, r.learning_rate) for r in runs[3:]] == [
         ("rwr", 0, 3e-4), ("best_of_n", 0, 0.0), ("rwr", 1, 3e-4), ("best_of_n", 1, 0.0)]  # fmt: skip
     sweep, result = (ring.eval_prompts(replace(options, eval_prompts=32), runs[k]) for k in (0, 3))
-    assert sweep != result and result == world.prompt_set(32, 1, cli.EVAL_SEED)
+    assert sweep != result and result == world.prompt_set(32, 1, prompts_of.EVAL_SEED)
     with pytest.raises(ValueError, match="cannot be reported"):
         ring.check(replace(options, sweep_seed=1), here, [])
     assert [r.purpose for r in runs_of(replace(options, learning_rates="1e-4"), here, [])] == ["result"] * 4
@@ -391,7 +393,7 @@ WRONG = {
     "nothing to sweep": (["--seeds", "", "--learning_rates", "1e-3"], "give several, or give seeds"),
     "nothing that is swept": (["--seeds", "", "--methods", "best_of_n"], "give several, or give seeds"),
     "no rates": (["--learning_rates", ""], "at least one number"),
-    "eval seed": (["--seeds", str(cli.EVAL_SEED)], "draw the evaluation prompts"),
+    "eval seed": (["--seeds", str(prompts_of.EVAL_SEED)], "draw the evaluation prompts"),
     "mode": (["--mode", "middle"], "mode must be short or long"),
     "prompts": (["--eval_prompts", "1"], "at least 2"),
     "flag": (["--sead", "1"], "did you mean 'seeds'?"),
@@ -400,14 +402,14 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_wrong_is_said_before_any_work(case, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "load_model", lambda folder: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(pocket, "load_model", lambda folder: pytest.fail("a model was loaded"))
     argv, message = WRONG[case]
     assert cli.main(["arena", "--csv", str(tmp_path / "a.csv"), *argv]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "a.csv").exists()
 
 
 def test_the_command(make, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "load_model", lambda folder: make())
+    monkeypatch.setattr(pocket, "load_model", lambda folder: make())
     argv = ["arena", "--csv", str(tmp_path / "a.csv"), "--methods", "rwr", "--seeds", "0", "--learning_rates", "1e-3",
             "--forwards", "1", "--evaluations", "1", "--eval_prompts", "2", "--set", SMALL]  # fmt: skip
     assert cli.main([*argv, "--plan"]) == 0

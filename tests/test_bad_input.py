@@ -6,6 +6,7 @@ others in every run.
 """
 
 import contextlib
+import difflib
 import functools
 import io
 import json
@@ -27,8 +28,16 @@ from hypothesis import HealthCheck, given, settings
 from safetensors.torch import save
 
 from kvpo_min import chr as routing
-from kvpo_min import cli
+from kvpo_min import cli, pocket
+from kvpo_min import config as config_of_runs
+from kvpo_min import policies as adapters
+from kvpo_min.checks import doctor as doctor_of
+from kvpo_min.checks import parity as parity_of
+from kvpo_min.cli import folders
+from kvpo_min.cli import options as cli_options
 from kvpo_min.compare import arena
+from kvpo_min.compare import arena as arena_of
+from kvpo_min.pocket import prompts as prompts_of
 from kvpo_min.pocket import world
 from kvpo_min.pocket.distill import DistillConfig
 from kvpo_min.pocket.rewards import MotionQuality, TextAlignment, VisualQuality
@@ -93,8 +102,9 @@ def main(argv, monkeypatch=None):
 
     err, before = io.StringIO(), set(Path.cwd().rglob("*"))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(err):
-        for name in ("load_model", "load_real", "measure"):
-            patch.setattr(cli, name, reached)
+        patch.setattr(pocket, "load_model", reached)
+        patch.setattr("kvpo_min.wan.real.load_wan", reached)
+        patch.setattr("kvpo_min.cli.run.measure", reached)
         patch.setattr("kvpo_min.pocket.distill.train_autoencoder", reached)
         code = cli.main(argv)
     assert set(Path.cwd().rglob("*")) == before
@@ -124,13 +134,13 @@ def there(tmp_path_factory):
 # ------------------------------------------------------------------------------------------------------------- configs
 
 CLASSES = {
-    "train": (TrainConfig, cli.RunOptions, WanOptions),
-    "sample": (cli.SampleOptions, WanOptions),
-    "eval": (cli.EvalOptions, WanOptions),
-    "export": (cli.ExportOptions,),
-    "doctor": (cli.DoctorOptions,),
-    "arena": (cli.ArenaOptions,),
-    "parity": (cli.ParityOptions,),
+    "train": (TrainConfig, cli_options.RunOptions, WanOptions),
+    "sample": (cli_options.SampleOptions, WanOptions),
+    "eval": (cli_options.EvalOptions, WanOptions),
+    "export": (cli_options.ExportOptions,),
+    "doctor": (doctor_of.DoctorOptions,),
+    "arena": (arena_of.ArenaOptions,),
+    "parity": (parity_of.ParityOptions,),
     "distill": (DistillConfig,),
 }
 KINDS = {command: {f.name: f.type for cls in classes for f in fields(cls)} for command, classes in CLASSES.items()}
@@ -205,9 +215,9 @@ def test_a_misspelt_key_gets_the_nearest_name(case, value, there):
     if key in known or not key:
         return
     path = dump(there / "c.yaml", {"seed": 3, key: value} if not key.startswith(" ") else {key: value})
-    refused(lambda: cli.check_yaml(path, known), path, f"unknown key '{key}'", "did you mean '")
-    near = re.search(r"did you mean '(\w+)'", cli.nearest_known(key, known))[1]
-    assert near in known and (near == name or cli.difflib.SequenceMatcher(None, key, near).ratio() > 0.8)
+    refused(lambda: cli_options.check_yaml(path, known), path, f"unknown key '{key}'", "did you mean '")
+    near = re.search(r"did you mean '(\w+)'", config_of_runs.nearest_known(key, known))[1]
+    assert near in known and (near == name or difflib.SequenceMatcher(None, key, near).ratio() > 0.8)
 
 
 @cases(40)
@@ -238,7 +248,7 @@ def test_a_file_that_is_no_config_is_refused_by_name(content, there):
     path = there / "c.yaml"
     path.write_bytes(content)
     try:
-        got = cli.check_yaml(str(path), list(KINDS["doctor"]))
+        got = cli_options.check_yaml(str(path), list(KINDS["doctor"]))
     except ValueError as error:
         return is_named(error, path)
     assert got == {} and yaml.safe_load(content) in (None, {}), content  # what passes holds nothing
@@ -273,11 +283,11 @@ LIMITS = {  # option -> values that are out of its range
         "fuse_mode": words.filter(lambda w: w not in ("std", "zscore", "none")),
         "seed": st.integers(min_value=2**63) | st.integers(max_value=-(2**63) - 1),
     },
-    cli.RunOptions: {
+    cli_options.RunOptions: {
         "eval_prompts": st.integers(max_value=0), "report_to": words.filter(lambda w: w not in ("none", "tensorboard")),
         **dict.fromkeys(["vq", "mq", "ta"], st.floats(max_value=-1e-9) | st.sampled_from([math.nan, math.inf])),
     },
-    cli.ArenaOptions: {
+    arena_of.ArenaOptions: {
         "eval_prompts": st.integers(max_value=1), "mode": words.filter(lambda w: w not in ("short", "long")),
         "evaluations": st.integers(max_value=0) | st.integers(min_value=40001), "forwards": st.integers(max_value=2),
         "sweep_seed": st.integers(min_value=2**63), "csv": st.just(""),
@@ -295,14 +305,18 @@ LIMITS = {  # option -> values that are out of its range
         "text_dropout": st.floats(min_value=1, exclude_min=True),
         "ema_decay": st.floats(min_value=1),
     },
-    cli.ExportOptions: {
+    cli_options.ExportOptions: {
         "layout": words.filter(lambda w: w not in ("diffusers", "peft", "authors")), "adapter": st.just("")
     },
-    cli.SampleOptions: {"seed": st.integers(min_value=2**63), "script": st.sampled_from(["", " ", "\n"])},
-    cli.EvalOptions: {"seed": st.integers(max_value=-(2**63) - 1), "json": st.just(""), "prompts": st.just("")},
+    cli_options.SampleOptions: {"seed": st.integers(min_value=2**63), "script": st.sampled_from(["", " ", "\n"])},
+    cli_options.EvalOptions: {"seed": st.integers(max_value=-(2**63) - 1), "json": st.just(""), "prompts": st.just("")},
 }  # fmt: skip
-NEEDED = {cli.ArenaOptions: {"csv": "x"}, cli.ExportOptions: {"adapter": "x"}, cli.SampleOptions: {"script": "a disc"},
-          cli.EvalOptions: {"prompts": "x", "json": "x"}}  # fmt: skip
+NEEDED = {
+    arena_of.ArenaOptions: {"csv": "x"},
+    cli_options.ExportOptions: {"adapter": "x"},
+    cli_options.SampleOptions: {"script": "a disc"},
+    cli_options.EvalOptions: {"prompts": "x", "json": "x"},
+}
 
 
 @st.composite
@@ -326,7 +340,7 @@ def test_a_value_out_of_range_is_refused_by_name(case):
 )
 def test_compat_refuses_what_it_replaces(name, value):
     values = vars(TrainConfig()) | {"compat": "official", name: value}
-    refused(lambda: cli.check_official(values, TrainConfig), name, "with compat official")
+    refused(lambda: config_of_runs.check_official(values, TrainConfig), name, "with compat official")
 
 
 @cases(40)
@@ -337,7 +351,7 @@ def test_compat_refuses_what_it_replaces(name, value):
     method=st.sampled_from(["kvpo", "kvpo,astrolabe", "kvpo,rwr"]),
 )  # fmt: skip
 def test_bad_settings_of_the_arena(settings, method, there):
-    options = cli.ArenaOptions(csv=str(there / "absent.csv"), methods=method, set=settings)
+    options = arena_of.ArenaOptions(csv=str(there / "absent.csv"), methods=method, set=settings)
     name = settings.split("=")[0] or "--set"
     here = arena.shared_key  # what `arena.check` is given does not matter here: no rows
     refused(
@@ -349,14 +363,14 @@ def test_bad_settings_of_the_arena(settings, method, there):
 @given(
     name=st.sampled_from(["seeds", "learning_rates"]),
     value=st.sampled_from(
-        ["", "x", "1,,2", "1;2", "nan", "inf", "-1", "0", str(2**63), "1e-3,0", "100", str(cli.EVAL_SEED)]
+        ["", "x", "1,,2", "1;2", "nan", "inf", "-1", "0", str(2**63), "1e-3,0", "100", str(prompts_of.EVAL_SEED)]
     ),
 )
 def test_bad_lists_of_the_arena(name, value, there):
-    good = {"seeds": ("", "0", "-1"), "learning_rates": ("100", str(2**63), str(cli.EVAL_SEED))}
+    good = {"seeds": ("", "0", "-1"), "learning_rates": ("100", str(2**63), str(prompts_of.EVAL_SEED))}
     if value in good[name]:
         return
-    options = cli.ArenaOptions(csv="x", **{name: value})
+    options = arena_of.ArenaOptions(csv="x", **{name: value})
     refused(lambda: arena.check(options, {}, []), "seed" if name == "seeds" else name)
 
 
@@ -411,8 +425,8 @@ def test_a_bad_line_of_a_prompts_file_is_named(line, before, there):
     try:
         path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        return refused(lambda: cli.read_scripts(str(path)), path, "UTF-8")
-    refused(lambda: cli.read_scripts(str(path)), path, f"line {before + 1}: ", "expected")
+        return refused(lambda: prompts_of.read_scripts(str(path)), path, "UTF-8")
+    refused(lambda: prompts_of.read_scripts(str(path)), path, f"line {before + 1}: ", "expected")
 
 
 @cases(60)
@@ -423,7 +437,7 @@ def test_a_bad_line_of_a_prompts_file_is_named(line, before, there):
 def test_a_file_without_prompts_is_refused(content, there):
     path = there / "p.txt"
     path.write_bytes(content)
-    refused(lambda: cli.read_scripts(str(path)), path)
+    refused(lambda: prompts_of.read_scripts(str(path)), path)
     if b"disc" in content:
         refused(lambda: real.read_prompts(path), path, "UTF-8")
 
@@ -623,7 +637,7 @@ def test_bad_configs_beside_an_adapter(text, there):
 def adapted(make_pipeline, there):
     """A pipeline, and the files of an adapter that fits it."""
     folder = there / "fits"
-    cli.save_adapter(add_policies(make_pipeline(), TrainConfig(rank=2)), folder, "tiny")
+    folders.save_adapter(add_policies(make_pipeline(), TrainConfig(rank=2)), folder, "tiny")
     config = json.loads((folder / "adapter_config.json").read_text())
     return make_pipeline(), config, (folder / "adapter_model.safetensors").read_bytes()
 
@@ -647,7 +661,7 @@ def test_adapter_folders_whose_config_does_not_fit(change, adapted, there):
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config | change))
     (folder / "adapter_model.safetensors").write_bytes(weights)
-    refused(lambda: cli.load_adapter(pipeline, folder), folder)
+    refused(lambda: adapters.load_adapter(pipeline, folder), folder)
     assert not any("lora" in name for name, _ in pipeline.backbone.named_modules())
 
 
@@ -663,7 +677,7 @@ def test_adapter_folders_that_are_damaged(keep, config, nan, adapted, there):
     (folder / "adapter_config.json").write_text(json.dumps(whole) if config == "whole" else config)
     broken = weights[:-4] + torch.tensor([math.nan]).numpy().tobytes() if nan else weights[: keep % len(weights)]
     (folder / "adapter_model.safetensors").write_bytes(broken)
-    refused(lambda: cli.load_adapter(pipeline, folder), folder)
+    refused(lambda: adapters.load_adapter(pipeline, folder), folder)
     assert not any("lora" in name for name, _ in pipeline.backbone.named_modules())
 
 
@@ -947,7 +961,7 @@ def test_models_that_are_damaged_or_do_not_belong_together(data, model, there):
         (folder / path).write_bytes(content if path == name else whole)
         if path == name and damage == "absent":
             (folder / path).unlink()
-    refused(lambda: cli.load_model(str(folder)), folder, error=(ValueError, FileNotFoundError))
+    refused(lambda: pocket.load_model(str(folder)), folder, error=(ValueError, FileNotFoundError))
 
 
 # --------------------------------------------------------------------------------------------------------------- count

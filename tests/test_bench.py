@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from kvpo_min import chr as routing
-from kvpo_min import cli
+from kvpo_min import cli, pocket
 from kvpo_min.checks import bench
-from kvpo_min.cli import BenchOptions
+from kvpo_min.checks.bench import BenchOptions
 from kvpo_min.pocket import pocket_rewards
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import Sampler, draw_noise, fork, replay
@@ -162,8 +162,8 @@ def test_bfloat16_is_close(make_pipeline):
 @pytest.fixture
 def tiny(make_pipeline, monkeypatch):
     """The command on the tiny model; processes of their own are not started, their answers are made up."""
-    monkeypatch.setattr(cli, "load_model", lambda folder: make_pipeline())
-    monkeypatch.setattr(cli, "run_rewards", lambda *_: SMOOTH)
+    monkeypatch.setattr(pocket, "load_model", lambda folder: make_pipeline())
+    monkeypatch.setattr(pocket, "pocket_rewards", lambda *_: SMOOTH)
     answers = {"peak": 2**28, "seconds_a_block": [0.1, 0.1]}
     monkeypatch.setattr(bench, "alone", lambda *_: answers)
 
@@ -263,7 +263,7 @@ def test_peak_memory_is_that_of_this_process():
 
 def test_a_process_of_its_own(monkeypatch, capsys, make_pipeline):
     """It is started for what was asked, with the options that were given, and says what went wrong in it."""
-    monkeypatch.setattr(cli, "load_model", lambda folder: make_pipeline())
+    monkeypatch.setattr(pocket, "load_model", lambda folder: make_pipeline())
     started = []
 
     def run(argv, **_):

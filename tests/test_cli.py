@@ -13,10 +13,19 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from kvpo_min import cli
+from kvpo_min import cli, pocket
+from kvpo_min import pipeline as generator
+from kvpo_min import policies as adapters
 from kvpo_min.checks import doctor
 from kvpo_min.chr import Plan
+from kvpo_min.cli import folders
+from kvpo_min.cli import models as cli_models
+from kvpo_min.cli import options as cli_options
+from kvpo_min.cli import report as cli_report
+from kvpo_min.cli import run as cli_run
+from kvpo_min.cli.doctor import read_config
 from kvpo_min.pocket import load_pocket, pocket_rewards, world
+from kvpo_min.pocket import prompts as prompts_of
 from kvpo_min.train import TrainConfig, adapter_weights, add_policies, evaluate, train
 from kvpo_min.wan.real import WanOptions
 
@@ -65,7 +74,7 @@ def finished(model, tmp_path_factory):
 def undrawn(monkeypatch):
     """For tests of runs that are not about pictures."""
     for name in ("draw_curves", "draw_groups", "draw_before_after"):
-        monkeypatch.setattr(cli, name, lambda *arguments: None)
+        monkeypatch.setattr(cli_report, name, lambda *arguments: None)
 
 
 def metrics(folder):
@@ -108,9 +117,10 @@ def test_help_of_a_command_explains_every_option(command, capsys):
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     (tmp_path / "c.yaml").write_text("learning_rate: 1e-5\nseed: 3\noverwrite_output_dir: true\n")
     argv = ["--config", str(tmp_path / "c.yaml"), "--seed", "7"]
-    values = cli.parse_options("train", [TrainConfig, cli.RunOptions], argv)
-    config, options = cli.split_options(values, TrainConfig, cli.RunOptions)
-    assert config == TrainConfig(learning_rate=1e-5, seed=7) and options == cli.RunOptions(overwrite_output_dir=True)
+    values = cli_options.parse_options("train", [TrainConfig, cli_options.RunOptions], argv)
+    config, options = cli_options.split_options(values, TrainConfig, cli_options.RunOptions)
+    assert config == TrainConfig(learning_rate=1e-5, seed=7)
+    assert options == cli_options.RunOptions(overwrite_output_dir=True)
 
 
 @pytest.mark.parametrize("config", [["--config", "{}"], ["--config={}"]])
@@ -119,7 +129,7 @@ def test_flags_win_wherever_they_stand(config, tmp_path):
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     config, empty = ([part.format(tmp_path / name) for part in config] for name in ("c.yaml", "empty.yaml"))
     for argv in (["--max_train_steps", "4", *config], [*config, "--max_train_steps=4", *empty]):
-        values = cli.parse_options("train", [TrainConfig], argv)
+        values = cli_options.parse_options("train", [TrainConfig], argv)
         assert (values["max_train_steps"], values["rank"]) == (4, 3)
 
 
@@ -128,19 +138,19 @@ def test_printed_config_reads_back(tmp_path, capsys):
         cli.main(["train", "--rank", "5", "--compat", "official", "--print_config"])
     (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
     argv = ["--config", str(tmp_path / "c.yaml")]
-    values = cli.parse_options("train", [TrainConfig, cli.RunOptions, WanOptions], argv)
-    config, wan = cli.split_options(values, TrainConfig, WanOptions)
+    values = cli_options.parse_options("train", [TrainConfig, cli_options.RunOptions, WanOptions], argv)
+    config, wan = cli_options.split_options(values, TrainConfig, WanOptions)
     assert config == TrainConfig(rank=5, compat="official")
-    assert cli.real_options(argv, "", wan) is None  # it names the options of a real model too, as they are by default
+    assert cli_models.real_options(argv, "", wan) is None  # it names a real model's options too, as they are by default
 
 
 @pytest.mark.parametrize("name", ["short", "long"])
 def test_shipped_configs_can_run(name):
     argv = ["--config", str(ROOT / "configs" / f"{name}.yaml")]
-    values = cli.parse_options("train", [TrainConfig, cli.RunOptions], argv)
-    config, options = cli.split_options(values, TrainConfig, cli.RunOptions)
-    scripts, held_out = cli.run_prompts(config, options)
-    cli.check_geometry(config)
+    values = cli_options.parse_options("train", [TrainConfig, cli_options.RunOptions], argv)
+    config, options = cli_options.split_options(values, TrainConfig, cli_options.RunOptions)
+    scripts, held_out = prompts_of.run_prompts(config, options.prompts, options.event, options.eval_prompts)
+    prompts_of.check_geometry(config)
     assert {len(s.split(" | ")) for s in scripts + held_out} == {config.num_segments}
     assert (len(scripts), len(held_out)) == (256, options.eval_prompts)
     assert (config.num_frames, config.num_segments) == {"short": (39, 1), "long": (147, 4)}[name]
@@ -172,7 +182,7 @@ WRONG = {
         ["train", "--num_segments", "2", "--num_frames", "75", "--prompts", "{tmp}/one.txt"],
         "have 1 segments",
     ),
-    "seed": (["train", "--seed", str(cli.EVAL_SEED)], "draws the held-out prompts"),
+    "seed": (["train", "--seed", str(prompts_of.EVAL_SEED)], "draws the held-out prompts"),
     "prompt": (
         ["train", "--prompts", "{tmp}/bad.txt"],
         "bad.txt, line 2: 'a rde disc': expected known words, got 'rde'",
@@ -255,8 +265,8 @@ def test_tensorboard_receives_every_number(monkeypatch, tmp_path):
     module = ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    options = cli.RunOptions(report_to="tensorboard")
-    report = cli.reporter(TrainConfig(output_dir=str(tmp_path)), options)
+    options = cli_options.RunOptions(report_to="tensorboard")
+    report = cli_run.reporter(TrainConfig(output_dir=str(tmp_path)), options)
     assert seen == []  # nothing is opened for a run that may yet be refused
     report({"step": 3, "reward": 0.5})
     report({"step": 4, "reward": 0.75})
@@ -290,22 +300,24 @@ def test_summary_is_what_a_stranger_measures_with_peft(finished, model):
     from peft import PeftModel
 
     summary = json.loads((finished / "summary.json").read_text())
-    held_out = world.prompt_set(2, 1, cli.EVAL_SEED, "changes colour")
+    held_out = world.prompt_set(2, 1, prompts_of.EVAL_SEED, "changes colour")
     assert not set(held_out) <= set(world.prompt_set(2, 1, 0, "changes colour"))
     pipeline = load_pocket(folder=model)
-    assert cli.finite(evaluate(pipeline, held_out, pocket_rewards(), 39)) == summary["before"]
+    assert folders.finite(evaluate(pipeline, held_out, pocket_rewards(), 39)) == summary["before"]
     PeftModel.from_pretrained(pipeline.backbone.transformer, finished)
-    assert cli.finite(evaluate(pipeline, held_out, pocket_rewards(), 39)) == summary["after"]
+    assert folders.finite(evaluate(pipeline, held_out, pocket_rewards(), 39)) == summary["after"]
     assert summary["before"] != summary["after"]
 
 
 def test_config_of_a_run_is_the_run(finished, model):
-    values = cli.parse_options("train", [TrainConfig, cli.RunOptions], ["--config", str(finished / "config.yaml")])
-    config, options = cli.split_options(values, TrainConfig, cli.RunOptions)
+    values = cli_options.parse_options(
+        "train", [TrainConfig, cli_options.RunOptions], ["--config", str(finished / "config.yaml")]
+    )
+    config, options = cli_options.split_options(values, TrainConfig, cli_options.RunOptions)
     assert config == TrainConfig(
         output_dir=str(finished), max_train_steps=4, num_generations=3, rank=2, tau_groups=1, checkpointing_steps=2
     )
-    assert options == cli.RunOptions(model=str(model), eval_prompts=2, event="changes colour")
+    assert options == cli_options.RunOptions(model=str(model), eval_prompts=2, event="changes colour")
 
 
 def test_resumed_run_equals_an_uninterrupted_one(finished, model, tmp_path, capsys, undrawn):
@@ -354,7 +366,7 @@ def test_interrupted_run_keeps_what_it_has(model, tmp_path, capsys, monkeypatch,
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["after"] is None and summary["before"]["reward"] > 0 and len(metrics(tmp_path / "run")) == 1
     pipeline = load_pocket(folder=model)
-    weights = adapter_weights(cli.load_adapter(pipeline, tmp_path / "run"), "default")
+    weights = adapter_weights(adapters.load_adapter(pipeline, tmp_path / "run"), "default")
     assert all(weight.abs().max() > 0 for weight in weights.values())  # B left zero: the update is in it
 
 
@@ -364,7 +376,7 @@ def test_an_adapter_is_saved_over_what_a_killed_run_left(model, tmp_path):
     policies = add_policies(pipeline, TrainConfig(rank=2))
     (tmp_path / "adapter.aside").mkdir()
     (tmp_path / "adapter.aside" / "README.md").write_text("---\nlibrary_name: [peft\n---\n")
-    cli.save_adapter(policies, tmp_path, "base")
+    folders.save_adapter(policies, tmp_path, "base")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
@@ -398,7 +410,7 @@ def test_diverging_run_is_told_apart_from_wrong_input(model, tmp_path, capsys, m
 def test_table_marks_what_does_not_exist():
     before = {"vq": 0.5, "mq": 0.25, "ta": 1.0, "reward": 1.75, "reward_sem": 0.01, "judge": {"all": float("nan")}}
     after = before | {"vq": 0.75, "judge": {"all": 0.5}}
-    rows = [line.split() for line in cli.table({"before": before, "after": after}).splitlines()]
+    rows = [line.split() for line in generator.table({"before": before, "after": after}).splitlines()]
     assert rows[0] == ["before", "after", "change"] and rows[1] == ["VQ", "0.500", "0.750", "+0.250"]
     assert rows[4] == ["reward", "1.750", "±", "0.010", "1.750", "±", "0.010", "+0.000"]
     assert rows[5] == ["judge:", "all", "-", "0.500", "-"]
@@ -424,17 +436,17 @@ def test_saved_adapter_reloads_bit_for_bit(make_pipeline, tmp_path):
             for weight in adapter_weights(policies, name).values():
                 weight.copy_(torch.randn(weight.shape))
     trained = velocity(pipeline)
-    cli.save_adapter(policies, tmp_path, "tiny")
+    folders.save_adapter(policies, tmp_path, "tiny")
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
     ours = make_pipeline()
-    loaded = cli.load_adapter(ours, tmp_path)
+    loaded = adapters.load_adapter(ours, tmp_path)
     peft = make_pipeline()
     PeftModel.from_pretrained(peft.backbone.transformer, tmp_path)
     assert velocity(ours).equal(trained) and velocity(peft).equal(trained) and not trained.equal(base)
     for key, weight in adapter_weights(loaded, "default").items():
         assert weight.equal(adapter_weights(policies, "default")[key]) and not weight.requires_grad
     with pytest.raises(ValueError, match="has an adapter already"):
-        cli.load_adapter(ours, tmp_path)
+        adapters.load_adapter(ours, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -452,12 +464,12 @@ def test_saved_adapter_reloads_bit_for_bit(make_pipeline, tmp_path):
 )
 def test_bad_adapter_is_refused_and_leaves_the_model_alone(damage, message, make_pipeline, tmp_path):
     pipeline = make_pipeline()
-    cli.save_adapter(add_policies(pipeline, TrainConfig(rank=2)), tmp_path, "tiny")
+    folders.save_adapter(add_policies(pipeline, TrainConfig(rank=2)), tmp_path, "tiny")
     damage(tmp_path)
     pipeline = make_pipeline()
     base = velocity(pipeline)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        cli.load_adapter(pipeline, tmp_path)
+        adapters.load_adapter(pipeline, tmp_path)
     assert velocity(pipeline).equal(base)
     assert not any("lora" in name for name, _ in pipeline.backbone.named_modules())
 
@@ -517,8 +529,8 @@ def test_eval_writes_what_evaluate_measures(finished, model, tmp_path, capsys):
     assert cli.main([*argv, "--adapter", str(finished), "--vq", "2", "--seed", "4"]) == 0
     result = json.loads(out.read_text())
     pipeline = load_pocket(folder=model)
-    cli.load_adapter(pipeline, finished)
-    wanted = cli.finite(evaluate(pipeline, scripts, pocket_rewards(vq=2.0), 21, seed=4))
+    adapters.load_adapter(pipeline, finished)
+    wanted = folders.finite(evaluate(pipeline, scripts, pocket_rewards(vq=2.0), 21, seed=4))
     assert {key: result[key] for key in wanted} == wanted and result["n"] == 2 and result["num_frames"] == 21
     assert f"{wanted['reward']:.3f} ± {wanted['reward_sem']:.3f}" in capsys.readouterr().out
 
@@ -567,7 +579,7 @@ def test_doctor_reports_an_update_that_cannot_run(model, capsys, monkeypatch):
 def update(make_pipeline):
     """One update of the tiny pipeline: (pipeline, policies, weights before, step, config)."""
     pipeline = make_pipeline()
-    config = doctor.doctor_config(cli.DoctorOptions(num_generations=3, rank=2))
+    config = doctor.doctor_config(doctor.DoctorOptions(num_generations=3, rank=2))
     policies = add_policies(pipeline, config)
     before = {key: weight.detach().clone() for key, weight in adapter_weights(policies, "default").items()}
     step = next(train(pipeline, world.prompt_set(4, 1, 0), pocket_rewards(), config, policies))
@@ -633,9 +645,9 @@ def test_doctor_sees_what_is_broken(update):
 
 def test_doctor_says_why_its_update_was_skipped(update, make_pipeline, monkeypatch):
     step = dataclasses.replace(update[3], skipped="the reward is not finite")
-    monkeypatch.setattr(cli, "load_model", lambda folder: make_pipeline())
+    monkeypatch.setattr(pocket, "load_model", lambda folder: make_pipeline())
     monkeypatch.setattr(doctor, "train", lambda *args: iter([step]))
-    (check,) = doctor.check_update(cli.DoctorOptions(num_generations=3, rank=2))
+    (check,) = doctor.check_update(doctor.DoctorOptions(num_generations=3, rank=2))
     assert (check.passed, check.seen) == (False, "the reward is not finite") and "weights or rewards" in check.cause
 
 
@@ -734,7 +746,7 @@ def test_doctor_names_what_is_wrong_with_a_run(damage, finished, model, tmp_path
             (tmp_path / path).write_bytes(data)
     hurt, findings = DAMAGES[damage]
     hurt(tmp_path)
-    checks = {check.name: check for check in doctor.check_run_folder(tmp_path, str(model))}
+    checks = {check.name: check for check in doctor.check_run_folder(tmp_path, str(model), read_config)}
     assert [name for name, check in checks.items() if not check.passed] == [n for n in checks if n in findings]
     for name, said in findings.items():
         assert said in checks[name].seen and checks[name].cause

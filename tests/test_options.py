@@ -3,6 +3,7 @@ run does, writes or hands on must change with it, or an error must name it. A ne
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import itertools
 import json
@@ -11,7 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvpo_min import cli
+from kvpo_min import cli, pocket
+from kvpo_min import policies as adapters
+from kvpo_min.checks import bench as bench_of
+from kvpo_min.checks import doctor as doctor_of
+from kvpo_min.checks import parity as parity_of
+from kvpo_min.cli import options as cli_options
+from kvpo_min.cli import report as cli_report
+from kvpo_min.cli import run as cli_run
+from kvpo_min.compare import arena as arena_of
 from kvpo_min.compare import astrolabe
 from kvpo_min.pocket import distill
 from kvpo_min.rewards import Mixture
@@ -78,7 +87,7 @@ CASES = {
         "branch_batch": of("batches", branch_batch=1),
         "replay_batch": of("batches", replay_batch=3),
     },
-    cli.RunOptions: {
+    cli_options.RunOptions: {
         "prompts": of("scripts", prompts="{there}/p.txt"),
         "event": of("scripts", event="changes colour"),
         "eval_prompts": of("held_out", eval_prompts=3),
@@ -89,7 +98,7 @@ CASES = {
         "report_to": of("reported", report_to="tensorboard"),
         "overwrite_output_dir": of("code", {"output_dir": "{there}/full"}, overwrite_output_dir=True),
     },
-    cli.SampleOptions: {
+    cli_options.SampleOptions: {
         "script": of("sampled", script="a square"),
         "prompts": of("sampled", prompts="{there}/p.txt", script=""),
         "adapter": of("adapter", adapter="a"),
@@ -99,7 +108,7 @@ CASES = {
         "model": of("model", model="{there}/pocket"),
         "overwrite_output_dir": of("code", {"output_dir": "{there}/full"}, overwrite_output_dir=True),
     },
-    cli.EvalOptions: {
+    cli_options.EvalOptions: {
         "prompts": of("evaluated", prompts="{there}/p.txt"),
         "json": of("files", json="b.json"),
         "adapter": of("adapter", adapter="a"),
@@ -110,13 +119,13 @@ CASES = {
         "ta": of("weights", ta=0.5),
         "model": of("model", model="{there}/pocket"),
     },
-    cli.ExportOptions: {
+    cli_options.ExportOptions: {
         "adapter": of("files", adapter="{there}/lora_b"),
         "layout": of("files", layout="authors"),
         "lora": of("files", lora="{there}/lora_b"),
         "output_dir": of("files", output_dir="b"),
     },
-    cli.ArenaOptions: {
+    arena_of.ArenaOptions: {
         "csv": of("files", csv="b.csv"),
         "methods": of("runs", methods="kvpo,rwr"),
         "seeds": of("runs", seeds="0,1"),
@@ -134,7 +143,7 @@ CASES = {
         "model": of("model", model="{there}/pocket"),
         "plan": of("out", plan=True),
     },
-    cli.DoctorOptions: {
+    doctor_of.DoctorOptions: {
         "output_dir": of("err", output_dir="absent"),
         "model": of("model", model="{there}/pocket"),
         "seed": of("config", seed=1),
@@ -144,7 +153,7 @@ CASES = {
         "perturb_num_blocks": of("config", perturb_num_blocks=3),
         "rank": of("config", rank=3),
     },
-    cli.BenchOptions: {
+    bench_of.BenchOptions: {
         "json": of("files", json="b.json"),
         "pairs": of("timed", pairs=2),
         "scaling": of("timed", scaling=True),
@@ -155,7 +164,7 @@ CASES = {
         "seed": of("config", seed=1),
         "model": of("model", model="{there}/pocket"),
     },
-    cli.ParityOptions: {"golden": of("err", golden="{there}/full")},
+    parity_of.ParityOptions: {"golden": of("err", golden="{there}/full")},
     WanOptions: {
         "lora": of("transformer", lora="a/b"),
         "components": of("text", components="c"),
@@ -227,16 +236,11 @@ CASES = {
 }
 
 
-def test_every_option_has_a_case(monkeypatch):
+def test_every_option_has_a_case():
     """Asks every command which configurations it reads."""
     read = {astrolabe.AstrolabeConfig}  # through `arena --set`
-
-    def parse_options(command, classes, *args):
-        read.update(classes)
-        raise ValueError("seen")
-
-    monkeypatch.setattr(cli, "parse_options", parse_options)
-    assert all(cli.main([command]) == 2 for command in cli.COMMANDS)
+    for name in cli_options.COMMANDS:
+        read.update(importlib.import_module(f"kvpo_min.cli.{name}").OPTIONS)
     assert read == set(CASES)
     for cls in read:
         names = {f.name for f in dataclasses.fields(cls)}
@@ -335,8 +339,8 @@ class Anything:
 
 
 def stub_models(monkeypatch, make_pipeline, seen):
-    monkeypatch.setattr(cli, "load_model", lambda model: seen.update(model=model) or make_pipeline())
-    monkeypatch.setattr(cli, "load_adapter", lambda pipeline, adapter: seen.update(adapter=adapter))
+    monkeypatch.setattr(pocket, "load_model", lambda model: seen.update(model=model) or make_pipeline())
+    monkeypatch.setattr(adapters, "load_adapter", lambda pipeline, adapter: seen.update(adapter=adapter))
     monkeypatch.setattr("kvpo_min.viz.save_video", lambda path, *args: Path(path).write_text("video"))
     monkeypatch.setattr("kvpo_min.viz.contact_sheet", lambda *args, **kwargs: Anything())
     return seen
@@ -353,11 +357,12 @@ def observe_run(options, make_pipeline, monkeypatch, folder):
         seen.update(scripts=scripts, reported=report is not None)
         return "", 0, [], 0, []
 
-    monkeypatch.setattr(cli, "measure", measure)
-    monkeypatch.setattr(cli, "train_loop", train_loop)
+    monkeypatch.setattr(cli_run, "measure", measure)
+    monkeypatch.setattr(cli_run, "train_loop", train_loop)
     monkeypatch.setattr("kvpo_min.policies.add_policies", lambda *args: Anything())
-    for name in ("draw_curves", "draw_groups", "draw_before_after", "save_adapter"):
-        monkeypatch.setattr(cli, name, lambda *args: None)
+    for name in ("draw_curves", "draw_groups", "draw_before_after"):
+        monkeypatch.setattr(cli_report, name, lambda *args: None)
+    monkeypatch.setattr("kvpo_min.cli.folders.save_adapter", lambda *args: None)
     done = command("train", {"output_dir": "run", "eval_prompts": 2} | options)
     seen.setdefault("reported", done["err"] if "report_to" in done["err"] else None)  # refused: its package is missing
     return seen | done
@@ -424,8 +429,8 @@ def observe_doctor(options, make_pipeline, monkeypatch, folder):
         seen["model"] = model
         raise ValueError("far enough")
 
-    monkeypatch.setattr(cli, "load_model", load_model)
-    monkeypatch.setattr(cli, "check_geometry", lambda config: seen.update(config=config))
+    monkeypatch.setattr(pocket, "load_model", load_model)
+    monkeypatch.setattr(doctor_of, "check_geometry", lambda config: seen.update(config=config))
     return seen | command("doctor", options)
 
 
@@ -539,9 +544,11 @@ def observe_distill(options, make_pipeline, monkeypatch, folder, stories, make_t
 
 
 OBSERVERS = {
-    TrainConfig: observe_train, cli.RunOptions: observe_run, cli.SampleOptions: observe_sample,
-    cli.EvalOptions: observe_eval, cli.ExportOptions: observe_export, cli.ArenaOptions: observe_arena,
-    cli.DoctorOptions: observe_doctor, cli.BenchOptions: observe_bench, cli.ParityOptions: observe_parity,
+    TrainConfig: observe_train, cli_options.RunOptions: observe_run, cli_options.SampleOptions: observe_sample,
+    cli_options.EvalOptions: observe_eval, cli_options.ExportOptions: observe_export,
+    arena_of.ArenaOptions: observe_arena,
+    doctor_of.DoctorOptions: observe_doctor, bench_of.BenchOptions: observe_bench,
+    parity_of.ParityOptions: observe_parity,
     WanOptions: observe_wan, distill.DistillConfig: observe_distill, astrolabe.AstrolabeConfig: observe_astrolabe,
 }  # fmt: skip
 
@@ -589,7 +596,7 @@ def test_the_option_does_something(cls, name, there, baselines, tmp_path, small_
         if cls is distill.DistillConfig:
             more = dict(stories=stories, make_transformer=make_transformer, stage=case.what)
         with pytest.MonkeyPatch.context() as patch, contextlib.chdir(tmp_path / place):
-            options = filled(options) | ({"there": there} if cls is cli.ExportOptions else {})
+            options = filled(options) | ({"there": there} if cls is cli_options.ExportOptions else {})
             return OBSERVERS[cls](options, small_pipeline, patch, tmp_path / place, **more)
 
     key = cls, case.what if cls is distill.DistillConfig else "", json.dumps(case.base)

@@ -19,7 +19,9 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from kvpo_min import cli
 from kvpo_min.checks import doctor
-from kvpo_min.cli import RunOptions, parse_options, split_options
+from kvpo_min.cli import run as cli_run
+from kvpo_min.cli.doctor import read_config
+from kvpo_min.cli.options import RunOptions, parse_options, split_options
 from kvpo_min.rewards import Mixture
 from kvpo_min.train import TrainConfig, add_policies, train
 from kvpo_min.wan import real
@@ -477,7 +479,7 @@ def test_a_run_of_a_real_model_leaves_what_is_promised(trained, folder):
     assert seen[:2] == seen[-2:] == [[SCRIPTS[-1]]] * 2  # before and after, two components each
     assert {prompt for prompts in seen[2:-2] for prompt in prompts} <= set(SCRIPTS[:-1])
     assert {request["fps"] for request in trained.requests()} == {4}
-    assert [check.name for check in doctor.check_run_folder(run, "") if not check.passed] == []
+    assert [check.name for check in doctor.check_run_folder(run, "", read_config) if not check.passed] == []
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved | trained.options | trained.small == saved and saved["gradient_checkpointing"] is False
     card = (run / "README.md").read_text()
@@ -556,14 +558,14 @@ def test_resume_of_a_real_run(folder, tmp_path, capsys):
 def test_a_reward_that_breaks_stops_the_run_and_loses_nothing(folder, tmp_path, capsys, monkeypatch):
     """The worker works before the training and dies in it: three updates skipped, a checkpoint, exit code 2; when it is
     mended, the run goes on."""
-    place, measure = Place(tmp_path, folder), cli.measure
+    place, measure = Place(tmp_path, folder), cli_run.measure
 
     def then_break(*arguments):
         result = measure(*arguments)
         (tmp_path / "requests.jsonl.broken").write_text("")
         return result
 
-    monkeypatch.setattr(cli, "measure", then_break)
+    monkeypatch.setattr(cli_run, "measure", then_break)
     assert place.train(max_train_steps=5, checkpointing_steps=10) == 2
     err = capsys.readouterr().err
     assert err.count("was skipped: reward worker") == 3 and "died (exit code 3)" in err

@@ -19,8 +19,14 @@ import torch
 from safetensors.torch import load_file
 from test_train import SCRIPTS, Run, bitwise, numbers, only, ranked
 
-from kvpo_min import cli, kvpo
+from kvpo_min import cli, kvpo, system
 from kvpo_min.checks import doctor
+from kvpo_min.cli import folders
+from kvpo_min.cli import models as cli_models
+from kvpo_min.cli import options as cli_options
+from kvpo_min.cli import report as cli_report
+from kvpo_min.cli import run as cli_run
+from kvpo_min.cli.doctor import read_config
 from kvpo_min.rewards import Mixture, RewardError
 from kvpo_min.train import adapter_weights, add_policies, checkpoints, save_checkpoint, train
 
@@ -447,7 +453,7 @@ def model(tmp_path_factory):
 def undrawn():
     with pytest.MonkeyPatch.context() as patch:
         for name in ("draw_curves", "draw_groups", "draw_before_after"):
-            patch.setattr(cli, name, lambda *arguments: None)
+            patch.setattr(cli_report, name, lambda *arguments: None)
         yield
 
 
@@ -470,7 +476,7 @@ def differences(folder, finished):
 
 def after_calls(monkeypatch, calls, act):
     """Calls `act` on the score in these calls (from 0) of the first reward; the first measures the held-out prompt."""
-    plain, count = cli.run_rewards, iter(range(1000))
+    plain, count = cli_models.run_rewards, iter(range(1000))
 
     def run_rewards(*arguments):
         mixture = plain(*arguments)
@@ -481,7 +487,7 @@ def after_calls(monkeypatch, calls, act):
 
         return Mixture({**mixture.rewards, "vq": vq}, mixture.weights)
 
-    monkeypatch.setattr(cli, "run_rewards", run_rewards)
+    monkeypatch.setattr(cli_models, "run_rewards", run_rewards)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -541,14 +547,14 @@ def test_an_interrupted_save_loses_no_line(model, finished, tmp_path, monkeypatc
 
 def test_ctrl_c_between_two_updates_saves_too(model, finished, tmp_path, monkeypatch):
     """While the loop has update 1 in its hands and has not written its line yet."""
-    plain, count = cli.set_aside, iter(range(9))
+    plain, count = cli_run.set_aside, iter(range(9))
 
     def interrupted(step):
         if next(count) == 1:
             signal.raise_signal(signal.SIGINT)
         return plain(step)
 
-    monkeypatch.setattr(cli, "set_aside", interrupted)
+    monkeypatch.setattr(cli_run, "set_aside", interrupted)
     assert cli.main(argv(model, tmp_path / "run", "--checkpointing_steps", "0")) == 130
     assert whole(tmp_path / "run") == [2] and log_lines(tmp_path / "run") == log_lines(finished)[:2]
 
@@ -596,24 +602,24 @@ def test_files_are_the_old_or_the_new_ones(tmp_path, make_pipeline, monkeypatch)
     """A disk that fills up while the adapter or a text is written leaves those of before, and is named."""
     pipeline = make_pipeline()
     policies = add_policies(pipeline, Run(make_pipeline()).config)
-    cli.save_adapter(policies, tmp_path, "tiny")
-    cli.write_text(tmp_path / "summary.json", "{}")
+    folders.save_adapter(policies, tmp_path, "tiny")
+    system.write_text(tmp_path / "summary.json", "{}")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(before) == {"adapter_config.json", "adapter_model.safetensors", "summary.json"}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
     try:
         with pytest.raises(OSError, match="adapter.aside could not be written: .*File too large"):
-            cli.save_adapter(policies, tmp_path, "other")
+            folders.save_adapter(policies, tmp_path, "other")
         with pytest.raises(OSError, match="summary.json.aside could not be written: File too large"):
-            cli.write_text(tmp_path / "summary.json", "x" * 1000)
+            system.write_text(tmp_path / "summary.json", "x" * 1000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".aside"} == before
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_any_work(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "measure", None)  # would fail if it were reached
+    monkeypatch.setattr(cli_run, "measure", None)  # would fail if it were reached
     (tmp_path / "file").write_text("")
     for folder in ("/proc/kvpo_min_run", str(tmp_path / "file" / "run")):
         assert cli.main(argv(model, folder)) == 2
@@ -646,7 +652,7 @@ def test_nothing_is_overwritten_unasked(model, finished, tmp_path, capsys):
         assert said in capsys.readouterr().err
         assert differences(folder, run) == []
     config = training.TrainConfig(output_dir=str(run), resume_from_checkpoint=older[1])
-    cli.make_room(run, config, cli.RunOptions(overwrite_output_dir=True))
+    folders.make_room(run, config, cli_options.RunOptions(overwrite_output_dir=True))
     assert whole(run) == [4] and (run / "adapter_model.safetensors").exists()
 
 
@@ -691,5 +697,6 @@ def test_a_run_that_diverges(model, tmp_path, capsys):
     assert "updates 1 to 3 were skipped; in update 3 the latents of the videos are not finite: the weights have" in err
     weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
-    failed = [check.name for check in doctor.check_run_folder(tmp_path / "run", str(model)) if not check.passed]
+    checks = doctor.check_run_folder(tmp_path / "run", str(model), read_config)
+    failed = [check.name for check in checks if not check.passed]
     assert set(failed) <= {"summary.json is complete", "the adapter loads and changes the model"}

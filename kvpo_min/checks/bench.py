@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from kvpo_min import chr as routing
-from kvpo_min import kvpo
+from kvpo_min import kvpo, pocket
 from kvpo_min.checks import naive as plain
 from kvpo_min.config import TrainConfig
 from kvpo_min.grpo import safety_scale
@@ -51,6 +51,25 @@ from kvpo_min.tve import calibrate_tau, trajectory_energy
 
 PHASES = ("prefix", "rollout", "decode", "reward", "replay_frozen", "replay", "backward", "optimiser", "other")
 TOLERANCE = 1e-4  # relative difference of losses, and of gradients, up to which two schedules agree
+
+
+@dataclass
+class BenchOptions:
+    """Times one update against a plain one"""
+
+    json: str = ""  # file that the result is written to; empty: it is only printed
+    pairs: int = 5  # how often each is timed, one after the other; medians are reported
+    scaling: bool = False  # instead: how time grows with branches, blocks and history, and the memory of a long stream
+    num_frames: int = 39  # 39 for the short mode, 147 for the long one
+    num_segments: int = 1
+    num_generations: int = 8  # branches
+    perturb_num_blocks: int = 5  # routed blocks after the fork
+    seed: int = 0
+    model: str = ""  # folder with autoencoder/ and student/; empty: the embedded model
+
+    def __post_init__(self):
+        if self.pairs < 1:
+            raise ValueError(f"pairs must be at least 1, got {self.pairs}")
 
 
 class Disagreement(Exception):
@@ -327,7 +346,7 @@ def in_bfloat16(subject: Subject) -> Subject:
 
 
 def bench(pipeline: Pipeline, rewards: Mixture, options) -> dict:
-    """Compares, then times `options.pairs` interleaved pairs. `options`: a `cli.BenchOptions`. -> the content of --json
+    """Compares, then times `options.pairs` interleaved pairs. `options`: `BenchOptions`. -> the content of --json
     Raises Disagreement when the schedules do not give the same numbers."""
     config = make_config(options)
     subject = make_subject(pipeline, rewards, config)
@@ -490,16 +509,13 @@ def alone(what: str, options, num_frames: int = 0) -> dict:
 
 
 def main(what: str, given: str, num_frames: str) -> None:
-    from kvpo_min.cli import BenchOptions, load_model
-    from kvpo_min.pocket import pocket_rewards
-
     options = BenchOptions(**json.loads(given))
-    pipeline, found = load_model(options.model), {}
+    pipeline, found = pocket.load_model(options.model), {}
     if what == "stream":
         found = stream(pipeline, int(num_frames), options.seed)
     else:
         config = replace(make_config(options), tau=1.0)
-        subject, task = make_subject(pipeline, pocket_rewards(), config), make_task(pipeline, config)
+        subject, task = make_subject(pipeline, pocket.pocket_rewards(), config), make_task(pipeline, config)
         if what in ("ours", "naive"):
             {"ours": ours, "naive": naive}[what](subject, config, task, Meter())
     print(json.dumps(found | {"peak": peak_memory()}))

@@ -12,16 +12,32 @@ from pathlib import Path
 
 import torch
 
-from kvpo_min import cli
+from kvpo_min import pocket
+from kvpo_min import policies as adapters
 from kvpo_min.chr import Window
 from kvpo_min.config import TrainConfig
 from kvpo_min.pocket import pocket_rewards
+from kvpo_min.pocket.prompts import check_geometry, run_prompts
 from kvpo_min.policies import acting, adapter_weights, add_policies
 from kvpo_min.rollout import Sampler, replay
+from kvpo_min.system import read_metrics, read_yaml, say
 from kvpo_min.train import train
 from kvpo_min.tve import gibbs_log_prob, step_energies
 from kvpo_min.wan.checkpoints import read_file, read_lora
-from kvpo_min.wan.real import WanOptions
+
+
+@dataclass
+class DoctorOptions:
+    """Runs one update and checks every invariant"""
+
+    output_dir: str = ""  # folder of a finished run, whose files are checked as well; empty: none
+    model: str = ""  # folder with autoencoder/ and student/; empty: the embedded model
+    seed: int = 0
+    num_frames: int = 39  # 39 for the short mode, 147 for the long one
+    num_segments: int = 1
+    num_generations: int = 8  # branches
+    perturb_num_blocks: int = 5  # routed blocks after the fork
+    rank: int = 16  # of the LoRA
 
 
 @dataclass(frozen=True)
@@ -34,7 +50,7 @@ class Check:
     cause: str
 
 
-def doctor_config(options: cli.DoctorOptions):
+def doctor_config(options: DoctorOptions):
     """One update that moves the weights whether or not a branch beats the anchor: the doctor asks if the machinery
     turns, not if this one group was lucky."""
     return TrainConfig(
@@ -44,12 +60,12 @@ def doctor_config(options: cli.DoctorOptions):
     )  # fmt: skip
 
 
-def check_update(options: cli.DoctorOptions) -> list[Check]:
+def check_update(options: DoctorOptions) -> list[Check]:
     """Runs one update on the model at hand and looks at everything that must hold in it."""
     config = doctor_config(options)
-    scripts, _ = cli.run_prompts(config, cli.RunOptions())
-    cli.check_geometry(config)
-    pipeline = cli.load_model(options.model)
+    scripts, _ = run_prompts(config)
+    check_geometry(config)
+    pipeline = pocket.load_model(options.model)
 
     @torch.no_grad()
     def fingerprint():
@@ -59,7 +75,7 @@ def check_update(options: cli.DoctorOptions) -> list[Check]:
     base = fingerprint()
     policies = add_policies(pipeline, config)
     before = {key: weight.detach().clone() for key, weight in adapter_weights(policies, "default").items()}
-    cli.say("one update ...")
+    say("one update ...")
     cause = "equal energies mean that routes changed nothing; not finite means that weights or rewards are broken"
     try:
         step = next(train(pipeline, scripts, pocket_rewards(), config, policies))
@@ -198,8 +214,9 @@ def check_weights_moved(policies, before: Mapping, step) -> list[Check]:
     ]  # fmt: skip
 
 
-def check_run_folder(folder: Path, model: str) -> list[Check]:
-    """The files of a finished run: complete, finite, and an adapter that loads and does something."""
+def check_run_folder(folder: Path, model: str, read_config: Callable[[Path], object]) -> list[Check]:
+    """The files of a finished run: complete, finite, and an adapter that loads and does something. `read_config` raises
+    an error for a config.yaml that no run could have been made with."""
 
     def check(name: str, cause: str, look: Callable[[], tuple[bool, str]]) -> Check:
         try:
@@ -209,12 +226,11 @@ def check_run_folder(folder: Path, model: str) -> list[Check]:
         return Check(name, passed, seen, cause)
 
     def config_reads():
-        argv, classes = ["--config", str(folder / "config.yaml")], (TrainConfig, cli.RunOptions, WanOptions)
-        cli.split_options(cli.parse_options("train", classes, argv), *classes)
+        read_config(folder / "config.yaml")
         return True, ""
 
     def metrics_finite():
-        lines = cli.read_metrics(folder / "metrics.jsonl")
+        lines = read_metrics(folder / "metrics.jsonl")
         for k, line in enumerate(lines):
             if line["step"] != k:
                 return False, f"line {k + 1} is of update {line['step']}, expected {k}"
@@ -225,7 +241,7 @@ def check_run_folder(folder: Path, model: str) -> list[Check]:
 
     def of_a_real_model() -> bool:
         try:
-            return "components" in cli.read_yaml(folder / "config.yaml")
+            return "components" in read_yaml(folder / "config.yaml")
         except (OSError, ValueError):  # a finding of its own
             return False
 
@@ -243,7 +259,7 @@ def check_run_folder(folder: Path, model: str) -> list[Check]:
 
     def adapter_whole():
         lora = read_lora(folder)
-        rank = cli.read_yaml(folder / "config.yaml").get("rank", lora.rank)
+        rank = read_yaml(folder / "config.yaml").get("rank", lora.rank)
         return lora.rank == rank, f"rank {lora.rank}" + (f", but config.yaml says {rank}" if lora.rank != rank else "")
 
     def checkpoints_whole():
@@ -271,12 +287,12 @@ def check_run_folder(folder: Path, model: str) -> list[Check]:
                 weight.abs().max().item() for key, weight in read_lora(folder).weights.items() if "lora_B" in key
             )
             return math.isfinite(most) and most > 0, f"largest weight of a B matrix {most:.1e}"
-        pipeline = cli.load_model(model)
+        pipeline = pocket.load_model(model)
         x = torch.randn(1, 3, *pipeline.latent_shape, generator=torch.Generator().manual_seed(0))
         call = (x, torch.ones(1), 0, pipeline.embed(["a disc"]), None)
         with torch.no_grad():
             base = pipeline.backbone.velocity(*call)
-            cli.load_adapter(pipeline, folder)
+            adapters.load_adapter(pipeline, folder)
             trained = pipeline.backbone.velocity(*call)
         difference = (trained - base).abs().max().item()
         return math.isfinite(difference) and difference > 0, f"largest change of a velocity {difference:.1e}"

@@ -52,6 +52,13 @@ FILES = (
 TAU = 2.0  # the authors' score is -energy / 2
 
 
+@dataclass
+class ParityOptions:
+    """Compares this code with the authors'"""
+
+    golden: str = "tests/golden"  # folder of recorded numbers; its README.md says what they are
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table. `difference` is absolute, relative to the row's largest recorded number, or a count."""

@@ -39,7 +39,6 @@ import torch
 from torch import Tensor
 
 from kvpo_min.chr import Window, chunk_starts
-from kvpo_min.cli import EVAL_SEED, ArenaOptions, check_geometry, check_official, check_seed, nearest_known, say
 from kvpo_min.compare import astrolabe
 from kvpo_min.compare.baselines import (
     EXPLORATIONS,
@@ -52,12 +51,14 @@ from kvpo_min.compare.baselines import (
     check_cell,
     update,
 )
-from kvpo_min.config import TrainConfig
+from kvpo_min.config import TrainConfig, check_official, check_seed, check_weights, nearest_known
 from kvpo_min.pipeline import Pipeline, sample, score
+from kvpo_min.pocket.prompts import EVAL_SEED, check_geometry
 from kvpo_min.pocket.world import SWITCHES, prompt_set
 from kvpo_min.policies import adapter_weights, add_policies
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import Sampler, draw_noise, switch_reach
+from kvpo_min.system import say
 from kvpo_min.train import train
 
 MODES = {"short": (39, 1), "long": (147, 4)}  # frames, prompts a script
@@ -82,6 +83,41 @@ PLAIN = ("judge_valid", "judge_colour", "judge_shape", "judge_motion", "judge_wa
 COLUMNS = (*KEY, "forwards", "backwards", "updates", "seconds", "passes_per_video",
            *(f"{name}_{when}" for name in PAIRED for when in ("before", "after", "sem")),
            *(f"{name}_{when}" for name in PLAIN for when in ("before", "after")), "note", "settings")  # fmt: skip
+
+
+@dataclass
+class ArenaOptions:
+    """Compares methods on one model, at equal cost"""
+
+    csv: str = ""  # file that every measurement is appended to; what is in it is not computed again
+    methods: str = "main"  # names with commas between: kvpo, rwr, routing+distance, ...; or main, grid
+    seeds: str = "0,1,2"  # that are reported; "": sweep the learning rates and stop
+    learning_rates: str = "1e-4,3e-4,1e-3"  # swept on sweep_seed; a single one is taken as it is
+    sweep_seed: int = 100  # on which each method's learning rate is chosen; never reported
+    forwards: int = 40000  # budget of a run: forward passes of the generator
+    evaluations: int = 3  # of a run, evenly spaced, the last when the budget is spent
+    mode: str = "short"  # short: 39 frames, one prompt; long: 147 frames, four prompts
+    event: str = ""  # words that every script must hold, such as 'changes colour'
+    eval_prompts: int = 256  # held-out scripts; with 64 the noise they are drawn with is worth as much as a gain
+    set: str = ""  # other settings of the methods, for ablations: name=value with commas between
+    vq: float = 1.0  # weight of visual quality in the reward
+    mq: float = 1.0  # weight of motion quality
+    ta: float = 1.0  # weight of text alignment
+    model: str = ""  # folder with autoencoder/ and student/; empty: the embedded model
+    plan: bool = False  # measure one update of each method, print what would be run and how long it takes, and stop
+
+    def __post_init__(self):
+        if not self.csv:
+            raise ValueError("--csv FILE is required")
+        if self.mode not in ("short", "long"):
+            raise ValueError(f"mode must be short or long, got {self.mode!r}")
+        if self.eval_prompts < 2:
+            raise ValueError(f"eval_prompts must be at least 2, for a standard error, got {self.eval_prompts}")
+        if not 1 <= self.evaluations <= self.forwards:
+            raise ValueError(f"evaluations must be 1 to forwards, got {self.evaluations} and {self.forwards}")
+        check_weights(self.vq, self.mq, self.ta)
+        check_seed(self.sweep_seed, "sweep_seed")
+
 
 # ------------------------------------------------------------------------------------------------- methods and settings
 

@@ -78,3 +78,17 @@ def pocket_rewards(vq: float = 1.0, mq: float = 1.0, ta: float = 1.0) -> Mixture
         {"vq": VisualQuality(here), "mq": MotionQuality(here), "ta": TextAlignment(here)},
         {"vq": vq, "mq": mq, "ta": ta},
     )
+
+
+def load_model(folder: str):
+    """The embedded student, or the one in `folder`. Raises FileNotFoundError or ValueError naming the folder."""
+    from diffusers.utils import logging
+    from safetensors import SafetensorError
+
+    logging.set_verbosity_error()  # AutoencoderTiny warns of a key that it wrote itself
+    try:
+        return load_pocket(folder=folder or None)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder or 'the embedded weights'} cannot be loaded as a model: {error}") from error

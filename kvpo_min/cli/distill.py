@@ -1,0 +1,26 @@
+"""`kvpo-min distill`: the pocket model from nothing."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kvpo_min.cli.folders import check_folder, finite, write_json
+from kvpo_min.cli.options import parse_options, split_options
+from kvpo_min.pocket import distill
+
+OPTIONS = (distill.DistillConfig,)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Stages resume by themselves, so a folder with stages in it is gone on with; one with anything else is refused."""
+    (config,) = split_options(parse_options("distill", OPTIONS, argv), *OPTIONS)
+    folder = Path(config.output_dir)
+    started = any((folder / stage).is_dir() for stage in ("autoencoder", "teacher", "student"))
+    check_folder(folder, overwrite=started, how=", or give the folder of an earlier `kvpo-min distill`")
+    made = distill.distill(config)
+    if isinstance(made, Mapping):
+        write_json(folder / "report.json", made)
+        print(json.dumps(finite(made), indent=2))
+    weights = folder / "weights"  # fp16, ready to be loaded; the stages' own folders are what a resumed run reads
+    print(f"the model is in {weights}: give it to the other commands with --model {weights}")
+    return 0

@@ -1,0 +1,36 @@
+"""`kvpo-min eval`: rewards, standard errors and judge of a model or an adapter on a prompts file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvpo_min import pipeline as generator
+from kvpo_min import pocket
+from kvpo_min import policies as adapters
+from kvpo_min.cli.folders import check_file, write_json
+from kvpo_min.cli.models import check_positions, load_real, real_options, run_rewards
+from kvpo_min.cli.options import EvalOptions, all_options, parse_options, split_options
+from kvpo_min.pocket.prompts import count_segments, read_scripts, video_length
+from kvpo_min.wan.real import WanOptions, read_prompts
+
+OPTIONS = (EvalOptions, WanOptions)
+
+
+def main(argv: Sequence[str]) -> int:
+    options, wan = split_options(parse_options("eval", OPTIONS, argv), *OPTIONS)
+    wan, out = real_options(argv, options.model, wan), Path(options.json)
+    scripts = read_prompts(options.prompts) if wan else read_scripts(options.prompts)
+    num_frames = video_length(options.num_frames, count_segments(scripts, bool(wan)))
+    check_file(out)
+    rewards = run_rewards(options, wan)
+    pipeline = load_real(options.model, scripts, options.prompts, wan) if wan else pocket.load_model(options.model)
+    check_positions(pipeline, num_frames)
+    if options.adapter:
+        adapters.load_adapter(pipeline, options.adapter)
+    result = generator.evaluate(pipeline, scripts, rewards, num_frames, options.seed, 1 if wan else 32, bar=True)
+    print(generator.table({options.adapter or pipeline.name: result}))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    about = {"n": len(scripts), "num_frames": num_frames, "seed": options.seed, "prompts": options.prompts}
+    about |= {"model": options.model or pipeline.name, "adapter": options.adapter or None} | all_options(wan)
+    write_json(out, result | about | {"weights": dict(rewards.weights)})
+    print(f"\nwritten to {out}")
+    return 0

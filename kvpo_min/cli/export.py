@@ -1,0 +1,31 @@
+"""`kvpo-min export`: an adapter in the layout of diffusers, peft or the authors."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvpo_min.cli.folders import check_folder
+from kvpo_min.cli.options import ExportOptions, parse_options, split_options
+from kvpo_min.system import read_yaml, say
+from kvpo_min.wan.checkpoints import export_lora, read_lora, stack_loras
+
+OPTIONS = (ExportOptions,)
+
+
+def main(argv: Sequence[str]) -> int:
+    (options,) = split_options(parse_options("export", OPTIONS, argv), *OPTIONS)
+    folder = Path(options.output_dir)
+    check_folder(folder, overwrite=False, how="")
+    if not Path(options.adapter).exists():
+        raise FileNotFoundError(f"there is no adapter {options.adapter}")
+    lora = read_lora(options.adapter)
+    if options.lora:
+        lora = stack_loras(read_lora(options.lora), lora)
+    path = export_lora(lora, folder, options.layout)
+    print(f"{path}: rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.modules)} layers")
+    config = Path(options.adapter) / "config.yaml"
+    ran = read_yaml(config) if config.is_file() else {}
+    if ran.get("model"):
+        print(f"to be loaded on {ran['model']}")
+    if ran.get("lora") and not options.lora:
+        say(f"with {ran['lora']} merged into it; --lora {ran['lora']} would put both into one LoRA")
+    return 0

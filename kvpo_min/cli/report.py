@@ -1,0 +1,131 @@
+"""What a run shows when it is over: videos, figures and a model card."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from kvpo_min import viz
+from kvpo_min.chr import Window, branch_frames, chunk_of
+from kvpo_min.cli.options import RunOptions
+from kvpo_min.pipeline import table
+
+
+def draw_curves(folder: Path, logs: list[dict], last) -> None:
+    if logs:
+        viz.reward_curve(logs).savefig(folder / "figures" / "reward.png", dpi=120)
+        viz.diagnostics(logs).savefig(folder / "figures" / "diagnostics.png", dpi=120)
+    if last:
+        viz.energy_plot(last).savefig(folder / "figures" / "energies.png", dpi=120)
+
+
+def draw_groups(pipeline, folder: Path, config, steps: Sequence, fps: float) -> None:
+    """The first group of the first and of the last update: branches and anchor as video, sheet, routes and story."""
+    for step in {s.step: s for s in steps}.values():
+        group = step.groups[0]
+        fork, name = group.plan.fork, f"group_{step.step:04d}"
+        first = chunk_of(fork, config.num_frames).start
+        gained = [f"advantage {a:+.2f}" for a in group.advantages.tolist()]
+        labels = [*(f"branch {g}, {text}: {group.script}" for g, text in enumerate(gained)), f"anchor: {group.script}"]
+        viz.save_video(folder / "videos" / f"{name}.mp4", group.videos, fps)
+        videos = smaller(group.videos)
+        sheet = viz.contact_sheet(videos, labels, first=first)
+        sheet.save(folder / "videos" / f"{name}.png")
+        frames = branch_frames(group.plan.routes, fork, Window(), config.nearest)
+        routes = viz.route_grid(frames, fork, Window(), config.nearest)
+        routes.savefig(folder / "figures" / f"routes_{step.step:04d}.png", dpi=120)
+        prefix = smaller(pipeline.decode(group.rollout.videos[:, :fork]))[0]
+        story = viz.story_figure(prefix, videos[:, fork - first :], frames, [*gained, ""])
+        story.savefig(folder / "figures" / f"story_{step.step:04d}.png", dpi=120)
+
+
+def draw_before_after(folder: Path, before, after, scripts: list[str], fps: float) -> None:
+    """Side by side: one mp4 a prompt (before left, after right) and one sheet of all."""
+    shown = scripts[: len(before)]
+    for k, script in enumerate(shown):
+        pair = torch.stack([before[k], after[k]])
+        viz.save_video(folder / "videos" / f"before_after_{k}_{slug(script)}.mp4", pair, fps)
+    viz.before_after(smaller(before), smaller(after), shown).save(folder / "videos" / "before_after.png")
+
+
+def smaller(pixels):
+    """[N, T, 3, H, W], for sheets: frames of 128 pixels or less stay as they are, larger ones shrink to about that."""
+    factor = max(1, pixels.shape[-2] // 128)
+    return torch.nn.functional.avg_pool2d(pixels.flatten(0, 1), factor).unflatten(0, pixels.shape[:2])
+
+
+def slug(script: str) -> str:
+    return re.sub(r"[^a-z]+", "_", script.lower()).strip("_")[:60]
+
+
+def model_card(
+    name: str, config, options: RunOptions, result: dict, n_scripts: int, seen: int, wan=None, shown: str = ""
+) -> str:
+    """README.md of a run folder, in the form that the Hub reads. `shown`: the script that a real model's names."""
+    before, after = result["before"], result["after"]
+    measured = table({"before": before, "after": after} if after else {"before": before}, mark_down=True)
+    weights = {"VQ": options.vq, "MQ": options.mq, "TA": options.ta}
+    reward = " + ".join(f"{weight:g} {key}" for key, weight in weights.items() if weight)
+    length = f"{config.num_frames} frames, {config.num_segments} segment{'s' if config.num_segments > 1 else ''}"
+    picture = "![before and after](videos/before_after.png)"
+    if not after:
+        picture = "The run was stopped early: there is no measurement after it."
+    model = f" --model {options.model}" if options.model else ""
+    judged = f""" The judge sees
+pixels only and is never trained on. {seen} of these prompts also occur, word for word, among the {n_scripts} training
+prompts, because the grammar is small; their noise does not."""
+    script = '"a red disc moves left"'
+    export = ""
+    limits = """\
+It knows the pocket world (coloured sprites) and its grammar, nothing else. The reward holds a taste for warm colours
+on purpose, so videos whose words leave the colour open are expected to drift towards red, orange and yellow."""
+    if wan:
+        judged = " They are the last ones of the prompts file and were not trained on."
+        script = shlex.quote(shown)
+        given = {name: getattr(wan, name) for name in ("lora", "components", "height", "width")}
+        model += "".join(f" --{name} {value}" for name, value in given.items() if value)
+        export = f"\nkvpo-min export --adapter {config.output_dir} --layout diffusers"
+        export += f" --lora {wan.lora}" if wan.lora else ""
+        scored = {"VQ": wan.vq_model, "MQ": wan.mq_model, "TA": wan.ta_model}
+        limits = "It was trained on few prompts and on a reward that is a model itself, and that can be hacked: "
+        limits += ", ".join(f"{key} by `{line}`" for key, line in scored.items() if line) + "."
+        if wan.lora:
+            limits += f"\nIt belongs on top of the model with `{wan.lora}` merged into it."
+    return f"""---
+base_model: {name}
+library_name: peft
+tags: [lora, wan, kvpo, text-to-video]
+---
+# {name}, aligned with KVPO
+
+A LoRA of rank {config.rank} for `{name}`, trained with `kvpo_min` (KVPO, arXiv 2605.14278): {result["updates"]} updates
+of {config.groups_per_update} x {config.num_generations} branches, {result["seconds"]:.0f} s, seed {config.seed}, reward
+{reward}. These are the weights of the trained policy, not of its moving average.
+
+## Results
+
+{options.eval_prompts} held-out prompts ({length}), the same noise before and after; ± is the standard error over
+prompts.{judged}
+
+{measured}
+
+{picture}
+
+![reward over the run](figures/reward.png)
+
+## Use
+
+```bash
+kvpo-min sample {script} --adapter {config.output_dir}{model}{export}
+```
+
+or, on the stock transformer in Python, `peft.PeftModel.from_pretrained(transformer, "{config.output_dir}")`.
+
+## Limits
+
+{limits}
+"""

@@ -1,0 +1,196 @@
+"""One training run with its evaluation, and the folder it leaves behind (`demo` and `train`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from kvpo_min import pipeline as generator
+from kvpo_min import pocket
+from kvpo_min import policies as adapters
+from kvpo_min import train as loop
+from kvpo_min.cli import folders, models, report
+from kvpo_min.cli.options import RunOptions
+from kvpo_min.pocket.prompts import check_geometry, run_prompts
+from kvpo_min.resume import checkpoints, find_checkpoint, read_state
+from kvpo_min.rewards import RewardError
+from kvpo_min.system import gather, join_processes, processes, say, uninterrupted, write_text, writing
+
+SHOWN = 4  # evaluation prompts whose videos are kept
+REAL_FPS = 4  # frames a second that a real model's pipeline decodes; the pocket model's are shown at 8
+INTERRUPTED = "interrupted"
+
+
+def run(config, options: RunOptions, wan=None) -> int:
+    """One training run with its evaluation, and the folder it leaves behind (`demo` and `train`). `wan`: the options of
+    a real model. Under torchrun all processes train, and the first one alone evaluates and writes. -> exit code"""
+    begun = time.perf_counter()
+    join_processes()
+    rank, _ = processes()
+    scripts, held_out = (
+        models.real_prompts(config, options) if wan
+        else run_prompts(config, options.prompts, options.event, options.eval_prompts)
+    )  # fmt: skip
+    check_geometry(config)
+    loop.check_share(config)
+    if rank == 0:
+        folders.check_output(config, options, wan)
+    log_to = reporter(config, options)  # before any work: its package may be missing
+    rewards = models.run_rewards(options, wan)
+    if wan and rank == 0:
+        models.try_rewards(rewards, wan)
+    if rank:
+        gather("")  # the first process encodes the prompts; then the others find them encoded
+    if wan:
+        pipeline = models.load_real(options.model, scripts + held_out, options.prompts, wan)
+    else:
+        pipeline = pocket.load_model(options.model)
+    models.check_positions(pipeline, config.num_frames)
+    if rank:
+        for _ in loop.train(pipeline, scripts, rewards, config, adapters.add_policies(pipeline, config)):
+            pass
+        return 0
+    gather("")
+    folder = Path(config.output_dir)
+    folders.check_writable(folder)
+
+    batch, fps = (1, REAL_FPS) if wan else (32, 8)
+    say(f"{pipeline.name}: {len(held_out)} held-out prompts before training")
+    before, before_pixels = measure(pipeline, held_out, rewards, config.num_frames, batch)
+
+    folders.make_room(folder, config, options)
+    for name in ("videos", "figures"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    folders.write_config(folder, config, options, wan)
+    policies = adapters.add_policies(pipeline, config)
+    stopped, code, logs, ended, steps = train_loop(pipeline, scripts, rewards, config, policies, folder, log_to)
+
+    updates = [line for line in logs if "skipped" not in line]
+    if stopped and len(logs) == ended:  # nothing is new, and the policies may not even be loaded
+        say(f"kvpo-min: {stopped} before an update was done; {folders.way_on(folder)}")
+        return code
+    with uninterrupted():
+        folders.save_adapter(policies, folder, pipeline.name)
+    if stopped:
+        say(f"kvpo-min: {stopped} after {len(updates)} updates; what there is was saved; {folders.way_on(folder)}")
+    earlier = sum(line["step_time"] for line in logs[:ended])
+    result = {"before": before, "after": None, "updates": len(updates), "seconds": 0.0, "seed": config.seed}
+    if len(updates) < len(logs):
+        result["skipped"] = len(logs) - len(updates)
+    folders.write_json(folder / "summary.json", result)  # should what follows be interrupted
+    report.draw_curves(folder, updates, steps[-1] if steps else None)
+    report.draw_groups(pipeline, folder, config, steps, fps)
+    if not stopped:
+        say("held-out prompts after training")
+        result["after"], after_pixels = measure(pipeline, held_out, rewards, config.num_frames, batch)
+        report.draw_before_after(folder, before_pixels, after_pixels, held_out, fps)
+    result["seconds"] = round(earlier + time.perf_counter() - begun, 1)
+    seen = len(set(held_out) & set(scripts))
+    write_text(
+        folder / "README.md",
+        report.model_card(pipeline.name, config, options, result, len(scripts), seen, wan, held_out[0]),
+    )
+    folders.write_json(folder / "summary.json", result)  # last: whoever has it has all (`is_complete`)
+    if result["after"]:
+        print(generator.table({"before": before, "after": result["after"]}))
+    print(f"\n{folder}/ holds the adapter, metrics.jsonl, summary.json and a model card (README.md);")
+    print(f"videos are in {folder}/videos, curves in {folder}/figures.")
+    return code
+
+
+def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, report):
+    """Runs the updates under a progress bar and appends each to metrics.jsonl.
+    -> (why it stopped early, or ""; exit code; all lines of metrics; how many of them are of earlier calls; the first
+    and the last `Step` of this call that were not skipped, as `set_aside` leaves them)"""
+    path, logs, steps = folder / "metrics.jsonl", [], []
+
+    def go_on_after(lines: list[dict]) -> list[dict]:
+        """A checkpoint's lines: those in the file may go further, or less far, or end in the middle."""
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        return lines
+
+    if config.resume_from_checkpoint:
+        logs = go_on_after(read_state(find_checkpoint(config))["logs"])
+    earlier, stopped, code = len(logs), "", 0
+    updates = loop.train(pipeline, scripts, rewards, config, policies, True)
+    with tqdm(total=config.max_train_steps, initial=earlier, desc="train", unit="update") as bar:
+        try:
+            try:
+                for step in updates:
+                    line = step.log()
+                    if step.skipped:
+                        say(f"\nupdate {step.step} was skipped: {step.skipped}")
+                    else:
+                        steps = [*steps[:1], set_aside(step)]
+                        bar.set_postfix(reward=f"{line['reward']:.3f}", anchor=f"{line['anchor_reward']:.3f}")
+                    del step  # what it holds would stay on the GPU during the next update
+                    logs.append(line)
+                    with writing(path), path.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+                    if report:
+                        report(line)
+                    bar.update()
+            except BaseException as error:  # it may have come between two updates, where only we see it
+                updates.throw(error)
+        except KeyboardInterrupt:
+            stopped, code = INTERRUPTED, 130
+        except (RewardError, FloatingPointError) as error:
+            stopped = f"error: {' '.join(str(error).split())}; stopped"
+            code = 2 if isinstance(error, (RewardError, ValueError)) else 1
+        except Exception:
+            if len(logs) > earlier:
+                say(f"\nkvpo-min: stopped after {len(logs)} updates; {folders.way_on(folder)}")
+            raise
+    newest = checkpoints(folder)[-1:]
+    if stopped and newest and newest[0] > len(logs):  # stopped between an update and its line
+        logs = go_on_after(read_state(folder / f"checkpoint-{newest[0]}")["logs"])
+    return stopped, code, logs, earlier, steps
+
+
+def set_aside(step):
+    """What the pictures need of an update: its first group, without what fills a GPU."""
+    group = step.groups[0]
+    videos = group.rollout.videos[-1:].cpu()
+    rollout = dataclasses.replace(group.rollout, prefix=None, trajectory=None, text=None, videos=videos)
+    return dataclasses.replace(step, groups=[dataclasses.replace(group, rollout=rollout)])
+
+
+def measure(pipeline, scripts: list[str], rewards, num_frames: int, batch: int = 32):
+    """-> rewards and judge on the held-out prompts, and the pixels of the first few, [n, T, 3, H, W]"""
+    shown: list = []
+
+    def decode(latents):
+        pixels = pipeline.decode(latents)
+        shown.extend(pixels[: max(0, SHOWN - len(shown))])
+        return pixels
+
+    result = generator.evaluate(
+        dataclasses.replace(pipeline, decode=decode), scripts, rewards, num_frames, batch=batch, bar=True
+    )
+    return result, torch.stack(shown)
+
+
+def reporter(config, options: RunOptions) -> Callable[[dict], None] | None:
+    """What else receives every line of metrics. Raises ValueError when its package is missing."""
+    if options.report_to == "none":
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--report_to tensorboard needs a package that is missing: pip install tensorboard") from None
+    writers = []  # opened with the first line: a run that is refused must leave nothing behind
+
+    def report(line: dict) -> None:
+        if not writers:
+            writers.append(SummaryWriter(str(Path(config.output_dir) / "runs")))
+        for name, value in line.items():
+            writers[0].add_scalar(name, value, line["step"])
+        writers[0].flush()
+
+    return report

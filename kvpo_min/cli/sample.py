@@ -1,0 +1,52 @@
+"""`kvpo-min sample`: an mp4 and a contact sheet a script."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvpo_min import pipeline as generator
+from kvpo_min import pocket, viz
+from kvpo_min import policies as adapters
+from kvpo_min.cli.folders import check_folder
+from kvpo_min.cli.models import check_positions, load_real, real_options
+from kvpo_min.cli.options import SampleOptions, parse_options, split_options
+from kvpo_min.cli.report import slug, smaller
+from kvpo_min.cli.run import REAL_FPS
+from kvpo_min.pocket.prompts import count_segments, read_scripts, video_length
+from kvpo_min.wan.real import WanOptions, read_prompts
+
+OPTIONS = (SampleOptions, WanOptions)
+
+
+def main(argv: Sequence[str]) -> int:
+    options, wan = split_options(parse_options("sample", OPTIONS, argv), *OPTIONS)
+    wan = real_options(argv, options.model, wan)
+    read = read_prompts if wan else read_scripts
+    scripts = read(options.prompts) if options.prompts else [options.script]
+    counts = [count_segments([script], bool(wan)) for script in scripts]
+    lengths = {n: video_length(options.num_frames, n) for n in sorted(set(counts))}
+    folder = Path(options.output_dir)
+    check_folder(folder, options.overwrite_output_dir)
+    if wan:
+        folder.mkdir(parents=True, exist_ok=True)  # the encoding of a single script is kept there
+        pipeline = load_real(options.model, scripts, options.prompts or folder / "script", wan)
+    else:
+        pipeline = pocket.load_model(options.model)
+    check_positions(pipeline, max(lengths.values()))
+    if options.adapter:
+        adapters.load_adapter(pipeline, options.adapter)
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind in ("mp4", "png"):
+        for earlier in folder.glob(f"[0-9][0-9][0-9]_*.{kind}"):  # there are some with --overwrite_output_dir alone
+            earlier.unlink()
+    batch, fps = (1, REAL_FPS) if wan else (32, 8)
+    for n, length in lengths.items():  # one batch holds scripts of the same number of segments
+        index = iter([k for k, count in enumerate(counts) if count == n])
+        part = [script for script, count in zip(scripts, counts, strict=True) if count == n]
+        for latents in generator.sample(pipeline, part, length, options.seed, batch, bar=True):
+            for pixels in pipeline.decode(latents):
+                k = next(index)
+                path = folder / f"{k:03d}_{slug(scripts[k])}.mp4"
+                viz.save_video(path, pixels, fps)
+                viz.contact_sheet(smaller(pixels[None]), [scripts[k]]).save(path.with_suffix(".png"))
+                print(path)
+    return 0
