@@ -39,6 +39,7 @@ from kvpo_min.compare.astrolabe import (
     window_starts,
 )
 from kvpo_min.compare.baselines import diffusion_nft_loss
+from kvpo_min.config import under
 from kvpo_min.pocket import world
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import KVHistory, Sampler, Stream, fork, generate, replay
@@ -333,7 +334,7 @@ def test_windows_leave_room_and_avoid_switches():
     config = AstrolabeConfig(num_frames=57, window_frames=18)
     assert window_starts(config, Window(), ()) == list(range(9, 40, 3))
     assert window_starts(config, Window(), (39,)) == [9, 12, 15, 18, 21, 39]
-    assert window_starts(replace(config, compat="official"), Window(), ())[0] == 0
+    assert window_starts(under(config, "official"), Window(), ())[0] == 0
     with pytest.raises(ValueError, match="window_frames smaller"):
         window_starts(AstrolabeConfig(num_frames=21, window_frames=21), Window(), ())
 

@@ -333,16 +333,6 @@ def test_a_value_out_of_range_is_refused_by_name(case):
     refused(lambda: cls(**NEEDED.get(cls, {}) | {name: value}), name)
 
 
-@cases(30)
-@given(
-    name=st.sampled_from(["tau", "kl_coef", "unsafe_scale"]),
-    value=st.floats(0.01, 1.5).filter(lambda x: x not in (0.5, 1)),
-)
-def test_compat_refuses_what_it_replaces(name, value):
-    values = vars(TrainConfig()) | {"compat": "official", name: value}
-    refused(lambda: config_of_runs.check_official(values, TrainConfig), name, "with compat official")
-
-
 @cases(40)
 @given(
     settings=st.sampled_from(

@@ -167,7 +167,6 @@ WRONG = {
     "config without a file": (["train", "--config"], "expected one argument"),
     "no config": (["train", "--config", "{tmp}/absent.yaml"], "there is no config file"),
     "range": (["train", "--num_generations", "1"], "num_generations must be at least 2"),
-    "official": (["train", "--compat", "official", "--kl_coef", "1"], "kl_coef is 10.0 with compat official, got 1.0"),
     "blocks": (["train", "--perturb_num_blocks", "7"], "num_frames 39, perturb_num_blocks 7 and nearest 2: no block"),
     "arena below a file": (["arena", "--csv", "{tmp}/one.txt/a.csv"], "one.txt is a file, so"),
     "arena in a folder": (["arena", "--csv", "{tmp}"], "is a folder, name a file"),

@@ -1,5 +1,6 @@
 """The loop on a tiny random model: closed forms, naive recomputation of what a step reports, and bitwise repeats."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -16,6 +17,7 @@ from torch.testing import assert_close
 
 from kvpo_min import chr as routing
 from kvpo_min import kvpo
+from kvpo_min.config import under
 from kvpo_min.pocket import pocket_rewards
 from kvpo_min.rewards import Mixture, RewardError
 from kvpo_min.rollout import Sampler, Stream, draw_noise, generate, replay
@@ -795,9 +797,8 @@ def test_scripts_must_fit_the_mode(make_pipeline):
 
 
 def test_official_numbers(make_pipeline):
-    config = TrainConfig(compat="official", tau=0.3, kl_coef=1.0)
-    assert (config.tau, config.kl_coef, config.unsafe_scale, config.nearest) == (2.0, 10.0, 0.5, 1)
-    run = Run(make_pipeline(), compat="official", num_frames=57, max_train_steps=1)
+    run = Run(make_pipeline(), compat="official", num_frames=57, max_train_steps=1, nearest=None, tau=None)
+    assert (run.config.tau, run.config.nearest, run.config.grad_steps) == (2.0, 1, 2)
     step = next(run)
     group = step.groups[0]
     index = SCRIPTS.index(group.script)
@@ -810,6 +811,18 @@ def test_official_numbers(make_pipeline):
     errors = (z - SIGMAS[:, None, None, None, None] * v - x0).square().flatten(3).mean(3)
     assert_close(group.log_p, torch.log_softmax(-errors.sum((1, 2)) / 2, 0), atol=1e-6, rtol=0)
     assert step.tau == 2.0
+
+
+def test_a_preset_fills_only_what_was_left_open():
+    ours, theirs = TrainConfig(), TrainConfig(compat="official")
+    names = ("tau", "kl_coef", "unsafe_scale", "grad_steps", "nearest")
+    assert [getattr(ours, name) for name in names] == [0.0, 1.0, 0.0, 4, 2]
+    assert [getattr(theirs, name) for name in names] == [2.0, 10.0, 0.5, 2, 1]
+    for name in names:  # our own number, given: it stays
+        assert getattr(TrainConfig(compat="official", **{name: getattr(ours, name)}), name) == getattr(ours, name)
+    assert under(ours, "official") == theirs and under(theirs, "") == ours
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        theirs.kl_coef = 1.0
 
 
 def test_official_plans_differ_between_updates():

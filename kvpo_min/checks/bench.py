@@ -40,7 +40,7 @@ from torch import Tensor
 from kvpo_min import chr as routing
 from kvpo_min import kvpo, pocket
 from kvpo_min.checks import naive as plain
-from kvpo_min.config import TrainConfig
+from kvpo_min.config import TrainConfig, under
 from kvpo_min.grpo import safety_scale
 from kvpo_min.kvpo import Task
 from kvpo_min.pipeline import Pipeline
@@ -53,7 +53,7 @@ PHASES = ("prefix", "rollout", "decode", "reward", "replay_frozen", "replay", "b
 TOLERANCE = 1e-4  # relative difference of losses, and of gradients, up to which two schedules agree
 
 
-@dataclass
+@dataclass(frozen=True)
 class BenchOptions:
     """Times one update against a plain one"""
 
@@ -195,7 +195,7 @@ def make_config(options) -> TrainConfig:
 
 def official(config: TrainConfig) -> TrainConfig:
     """The same update with the authors' settings."""
-    return replace(config, compat="official")
+    return under(config, "official")
 
 
 def make_task(pipeline: Pipeline, config: TrainConfig, plan: routing.Plan | None = None) -> Task:

@@ -26,7 +26,7 @@ from kvpo_min.tve import gibbs_log_prob, step_energies
 from kvpo_min.wan.checkpoints import read_file, read_lora
 
 
-@dataclass
+@dataclass(frozen=True)
 class DoctorOptions:
     """Runs one update and checks every invariant"""
 

@@ -52,7 +52,7 @@ FILES = (
 TAU = 2.0  # the authors' score is -energy / 2
 
 
-@dataclass
+@dataclass(frozen=True)
 class ParityOptions:
     """Compares this code with the authors'"""
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from kvpo_min.cli.options import RunOptions, flags_of, parse_options, split_options
+from kvpo_min.cli.options import RunOptions, parse_options, split_options
 from kvpo_min.cli.run import run
-from kvpo_min.config import TrainConfig, check_official
+from kvpo_min.config import TrainConfig
 from kvpo_min.system import ends_like_ctrl_c
 
 OPTIONS = (TrainConfig, RunOptions)
@@ -12,6 +12,5 @@ OPTIONS = (TrainConfig, RunOptions)
 
 def main(argv: Sequence[str]) -> int:
     values = parse_options("demo", OPTIONS, argv, {"output_dir": "kvpo_demo", "event": "changes colour"})
-    check_official(values, TrainConfig, flags_of(argv))
     with ends_like_ctrl_c():
         return run(*split_options(values, *OPTIONS))

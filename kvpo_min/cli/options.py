@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvpo_min.config import check_seed, check_weights, nearest_known
+from kvpo_min.config import check_seed, check_weights, is_open, nearest_known
 
 POSITIONAL = "script"  # the one option that is given without a flag
 COMMANDS = {
@@ -30,7 +30,7 @@ COMMANDS = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunOptions:
     """Data, reward and bookkeeping of a run"""
 
@@ -52,7 +52,7 @@ class RunOptions:
         check_weights(self.vq, self.mq, self.ta)
 
 
-@dataclass
+@dataclass(frozen=True)
 class SampleOptions:
     """Makes one video a script"""
 
@@ -71,7 +71,7 @@ class SampleOptions:
         check_seed(self.seed)
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvalOptions:
     """Measures a model, with or without an adapter, on a prompts file"""
 
@@ -93,7 +93,7 @@ class EvalOptions:
         check_seed(self.seed)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ExportOptions:
     """Writes a trained adapter for other programs"""
 
@@ -136,13 +136,16 @@ def parse_options(command: str, classes: Sequence[type], argv: Sequence[str], de
         group = parser.add_argument_group(config_class.__doc__.split(".")[0].strip())
         hints, comments = typing.get_type_hints(config_class), field_comments(config_class)
         for field in dataclasses.fields(config_class):
-            kinds[field.name] = hints[field.name]
-            kind = {"action": "store_true"} if hints[field.name] is bool else {"type": hints[field.name]}
+            kinds[field.name] = hints[field.name] | None if is_open(field) else hints[field.name]
+            kind = {"action": "store_true"} if hints[field.name] is bool else {"type": kinds[field.name]}
             flag = f"--{field.name}"
             if field.name == POSITIONAL:
                 flag, kind["nargs"] = field.name, "?"
             default = defaults.get(field.name, field.default)
             text = comments.get(field.name, field.name.replace("_", " "))  # without a text, no default would be shown
+            if is_open(field):
+                ours, theirs = field.metadata["ours"], field.metadata["official"]
+                text += f" [null: {ours}, or {theirs} with compat official]"
             group.add_argument(flag, default=default, help=text, **kind)
     known = list(kinds)
     flags = [name for name in known if name != POSITIONAL]
@@ -159,8 +162,8 @@ def parse_options(command: str, classes: Sequence[type], argv: Sequence[str], de
         raise ValueError(re.sub(r'^Parser key "(\w+)":', r"--\1:", message)) from None
     for name, kind in kinds.items():  # a YAML file may say null, and anything at all for a flag without a value
         if not isinstance(values[name], kind):
-            raise ValueError(f"--{name}: expected a {kind.__name__}, got {values[name]!r}")
-        if kind is float and not math.isfinite(values[name]):
+            raise ValueError(f"--{name}: expected a {getattr(kind, '__name__', kind)}, got {values[name]!r}")
+        if isinstance(values[name], float) and not math.isfinite(values[name]):
             raise ValueError(f"--{name}: expected a finite number, got {values[name]}")
     return {name: values[name] for name in known}
 

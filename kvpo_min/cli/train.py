@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from kvpo_min.cli.models import real_options
-from kvpo_min.cli.options import RunOptions, flags_of, parse_options, split_options
+from kvpo_min.cli.options import RunOptions, parse_options, split_options
 from kvpo_min.cli.run import run
-from kvpo_min.config import TrainConfig, check_official
+from kvpo_min.config import TrainConfig
 from kvpo_min.system import ends_like_ctrl_c
 from kvpo_min.wan.real import WanOptions
 
@@ -13,8 +13,6 @@ OPTIONS = (TrainConfig, RunOptions, WanOptions)
 
 
 def main(argv: Sequence[str]) -> int:
-    values = parse_options("train", OPTIONS, argv)
-    check_official(values, TrainConfig, flags_of(argv))
-    config, options, wan = split_options(values, *OPTIONS)
+    config, options, wan = split_options(parse_options("train", OPTIONS, argv), *OPTIONS)
     with ends_like_ctrl_c():
         return run(config, options, real_options(argv, options.model, wan))

@@ -30,6 +30,7 @@ import json
 import math
 import os
 import time
+import typing
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -51,7 +52,7 @@ from kvpo_min.compare.baselines import (
     check_cell,
     update,
 )
-from kvpo_min.config import TrainConfig, check_official, check_seed, check_weights, nearest_known
+from kvpo_min.config import TrainConfig, check_seed, check_weights, nearest_known
 from kvpo_min.pipeline import Pipeline, sample, score
 from kvpo_min.pocket.prompts import EVAL_SEED, check_geometry
 from kvpo_min.pocket.world import SWITCHES, prompt_set
@@ -85,7 +86,7 @@ COLUMNS = (*KEY, "forwards", "backwards", "updates", "seconds", "passes_per_vide
            *(f"{name}_{when}" for name in PLAIN for when in ("before", "after")), "note", "settings")  # fmt: skip
 
 
-@dataclass
+@dataclass(frozen=True)
 class ArenaOptions:
     """Compares methods on one model, at equal cost"""
 
@@ -172,16 +173,15 @@ def config_of(method: str, options: ArenaOptions, learning_rate: float, seed: in
         given["learning_rate"] = learning_rate
     if kind is TrainConfig:
         given |= {"num_segments": num_segments, "lr_warmup_steps": 0}
-    defaults = {f.name: f.default for f in fields(kind)}
+    kinds = typing.get_type_hints(kind)
     for name, text in changes(options.set).items():
         if name not in known:
             raise ValueError(f"--set {name}: {method} has no such setting{nearest_known(name, known)}")
-        of = type(defaults[name])
+        of = kinds[name]
         try:
             given[name] = {"true": True, "false": False}[text.lower()] if of is bool else of(text)
         except (ValueError, KeyError):
             raise ValueError(f"--set {name}={text}: expected a {of.__name__}") from None
-    check_official(defaults | given, kind, changes(options.set))
     return kind(**given)
 
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from kvpo_min.chr import Plan, Window
+from kvpo_min.config import knob, settle
 from kvpo_min.pipeline import score
 from kvpo_min.policies import acting, adapter_weights, add_policies, copy_adapter
 from kvpo_min.rewards import Mixture
@@ -261,70 +262,43 @@ class AstrolabeConfig:
     """One run. The defaults are the paper's (Table S1), but for learning_rate, rank, num_generations, the lengths and
     the advantage's spread, which are sized for the pocket model. compat="official": the released code's side."""
 
-    seed: int = 0
-    max_train_steps: int = 60
-    num_frames: int = 39
-    window_frames: int = 18  # active window; the paper's 21 is a whole short video
-    num_generations: int = 8  # candidates G; paper 24
-    groups_per_update: int = 2  # prompts; paper 48
-    levels_per_group: int = 1  # noise levels a group is trained at in an update, drawn without replacement
-    learning_rate: float = 2e-4  # paper 1e-5
-    adam_weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
-    rank: int = 16  # of the LoRA; paper 256
-    lora_alpha: int = 16
-    beta: float = 1.0
-    adv_clip_max: float = 5.0
-    spread: str = "global"
-    kl_coef: float = 1e-4
+    seed: int = knob(0, least=-(2**63), below=2**63)
+    max_train_steps: int = knob(60, least=1)
+    num_frames: int = knob(39, least=3, multiple=3)
+    window_frames: int = knob(18, least=3, multiple=3)  # active window; the paper's 21 is a whole short video
+    num_generations: int = knob(8, least=2)  # candidates G; paper 24
+    groups_per_update: int = knob(2, least=1)  # prompts; paper 48
+    levels_per_group: int = knob(1, least=1, most=4)  # noise levels a group is trained at in an update
+    learning_rate: float = knob(2e-4, above=0)  # paper 1e-5
+    adam_weight_decay: float = knob(1e-4, least=0)
+    max_grad_norm: float = knob(1.0, above=0)
+    rank: int = knob(16, least=1)  # of the LoRA; paper 256
+    lora_alpha: int = knob(16, least=1)
+    beta: float = knob(1.0, official=0.1, above=0)
+    adv_clip_max: float = knob(5.0, above=0)
+    spread: str = knob("global", of=("none", "global"))
+    kl_coef: float = knob(1e-4, least=0)
     primary: str = "vq"  # the reward whose lone enthusiasm is distrusted
     selective: bool = True  # False: all candidates are held near the reference
-    old_decay: float = 0.9  # theta_old <- old_decay theta_old + (1 - old_decay) theta, every update
-    ema_decay: float = 0.9
-    tau_kl: float = 0.15  # the released code's first value; the paper names none
-    k_max: int = 15
-    branch_batch: int = 0  # candidates that run at once; 0: all
-    replay_batch: int = 0
-    compat: str = ""
-    space: str = "velocity"  # of the contrast and the KL; official: "x0"
-    levels: str = "sampler"  # noise levels: the sampler's; official: "even", 1, .75, .5, .25
-    context: str = "clean"  # of the replay: the history of keys; official: "noisy", the video's own noisy past
-    best: str = "last"  # rank of the best candidate; official: "first"
+    old_decay: float = knob(0.9, least=0, most=1)  # share that the old policy keeps in every update
+    ema_decay: float = knob(0.9, least=0, most=1)
+    tau_kl: float = knob(0.15, least=0)  # the released code's first value; the paper names none
+    k_max: int = knob(15, least=0)
+    branch_batch: int = knob(0, least=0)  # candidates that run at once; 0: all
+    replay_batch: int = knob(0, least=0)
+    compat: str = knob("", of=("", "official"))
+    space: str = knob("velocity", official="x0", of=("velocity", "x0"))  # of the contrast and the KL; official: "x0"
+    levels: str = knob("sampler", official="even", of=("sampler", "even"))  # even: 1, .75, .5, .25
+    context: str = knob("clean", official="noisy", of=("clean", "noisy"))  # noisy: a video's own noisy past
+    best: str = knob("last", official="first", of=("last", "first"))  # rank of the best candidate; official: "first"
 
     def __post_init__(self):
-        for name in ("max_train_steps", "num_generations", "groups_per_update", "levels_per_group", "rank", "beta",
-                     "adv_clip_max", "learning_rate", "max_grad_norm", "lora_alpha"):  # fmt: skip
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
-        for name in ("adam_weight_decay", "kl_coef", "tau_kl", "k_max", "branch_batch", "replay_batch"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
-        if not (0 <= self.old_decay <= 1 and 0 <= self.ema_decay <= 1):
-            raise ValueError(f"old_decay and ema_decay must lie in [0, 1], got {self.old_decay} and {self.ema_decay}")
-        if self.levels_per_group > 4:
-            raise ValueError(f"levels_per_group must be at most 4 (noise levels), got {self.levels_per_group}")
-        if self.num_generations < 2:
-            raise ValueError("num_generations must be at least 2: a candidate alone has no advantage")
-        if self.window_frames % 3 or self.num_frames % 3 or not 3 <= self.window_frames <= self.num_frames:
-            raise ValueError(
-                "window_frames and num_frames must be multiples of 3 (a block), the window no longer than the video; "
-                f"got {self.window_frames} and {self.num_frames}"
-            )
-        if self.spread not in ("none", "global"):
-            raise ValueError(f'spread must be "none" or "global", got {self.spread!r}')
-        if self.compat not in ("", "official"):
-            raise ValueError(f'compat must be "" or "official", got {self.compat!r}')
-        if self.compat:  # the released code's side, in one place (docs/paper_map.md)
-            if self.old_decay != type(self).old_decay:
-                raise ValueError(f"old_decay is not read with compat official, whose old policy keeps min(step / 1000, "
-                                 f"1/2), got {self.old_decay}: leave one of them out")  # fmt: skip
-            theirs = dict(beta=0.1, space="x0", levels="even", context="noisy", best="first")
-            for name, value in theirs.items():
-                object.__setattr__(self, name, value)
-        for name, options in (("space", ("velocity", "x0")), ("levels", ("sampler", "even")),
-                              ("context", ("clean", "noisy")), ("best", ("last", "first"))):  # fmt: skip
-            if getattr(self, name) not in options:
-                raise ValueError(f"{name} must be one of {options}, got {getattr(self, name)!r}")
+        settle(self)
+        if self.window_frames > self.num_frames:
+            raise ValueError(f"window_frames must be at most num_frames {self.num_frames}, got {self.window_frames}")
+        if self.compat and self.old_decay != type(self).old_decay:
+            raise ValueError(f"old_decay is not read with compat official, whose old policy keeps min(step / 1000, "
+                             f"1/2), got {self.old_decay}: leave one of them out")  # fmt: skip
         if self.context == "noisy" and self.replay_batch:
             raise ValueError(f"replay_batch must be 0: a noisy context is replayed at once, got {self.replay_batch}")
 
