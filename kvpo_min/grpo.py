@@ -34,7 +34,7 @@ EPS = 1e-8  # keeps 0 / 0 at 0; also the spread below which a signal is left as 
 class Loss:
     """`total` is what to call backward on; the rest is detached, for the log."""
 
-    total: Tensor  # () scale * (policy + kl_weight * kl)
+    total: Tensor  # () scale * (policy + kl_coef * kl)
     policy: Tensor  # () clipped objective
     kl: Tensor  # () KL(pi || pi_init)
     ratio: Tensor  # [G] pi / pi_old
@@ -65,9 +65,9 @@ def fuse(
     local_weight: float = 1.0,
     global_weight: float = 0.5,
     mode: str = "std",
-    clamp: float = 2.5,
+    adv_clip_max: float = 2.5,
 ) -> Tensor:
-    """A [G] = clamp(local_weight * n(local) + global_weight * n(global_), -clamp, clamp) (KV:617-668).
+    """A [G] = clamp(local_weight * n(local) + global_weight * n(global_), -adv_clip_max, adv_clip_max) (KV:617-668).
 
     local [G]: advantages for the chunk that was forked; global_ [G]: for what follows it (authors: one clip a segment),
     None if there is just one signal.
@@ -89,7 +89,7 @@ def fuse(
         return (signal - signal.mean() if mode == "zscore" else signal) / (std + EPS)
 
     A = local_weight * n(local) + (0.0 if global_ is None else global_weight * n(global_))
-    return A.clamp(-clamp, clamp)
+    return A.clamp(-adv_clip_max, adv_clip_max)
 
 
 def branch_is_safe(rewards: Mapping[str, Tensor], anchor: Mapping, weights: Mapping[str, float]) -> bool:
@@ -114,9 +114,11 @@ def log_ratio(log_p: Tensor, log_p_old: Tensor) -> Tensor:
 
 
 def clipped_objective(
-    log_p: Tensor, log_p_old: Tensor, A: Tensor, clip_low: float = 0.1, clip_high: float = 0.2
+    log_p: Tensor, log_p_old: Tensor, A: Tensor, clip_range_low: float = 0.1, clip_range_high: float = 0.2
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """PPO loss -mean(min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A)), ratio rho [G], share of rho outside.
+    """PPO loss -mean(min(rho * A, clip(rho) * A)), ratio rho [G], share of the rho that clip changes.
+
+    clip(rho): rho held within 1 - clip_range_low and 1 + clip_range_high.
 
     All inputs [G]. Once a branch has moved far enough in its own good direction, its term is flat and pulls no more.
     """
@@ -126,7 +128,7 @@ def clipped_objective(
             f"{list(log_p.shape)}, {list(log_p_old.shape)} and {list(A.shape)}"
         )
     A, ratio = A.detach(), log_ratio(log_p, log_p_old).exp()  # [G], [G]
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    clipped = ratio.clamp(1 - clip_range_low, 1 + clip_range_high)
     return -torch.minimum(ratio * A, clipped * A).mean(), ratio, (ratio != clipped).to(ratio).mean()
 
 
@@ -140,21 +142,21 @@ def kvpo_loss(
     log_p_old: Tensor,
     log_p_init: Tensor,
     A: Tensor,
-    clip_low: float = 0.1,
-    clip_high: float = 0.2,
-    kl_weight: float = 5.0,
+    clip_range_low: float = 0.1,
+    clip_range_high: float = 0.2,
+    kl_coef: float = 5.0,
     scale: float = 1.0,
 ) -> Loss:
-    """scale * (clipped objective + kl_weight * KL(pi || pi_init)) of one group of branches (KV:2699-2831).
+    """scale * (clipped objective + kl_coef * KL(pi || pi_init)) of one group of branches (KV:2699-2831).
 
     log_p, log_p_old, log_p_init: log pi [G] of the policy, of the one that made the branches, of the released model;
     A: advantages [G]; scale: from `safety_scale`. Only log_p carries gradient.
     """
     if log_p.ndim != 1 or log_p_init.shape != log_p.shape:
         raise ValueError(f"log_p_init must be [G] like log_p, got {list(log_p_init.shape)} and {list(log_p.shape)}")
-    policy, ratio, clip_fraction = clipped_objective(log_p, log_p_old, A, clip_low, clip_high)
+    policy, ratio, clip_fraction = clipped_objective(log_p, log_p_old, A, clip_range_low, clip_range_high)
     kl = branch_kl(log_p, log_p_init)
-    total = scale * (policy + kl_weight * kl)
+    total = scale * (policy + kl_coef * kl)
     entropy = torch.special.entr(log_p.exp()).sum()
     return Loss(total, *(t.detach() for t in (policy, kl, ratio, clip_fraction, entropy)))
 

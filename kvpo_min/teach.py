@@ -335,9 +335,11 @@ def check_06(answer) -> Verdict:
 
 
 def check_07(answer) -> Verdict:
-    """answer: a function like `grpo.clipped_objective`, `(log_p, log_p_old, A, clip_low, clip_high) -> loss ()`."""
+    """answer: like `grpo.clipped_objective`, (log_p, log_p_old, A, clip_range_low, clip_range_high) -> loss ()."""
     if answer is None:
-        return Verdict(False, "Write a function (log_p, log_p_old, A, clip_low, clip_high) -> loss, a single number.")
+        return Verdict(
+            False, "Write a function (log_p, log_p_old, A, clip_range_low, clip_range_high) -> loss, a single number."
+        )
     generator = torch.Generator().manual_seed(0)
     cases = [torch.randn(2, 6, generator=generator, dtype=torch.float64) for _ in range(20)]
     wrongs = {  # plausible slips, one branch at a time; each names itself when an answer equals it
@@ -345,8 +347,8 @@ def check_07(answer) -> Verdict:
         "only the clipped ratio is used: of the two products the smaller counts": lambda r, c, a: c * a,
         "of the two products the larger counts instead of the smaller": lambda r, c, a: max(r * a, c * a),
         "the ratio is old over new: it is new over old": lambda r, c, a: min(a / r, min(max(1 / r, 0.9), 1.3) * a),
-        "the ratio is clipped to clip_low and clip_high, not to 1 - clip_low and 1 + clip_high": lambda r, c, a: min(
-            r * a, min(max(r, 0.1), 0.3) * a
+        "the ratio is clipped to the two numbers, not to 1 - clip_range_low and 1 + clip_range_high": lambda r, c, a: (
+            min(r * a, min(max(r, 0.1), 0.3) * a)
         ),
     }
 
@@ -400,7 +402,10 @@ def check_07(answer) -> Verdict:
     if same(factor=6.0):
         return Verdict(False, "This is the sum over branches; the objective is their mean.")
     if same(swap=True):
-        return Verdict(False, "clip_low and clip_high are swapped: the range is 1 - clip_low to 1 + clip_high.")
+        return Verdict(
+            False,
+            "clip_range_low and clip_range_high are swapped: the range is 1 - clip_range_low to 1 + clip_range_high.",
+        )
     seen, args, _ = tried[0]
     return Verdict(False, f"For the first random group it gives {seen:.4f}, a loop over branches {by_hand(*args):.4f}.")
 

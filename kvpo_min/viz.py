@@ -709,7 +709,7 @@ def frame_bars(frames: Tensor, values: Tensor, start: int, window: Window, title
 
 
 def objective_figure(log_p: Tensor, log_p_old: Tensor, log_p_init: Tensor, A: Tensor, settings: Sequence[tuple]):
-    """The clipped objective of one group, a row a setting (clip_low, clip_high, kl_weight). -> Figure
+    """The clipped objective of one group, a row a setting (clip_range_low, clip_range_high, kl_coef). -> Figure
 
     Left: what each branch adds to the loss, -min(rho A, clip(rho) A) over its ratio rho, with a dot where it is now
     (filled: it still pulls; empty: it is clipped). Right: how far the policy's log score l = -E / tau is moved by the
@@ -717,12 +717,12 @@ def objective_figure(log_p: Tensor, log_p_old: Tensor, log_p_init: Tensor, A: Te
     from kvpo_min.grpo import branch_kl, clipped_objective
 
     if not settings:
-        raise ValueError("expected at least one setting (clip_low, clip_high, kl_weight), got none")
+        raise ValueError("expected at least one setting (clip_range_low, clip_range_high, kl_coef), got none")
     n, ratio = len(A), (log_p - log_p_old).exp().detach()
     width = max(0.5, 1.3 * (ratio - 1).abs().max().item())
     rho = torch.linspace(max(0.0, 1 - width), 1 + width, 201)
     figure = _figure(8.5, 2.7 * len(settings))
-    for (left, right), (low, high, kl_weight) in zip(figure.subplots(len(settings), 2, squeeze=False), settings,
+    for (left, right), (low, high, kl_coef) in zip(figure.subplots(len(settings), 2, squeeze=False), settings,
                                                      strict=True):  # fmt: skip
         left.axvspan(1 - low, 1 + high, color="#eeeeee", linewidth=0)
         for g in range(n):
@@ -738,11 +738,11 @@ def objective_figure(log_p: Tensor, log_p_old: Tensor, log_p_init: Tensor, A: Te
         left.legend(frameon=False, fontsize=7)
         pulls = []
         for loss in (lambda s: clipped_objective(s, log_p_old, A, low, high)[0],  # noqa: B023
-                     lambda s: kl_weight * branch_kl(s, log_p_init)):  # noqa: B023  # fmt: skip
+                     lambda s: kl_coef * branch_kl(s, log_p_init)):  # noqa: B023  # fmt: skip
             score = log_p.detach().clone().requires_grad_()
             pulls.append((-torch.autograd.grad(loss(score.log_softmax(0)), score)[0]).tolist())
         colours = [branch_colour(g) for g in range(n)]
-        for k, (pull, name) in enumerate(zip(pulls, ("clipped objective", f"KL, weight {kl_weight:g}"), strict=True)):
+        for k, (pull, name) in enumerate(zip(pulls, ("clipped objective", f"KL, weight {kl_coef:g}"), strict=True)):
             places, hatch = [g + 0.4 * k - 0.2 for g in range(n)], "" if k == 0 else "xxx"
             right.bar(places, pull, 0.36, edgecolor="#555555", linewidth=0.5, color=colours, hatch=hatch, label=name)
         right.axhline(0, color="#555555", linewidth=0.8)

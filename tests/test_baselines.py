@@ -323,12 +323,12 @@ def test_clipping_of_the_step_ratio():
 def test_kl_of_a_step_is_that_of_torch():
     trajectory, v = trajectory_of(flow_sde_kernel)
     A, v_ref = torch.zeros(3, dtype=torch.float64), v + 0.2
-    got = flow_grpo_loss(trajectory, v, v, A, v_ref=v_ref, kl_weight=1.0)
+    got = flow_grpo_loss(trajectory, v, v, A, v_ref=v_ref, kl_coef=1.0)
     levels = [t[:, None, None, None, None] for t in (trajectory.sigma[:-1], trajectory.sigma[1:])]
     p, q = (Normal(*flow_sde_kernel(trajectory.z[:, :, :-1], u[:, :, :-1], *levels)) for u in (v, v_ref))
     assert_close(got, kl_divergence(p, q).mean())
     with pytest.raises(ValueError, match="v_ref"):
-        flow_grpo_loss(trajectory, v, v, A, kl_weight=1.0)
+        flow_grpo_loss(trajectory, v, v, A, kl_coef=1.0)
 
 
 def test_cm_grpo_regression_has_the_gradient_of_its_kernel():

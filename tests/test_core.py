@@ -433,14 +433,14 @@ def test_worked_example_of_one_component():
     l_init = torch.tensor([-1.22, -1.04, -1.31, -1.13, -1.24, -1.20, -1.06, -1.28])
     l_theta = torch.tensor([-1.18, -1.08, -1.30, -1.02, -1.27, -1.15, -1.09, -1.33], requires_grad=True)
     log_p, log_p_old, log_p_init = (gibbs_log_prob(-score, 1.0) for score in (l_theta, l_old, l_init))
-    loss = kvpo_loss(log_p, log_p_old, log_p_init, A, kl_weight=10.0)
+    loss = kvpo_loss(log_p, log_p_old, log_p_init, A, kl_coef=10.0)
     loss.total.backward()
     assert_close(loss.total.item(), -0.160143, rtol=0, atol=2e-6)
     assert_close(loss.policy.item(), -0.174454, rtol=0, atol=2e-6)
     assert_close(10 * loss.kl.item(), 0.014311, rtol=0, atol=2e-6)
     grad = torch.tensor([0.092600, -0.046052, 0.174583, -0.168757, 0.027025, 0.119372, -0.086050, -0.112720])
     assert_close(l_theta.grad, grad, rtol=0, atol=1e-6)
-    halved = kvpo_loss(log_p, log_p_old, log_p_init, A, kl_weight=10.0, scale=safety_scale(False, 0.5))
+    halved = kvpo_loss(log_p, log_p_old, log_p_init, A, kl_coef=10.0, scale=safety_scale(False, 0.5))
     assert_close(halved.total.item(), -0.080072, rtol=0, atol=2e-6)
 
 
@@ -451,7 +451,7 @@ def test_gradient_formula_by_finite_differences():
     log_p_old = gibbs_log_prob(E.detach(), tau)
 
     def total(energies):
-        return kvpo_loss(gibbs_log_prob(energies, tau), log_p_old, log_p_old, A, kl_weight=0.0).total
+        return kvpo_loss(gibbs_log_prob(energies, tau), log_p_old, log_p_old, A, kl_coef=0.0).total
 
     p = log_p_old.exp()
     formula = (A - p * A.sum()) / (len(A) * tau)
@@ -577,21 +577,21 @@ def test_all_equal_rewards_give_zero_advantage_and_gradient(mode):
     assert A.tolist() == [0, 0, 0, 0]
     E = torch.rand(4, generator=seeded(), requires_grad=True)
     log_p = gibbs_log_prob(E, 0.1)
-    (grad,) = torch.autograd.grad(kvpo_loss(log_p, log_p, log_p, A, kl_weight=0.0).total, E)
+    (grad,) = torch.autograd.grad(kvpo_loss(log_p, log_p, log_p, A, kl_coef=0.0).total, E)
     assert grad.tolist() == [0, 0, 0, 0]
 
 
 def test_fuse_by_hand():
     local, global_ = torch.tensor([0.0, 2.0]), torch.tensor([4.0, 8.0])  # population std 1 and 2, means 1 and 6
-    assert_close(fuse(local, global_, mode="none", clamp=100.0), torch.tensor([2.0, 6.0]))
-    assert_close(fuse(local, global_, mode="std", clamp=100.0), torch.tensor([1.0, 4.0]))
+    assert_close(fuse(local, global_, mode="none", adv_clip_max=100.0), torch.tensor([2.0, 6.0]))
+    assert_close(fuse(local, global_, mode="std", adv_clip_max=100.0), torch.tensor([1.0, 4.0]))
     assert_close(fuse(local, global_, mode="zscore"), torch.tensor([-1.5, 1.5]))
     assert_close(fuse(local, global_, 2.0, 0.25, mode="zscore"), torch.tensor([-2.25, 2.25]))
-    assert_close(fuse(local, global_, clamp=2.5), torch.tensor([1.0, 2.5]))
-    assert_close(fuse(-local, -global_, clamp=2.5), torch.tensor([-1.0, -2.5]))
+    assert_close(fuse(local, global_, adv_clip_max=2.5), torch.tensor([1.0, 2.5]))
+    assert_close(fuse(-local, -global_, adv_clip_max=2.5), torch.tensor([-1.0, -2.5]))
     assert_close(fuse(local, None), local)
     flat = torch.tensor([3.0, 3.0])
-    assert fuse(flat, None, mode="zscore", clamp=9.0).equal(flat)  # no spread to divide by
+    assert fuse(flat, None, mode="zscore", adv_clip_max=9.0).equal(flat)  # no spread to divide by
 
 
 def test_safety():

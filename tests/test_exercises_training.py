@@ -39,7 +39,7 @@ WRONG_07 = {
     "sign is wrong": lambda *args: -objective(*args),
     "sum over branches": lambda *args: 6 * objective(*args),
     "old over new": lambda lp, old, A, low, high: -torch.minimum(*(r * A for r in ratios(old, lp, low, high))).mean(),
-    "not to 1 - clip_low": lambda lp, old, A, low, high: (
+    "not to 1 - clip_range_low": lambda lp, old, A, low, high: (
         -torch.minimum((lp - old).exp() * A, (lp - old).exp().clamp(low, high) * A).mean()
     ),
     "this is a tuple of": clipped_objective,

@@ -136,7 +136,8 @@ def update(pipeline, policies, rewards, config, task, meter, context="own"):
     branches = [{name: column[:-1] for name, column in signal.items()} for signal in columns]
     anchors = [{name: column[-1] for name, column in signal.items()} for signal in columns]
     each = [anchor_advantages(b, a, rewards.weights) for b, a in zip(branches, anchors, strict=True)]
-    A = fuse(*each, *[None] * (2 - len(each)), config.local_weight, config.global_weight, clamp=config.adv_clip_max)
+    weights_of = config.local_weight, config.global_weight
+    A = fuse(*each, *[None] * (2 - len(each)), *weights_of, adv_clip_max=config.adv_clip_max)
     safe = any(branch_is_safe(b, a, rewards.weights) for b, a in zip(branches, anchors, strict=True))
 
     def energy(trail):

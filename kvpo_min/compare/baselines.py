@@ -232,12 +232,12 @@ def _check_alike(A: Tensor, n: int, **tensors: Tensor) -> None:
 
 def flow_grpo_loss(
     trajectory: Trajectory, v: Tensor, v_old: Tensor, A: Tensor, kernel: Kernel = flow_sde_kernel,
-    clip: float = 1e-4, v_ref: Tensor | None = None, kl_weight: float = 0.0, steps: Sequence[int] | None = None,
+    clip: float = 1e-4, v_ref: Tensor | None = None, kl_coef: float = 0.0, steps: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
     """PPO on the steps of a stochastic sampler: Flow-GRPO, DanceGRPO and CM-GRPO differ by `kernel` only.
 
     trajectory, v, v_old [G, B, S, ...]; A [G]. -mean over branches, blocks and `steps` (default all but the last) of
-    min(rho A, clip(rho) A) + kl_weight * mean((mean - mean_ref)^2 / (2 std^2)), the exact KL of two Gaussians of one
+    min(rho A, clip(rho) A) + kl_coef * mean((mean - mean_ref)^2 / (2 std^2)), the exact KL of two Gaussians of one
     variance, per element (the code of Flow-GRPO leaves out dt). DanceGRPO: a random 60% of the steps, no KL.
     """
     steps = list(range(len(trajectory.sigma) - 1)) if steps is None else list(steps)
@@ -249,11 +249,11 @@ def flow_grpo_loss(
         log_p_old = gaussian_log_prob(trajectory, v_old, kernel)[0]
     each = A[:, None, None].expand_as(log_p)
     loss = clipped_objective(log_p[:, :, steps], log_p_old[:, :, steps], each[:, :, steps], clip, clip)[0]
-    if kl_weight:
+    if kl_coef:
         if v_ref is None:
-            raise ValueError("kl_weight needs v_ref, the reference policy's velocities")
+            raise ValueError("kl_coef needs v_ref, the reference policy's velocities")
         mean_ref = gaussian_log_prob(trajectory, v_ref.detach(), kernel)[1]
-        loss = loss + kl_weight * ((mean - mean_ref) / std).square()[:, :, steps].mean() / 2
+        loss = loss + kl_coef * ((mean - mean_ref) / std).square()[:, :, steps].mean() / 2
     return loss
 
 
