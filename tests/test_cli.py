@@ -496,7 +496,7 @@ def test_sample_writes_a_video_and_a_sheet_a_script(finished, model, tmp_path):
     names = ["000_a_red_disc_moves_left", "001_a_cross_it_turns_blue", "002_a_square"]
     expected = sorted(f"{name}.{kind}" for name in names for kind in ("mp4", "png"))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == expected
-    lengths = [len(viz._media().read_video(tmp_path / "out" / f"{name}.mp4")) for name in names]
+    lengths = [len(viz.video._media().read_video(tmp_path / "out" / f"{name}.mp4")) for name in names]
     assert lengths == [39, 75, 39]  # two segments: up to where a third would begin
     (tmp_path / "out" / "mine.txt").write_text("kept")
     one = ["sample", "a square", "--model", str(model), "--num_frames", "21", "--output_dir", str(tmp_path / "out")]

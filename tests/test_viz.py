@@ -71,7 +71,7 @@ def test_tile_by_hand():
 def test_saved_video_reads_back(n, size, tmp_path):
     levels = torch.linspace(0, 1, 6)[None, :, None, None, None].expand(n, 6, 3, 8, 10)  # from black to white
     path = viz.save_video(tmp_path / "v.mp4", levels if n > 1 else levels[0], fps=6)
-    back = viz._media().read_video(path)
+    back = viz.video._media().read_video(path)
     assert back.shape == (6, *size, 3) and back.metadata.fps == 6
     assert_close(torch.tensor(back[:, 50, 50, 0] / 255.0), torch.linspace(0, 1, 6).double(), atol=0.03, rtol=0)
 

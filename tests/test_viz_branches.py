@@ -103,7 +103,7 @@ def test_stored_pictures_keep_their_colours_in_fewer_bytes():
     assert len(sheet._repr_png_()) < len(plain.getvalue()) and sheet._repr_jpeg_() is None
     flat = Image.new("RGB", (40, 40), viz.BRANCHES[5])
     flat.paste(Image.new("RGB", (10, 10), viz.ANCHOR), (5, 5))
-    assert Image.open(io.BytesIO(viz._small_png(flat))).convert("RGB").tobytes() == flat.tobytes()
+    assert Image.open(io.BytesIO(viz.style._small_png(flat))).convert("RGB").tobytes() == flat.tobytes()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,200 @@
+"""Figures of a run: routes, curves, energies, and the story of a group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kvpo_min.chr import DROPPED, NEAREST, ROUTED, SINK, Window, ordinary_frames, route_mask
+from kvpo_min.viz.style import ANCHOR, BRANCHES, HATCHES, NAMES, _bytes, _check_labels, _figure, _plain, branch_colour
+from kvpo_min.viz.video import tile
+
+# --------------------------------------------------------------------------------------------------------------- routes
+
+
+def route_grid(frames: Tensor, start: int, window: Window, nearest: int):
+    """Which past frames each branch reads when the block at `start` is made, the anchor in the last row. -> Figure
+
+    frames [G, L] from `chr.branch_frames`; every cell is sink, routed, nearest or not read (`chr.route_mask`)."""
+    figure = _figure(min(16.0, max(5.0, 0.24 * (start + window.block) + 1.5)), 0.26 * (len(frames) + 1) + 1.3)
+    _draw_routes(figure.add_subplot(), frames, start, window, nearest)
+    _route_legend(figure)
+    return figure
+
+
+def _draw_routes(axes, frames: Tensor, start: int, window: Window, nearest: int) -> None:
+    from matplotlib.patches import Rectangle
+
+    mask = route_mask(frames, start, window, nearest)  # [G, start]
+    ordinary = route_mask(ordinary_frames(start, window)[None], start, window, window.past)
+    rows = [*mask.tolist(), *ordinary.tolist()]
+    colours = [*(branch_colour(g) for g in range(len(frames))), ANCHOR]
+    for y, (row, colour) in enumerate(zip(rows, colours, strict=True)):
+        for x, kind in enumerate(row):
+            face = "white" if kind == DROPPED else "#dddddd" if kind == SINK else colour
+            edge = "white" if kind == NEAREST else "#999999"  # an edge's colour is its hatch's too
+            cell = Rectangle((x, y + 0.08), 1, 0.84, facecolor=face, edgecolor=edge, linewidth=0.5)
+            cell.set_hatch(HATCHES.get(kind, ""))
+            axes.add_patch(cell)
+        made = Rectangle((start, y + 0.08), window.block, 0.84, facecolor="none", edgecolor=colour, linewidth=2)
+        axes.add_patch(made)
+    axes.set(xlim=(-0.2, start + window.block + 0.2), ylim=(len(rows), 0))
+    axes.set_yticks([y + 0.5 for y in range(len(rows))], [*(f"branch {g}" for g in range(len(frames))), "anchor"])
+    ticks = range(0, start + window.block, 3 if start < 60 else 6)
+    axes.set_xticks([x + 0.5 for x in ticks], [str(x) for x in ticks], fontsize=8)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel(f"frame (outlined: the block at {start} that is made)")
+
+
+def _route_legend(figure) -> None:
+    from matplotlib.patches import Patch
+
+    kinds = {SINK: "#dddddd", ROUTED: "#888888", NEAREST: "#888888", DROPPED: "white"}
+    handles = [
+        Patch(
+            facecolor=face,
+            edgecolor="white" if kind == NEAREST else "#999999",
+            hatch=HATCHES.get(kind, ""),
+            label=NAMES[kind],
+        )
+        for kind, face in kinds.items()
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+
+
+# --------------------------------------------------------------------------------------------------------------- curves
+
+
+def _column(logs: Sequence[Mapping], key: str) -> list[float]:
+    if not logs:
+        raise ValueError("there is nothing to plot: expected at least one line of metrics")
+    return [line[key] for line in logs if not line.get("skipped")]  # a skipped update measured nothing
+
+
+def reward_curve(logs: Sequence[Mapping]):
+    """Mean reward of the branches with their spread, and the anchor's, over updates. -> Figure
+
+    logs: `Step.log()` of each update, or the lines of metrics.jsonl; skipped ones are left out. Raises ValueError if
+    there are none."""
+    step, mean = _column(logs, "step"), _column(logs, "reward")
+    spread = _column(logs, "reward_std")
+    figure = _figure(7, 3.5)
+    axes = figure.add_subplot()
+    low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
+    axes.fill_between(step, low, high, color=BRANCHES[4], alpha=0.2, linewidth=0, label="one standard deviation")
+    axes.plot(step, mean, color=BRANCHES[4], marker="o", markersize=3, label="branches, mean")
+    axes.plot(step, _column(logs, "anchor_reward"), color=ANCHOR, linestyle="--", label="anchor")
+    _plain(axes, "Reward of the training groups", "update", "reward")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def diagnostics(logs: Sequence[Mapping]):
+    """KL to the initial policy, entropy, clipped ratios and gradient norm over updates. -> Figure; logs as above"""
+    panels = {
+        "kl": "KL to the initial policy (nats)",
+        "entropy": "entropy over branches (nats)",
+        "clip_ratio/region_mean": "share of clipped ratios",
+        "grad_norm": "gradient norm before clipping",
+    }
+    step = _column(logs, "step")
+    figure = _figure(8, 4.5)
+    for axes, (key, title), colour in zip(figure.subplots(2, 2).flat, panels.items(), BRANCHES[4:], strict=True):
+        axes.plot(step, _column(logs, key), color=colour, marker="o", markersize=3)
+        _plain(axes, title, "update")
+        axes.title.set_fontsize(10)
+    return figure
+
+
+def energy_plot(step, group: int = 0):
+    """Energies and Gibbs probabilities of one group's branches, their advantages under them. -> Figure
+
+    step: a `train.Step`. Energies are velocity energies summed over blocks and steps, all weights 1; the probabilities
+    are those of the policy before the update, and the dashed line is where all branches are equally likely."""
+    shown = step.groups[group]
+    energies, probabilities = shown.energies.sum((1, 2)).tolist(), shown.log_p.exp().tolist()
+    n = len(energies)
+    colours = [branch_colour(g) for g in range(n)]
+    names = [f"{g}\n{a:+.1f}" for g, a in enumerate(shown.advantages.tolist())]
+    figure = _figure(8, 3.3)
+    left, right = figure.subplots(1, 2)
+    left.bar(names, energies, color=colours, edgecolor="#555555", linewidth=0.5)
+    # differences are small against the energies themselves, and they are what the policy is made of
+    room = (max(energies) - min(energies)) or max(energies) or 1.0
+    left.set_ylim(max(0.0, min(energies) - room), max(energies) + 0.2 * room)
+    difference = "mean squared velocity difference (axis cut)"
+    _plain(left, f"Energy (tau {step.tau:.2g})", "branch, and its advantage", difference)
+    right.bar(names, probabilities, color=colours, edgecolor="#555555", linewidth=0.5)
+    right.axhline(1 / n, color="#555555", linestyle="--", linewidth=1)
+    _plain(right, "Gibbs probability", "branch, and its advantage", "probability")
+    for axes in (left, right):
+        axes.tick_params(axis="x", labelsize=8)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------- story
+
+
+def _film(pixels: Tensor, count: int, columns: int = 0):
+    """About `count` evenly spaced frames of [T, 3, H, W] side by side -> numpy uint8 [H', W', 3] and their numbers"""
+    t = len(pixels)
+    index = torch.linspace(0, t - 1, min(count, t)).round().long()
+    return _bytes(tile(pixels[index][:, None], columns or len(index)))[0], index.tolist()
+
+
+def story_figure(prefix: Tensor, branches: Tensor, frames: Tensor, labels: Sequence[str], window: Window | None = None):
+    """One group as a picture: the shared prefix on the left, up to four branches and the anchor on the right. -> Figure
+
+    prefix [Tp, 3, H, W] from frame 0 on; branches [G + 1, Tc, 3, H, W] from frame Tp on, anchor last; frames [G, L]
+    that the branches read at Tp, drawn as a strip above each film; labels: one a branch and the anchor's ("": none).
+    Raises ValueError when these do not fit together."""
+    _check_labels(branches, labels)
+    start, n = len(prefix), len(branches) - 1
+    if n < 1 or len(frames) != n or int(frames.max()) >= start:
+        raise ValueError(
+            f"expected {n} rows of frames below {start} for {n} branches and the anchor, got {list(frames.shape)} "
+            f"up to frame {int(frames.max())}"
+        )
+    rows, columns = [*range(min(4, n)), n], min(9, branches.shape[1])
+    # all in inches, so that every frame has the same size: constrained layout would shrink the row with the numbers
+    frame, title, reads, gap = 0.8, 0.24, 0.12, 0.05
+    row = title + reads + gap + frame + 0.12
+    film, _ = _film(prefix, 8, 2)
+    height = len(rows) * row + 0.3
+    left_height = height - 0.75
+    left_width = left_height * film.shape[1] / film.shape[0]
+    right_width = columns * frame * branches.shape[-1] / branches.shape[-2]
+    width = left_width + right_width + 0.5
+    figure = _figure(width, height)
+    figure.set_layout_engine("none")
+
+    def place(x: float, top: float, w: float, h: float):
+        return figure.add_axes((x / width, 1 - (top + h) / height, w / width, h / height))
+
+    axes = place(0.1, 0.5, left_width, left_height)
+    axes.imshow(film, interpolation="nearest", aspect="auto")
+    axes.set_axis_off()
+    figure.text(0.1 / width, 1 - 0.1 / height, f"the past they share\nframes 0 to {start - 1}", va="top", fontsize=9)
+    for r, g in enumerate(rows):
+        anchor, top, x = g == n, r * row, left_width + 0.4
+        colour = ANCHOR if anchor else branch_colour(g)
+        read = ordinary_frames(start, window or Window()) if anchor else frames[g]
+        strip = place(x, top + title, right_width, reads)
+        strip.set(xlim=(0, start), ylim=(0, 1), facecolor="#eeeeee", xticks=[], yticks=[])
+        strip.broken_barh([(f, 1.0) for f in read.tolist()], (0, 1), facecolor=colour, edgecolor="white", linewidth=0.5)
+        strip.spines[:].set_visible(False)
+        name = "anchor" if anchor else f"branch {g}"
+        strip.set_title(f"{name}: {labels[g]}" if labels[g] else name, loc="left", fontsize=9, pad=2)
+        film, index = _film(branches[g], columns)
+        axes = place(x, top + title + reads + gap, right_width, frame)
+        axes.imshow(film, interpolation="nearest", aspect="auto")
+        step = film.shape[1] / len(index)
+        last = r + 1 == len(rows)
+        axes.set_xticks([(k + 0.5) * step for k in range(len(index))], [str(start + i) if last else "" for i in index])
+        axes.set_yticks([])
+        axes.tick_params(length=0, labelsize=8)
+        axes.spines[:].set(color=colour, linewidth=2)
+    return figure
