@@ -426,7 +426,7 @@ def turned(rows: Tensor, motion: Tensor, chosen: Tensor, until: Tensor, heading:
     return torch.where(wrong, moved, rows), wrong_block
 
 
-# --------------------------------------------------------------------------------------------------- clips and the model
+# -------------------------------------------------------------------------------------------------- clips and the model
 
 
 def gather(frames: Tensor, places: Tensor) -> Tensor | None:
@@ -710,8 +710,10 @@ def train_student(
                 return guided(lambda text: velocities(teacher, clip, seen_by_teacher, x, sigma, text), clip.text,
                               config.guidance)  # fmt: skip
 
-            loss = dmd_loss(live.transpose(0, 1), real,
-                            lambda x, sigma: velocities(fake, clip, seen_by_fake, x, sigma, clip.text), generator)  # fmt: skip
+            def faked(x: Tensor, sigma: Tensor) -> Tensor:
+                return velocities(fake, clip, seen_by_fake, x, sigma, clip.text)
+
+            loss = dmd_loss(live.transpose(0, 1), real, faked, generator)
             update(student, optimizer, loss)
             ema_update(ema, student, config.ema_decay)
         for _ in range(config.fake_updates):

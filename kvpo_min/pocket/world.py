@@ -19,8 +19,9 @@ Grammar of a script, one a line (words in brackets may be left out, and history 
                                                                      there has to travel first)
 
 Time has one rhythm: at frames 3, 9, 15, ... (every second block) a traveller goes to the next scene of the ring and a
-wanderer may turn. Events ("settles", "turns", "changes colour") happen at frame 27, and in later segments 6 frames after
-the words came. A hero that moves leaves the picture on one side and comes back on the other. Never named: the size.
+wanderer may turn. Events ("settles", "turns", "changes colour") happen at frame 27, and in later segments 6 frames
+after the words came. A hero that moves leaves the picture on one side and comes back on the other. Never named: the
+size.
 
 States are integers, so the world is finite: 4 shapes x 2 sizes x 6 colours x 6 scenes x 16 x 16 places (every fourth
 pixel).
@@ -574,10 +575,10 @@ def _at_places(images: Tensor, stamps: Tensor) -> Tensor:
 
 @functools.cache
 def _search_tables() -> tuple[Tensor, Tensor, Tensor]:
-    """What does not depend on the frame. With S a landscape, k an ink, r the rim, i and h the coverages of ink and hero:
-    a rendering is S + D with D = h (r - S) + i (k - r), so ||frame - S - D||^2 = ||frame - S||^2 - 2 <frame - S, D> +
-    ||D||^2. -> sums of h and i with what is constant in <., D> and ||D||^2: energy [6 scenes, 8, 6 inks, 16, 16], and
-    the constant parts of the product."""
+    """What does not depend on the frame. With S a landscape, k an ink, r the rim, i and h the coverages of ink and
+    hero, a rendering is S + D with D = h (r - S) + i (k - r), so
+    ||frame - S - D||^2 = ||frame - S||^2 - 2 <frame - S, D> + ||D||^2.
+    -> ||D||^2 [6 scenes, 8 masks, 6 inks, 16, 16], r - S [6, 3, 64, 64], k - r [6, 3]"""
     ink, hero = _stamps()
     rim, inks = torch.tensor(OUTLINE), torch.tensor(list(COLOURS.values())) - torch.tensor(OUTLINE)  # [3], [6, 3]
     left = rim[:, None, None] - scenes()  # r - S [6, 3, 64, 64]
@@ -680,11 +681,11 @@ def journeys(reading: Reading, scripts: list[str]) -> Tensor:
 
 
 def correctness(reading: Reading, scripts: list[str], like: tuple[str, ...] = DAYLIGHT) -> dict[str, float]:
-    """Shares of frames: `valid`; `colour`, `shape`, `motion`, `scene` right among the frames whose words fix them; `all`
-    of the named ones right at once; mean `distance`. Share of videos: `journey` in order. Shares of the settlings:
-    `remembered` (in the scene that the readable frames demand), `coherent` (in a scene that was visited), and the taste,
-    which is not correctness: `liked before` the event, `liked` at the end, `liked anew` at the end where it was not
-    before. NaN where there is nothing to count."""
+    """Shares of frames: `valid`; `colour`, `shape`, `motion`, `scene` right among the frames whose words fix them;
+    `all` of the named ones right at once; mean `distance`. Share of videos: `journey` in order. Shares of the
+    settlings: `remembered` (in the scene that the readable frames demand), `coherent` (in a scene that was visited),
+    and the taste, which is not correctness: `liked before` the event, `liked` at the end, `liked anew` at the end where
+    it was not before. NaN where there is nothing to count."""
     n_frames = reading.colour.shape[1]
     wanted = [expected(script, n_frames) for script in scripts]
     valid, out, every = reading.valid, {"valid": reading.valid.float().mean().item()}, reading.valid.clone()
