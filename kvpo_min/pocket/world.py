@@ -534,7 +534,7 @@ class Reading:
     shape: Tensor  # index into SHAPES
     scene: Tensor  # index into SCENES
     motion: Tensor  # index into MOTIONS
-    distance: Tensor  # to the nearest clean rendering, 0 = equal, 1 = as far off as that landscape without a hero
+    distance: Tensor  # to the nearest clean rendering, 0 = equal, 1 = as far off as a landscape without its hero
     place: Tensor  # [N, T, 2] pixel (y, x) of the hero's centre
 
     @property
@@ -543,7 +543,7 @@ class Reading:
         return self.distance < VALID
 
 
-VALID = 0.5  # a frame is valid when it is at most half as far from a clean rendering as an empty landscape
+VALID = 0.5  # a frame is valid when it is at most half as far from a clean rendering as, on average, an empty landscape
 
 
 def judge(videos: Tensor) -> Reading:
@@ -594,7 +594,7 @@ def _nearest_clean(frames: Tensor) -> tuple[Tensor, Tensor]:
     ink, hero = _stamps()
     energy, left, inks = _search_tables()
     n = len(frames)
-    least, state, size = torch.full((n,), torch.inf), torch.zeros(n, dtype=torch.long), torch.zeros(n)
+    least, state = torch.full((n,), torch.inf), torch.zeros(n, dtype=torch.long)
     for s, picture in enumerate(scenes()):
         rest = frames - picture  # [N, 3, 64, 64]
         rim = _at_places((rest * left[s]).sum(1), hero)  # [N, 8, 16, 16]
@@ -602,15 +602,13 @@ def _nearest_clean(frames: Tensor) -> tuple[Tensor, Tensor]:
         gain = 2 * (rim[:, :, None] + torch.einsum("kc,ncmyx->nmkyx", inks, fill)) - energy[s]  # [N, 8, 6, 16, 16]
         best, index = gain.flatten(1).max(1)
         cost = rest.square().sum((1, 2, 3)) - best
-        better = cost < least
-        least = torch.where(better, cost, least)
-        state = torch.where(better, s * gain[0].numel() + index, state)
-        size = torch.where(better, energy[s].flatten()[index], size)
+        state = torch.where(cost < least, s * gain[0].numel() + index, state)
+        least = torch.minimum(cost, least)
     column = state % PLACES
     row, colour = state // PLACES % PLACES, state // PLACES**2 % len(COLOURS)
     mask, scene = state // (PLACES**2 * len(COLOURS)) % 8, state // (PLACES**2 * len(COLOURS) * 8)
     found = torch.stack([mask // 2, mask % 2, colour, scene, GRID * row, GRID * column], 1)
-    return found, (least.clamp(min=0) / size).sqrt()
+    return found, (least.clamp(min=0) / energy.mean()).sqrt()
 
 
 def motion_of(place: Tensor) -> Tensor:
