@@ -535,15 +535,16 @@ class Reading:
     scene: Tensor  # index into SCENES
     motion: Tensor  # index into MOTIONS
     distance: Tensor  # to the nearest clean rendering, 0 = equal, 1 = as far off as a landscape without its hero
+    hero: Tensor  # how much of that rendering's hero is there: 1 all, 0 as in a landscape without it
     place: Tensor  # [N, T, 2] pixel (y, x) of the hero's centre
 
     @property
     def valid(self) -> Tensor:
-        """[N, T] bool: the frame shows a hero at all."""
-        return self.distance < VALID
+        """[N, T] bool: the frame shows one landscape with a hero in it."""
+        return (self.distance < VALID) & (self.hero > 0.5)
 
 
-VALID = 0.5  # a frame is valid when it is at most half as far from a clean rendering as, on average, an empty landscape
+VALID = 0.75  # of the distance: halfway between two landscapes it is about 1, for the autoencoder's own best about .3
 
 
 def judge(videos: Tensor) -> Reading:
@@ -553,8 +554,8 @@ def judge(videos: Tensor) -> Reading:
         raise ValueError(f"the judge reads videos [N, T, 3, {SIZE}, {SIZE}], got {list(videos.shape)}")
     frames = videos.detach().float().cpu().flatten(0, 1)
     found = [_nearest_clean(part) for part in frames.split(32)]
-    best, distance = (torch.cat(parts).unflatten(0, videos.shape[:2]) for parts in zip(*found, strict=True))
-    return Reading(best[..., 2], best[..., 0], best[..., 3], motion_of(best[..., 4:]), distance, best[..., 4:])
+    best, distance, hero = (torch.cat(parts).unflatten(0, videos.shape[:2]) for parts in zip(*found, strict=True))
+    return Reading(best[..., 2], best[..., 0], best[..., 3], motion_of(best[..., 4:]), distance, hero, best[..., 4:])
 
 
 _REACH = 15  # pixels from the centre beyond which no hero has any
@@ -589,12 +590,12 @@ def _search_tables() -> tuple[Tensor, Tensor, Tensor]:
     return energy, left, inks
 
 
-def _nearest_clean(frames: Tensor) -> tuple[Tensor, Tensor]:
-    """frames [N, 3, 64, 64] -> state [N, 6], distance [N]"""
+def _nearest_clean(frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """frames [N, 3, 64, 64] -> state [N, 6], distance [N], hero [N]"""
     ink, hero = _stamps()
     energy, left, inks = _search_tables()
     n = len(frames)
-    least, state = torch.full((n,), torch.inf), torch.zeros(n, dtype=torch.long)
+    least, state, there = torch.full((n,), torch.inf), torch.zeros(n, dtype=torch.long), torch.zeros(n)
     for s, picture in enumerate(scenes()):
         rest = frames - picture  # [N, 3, 64, 64]
         rim = _at_places((rest * left[s]).sum(1), hero)  # [N, 8, 16, 16]
@@ -603,12 +604,14 @@ def _nearest_clean(frames: Tensor) -> tuple[Tensor, Tensor]:
         best, index = gain.flatten(1).max(1)
         cost = rest.square().sum((1, 2, 3)) - best
         state = torch.where(cost < least, s * gain[0].numel() + index, state)
+        share = 0.5 + 0.5 * best / energy[s].flatten()[index]  # <frame - S, D> / ||D||^2
+        there = torch.where(cost < least, share, there)
         least = torch.minimum(cost, least)
     column = state % PLACES
     row, colour = state // PLACES % PLACES, state // PLACES**2 % len(COLOURS)
     mask, scene = state // (PLACES**2 * len(COLOURS)) % 8, state // (PLACES**2 * len(COLOURS) * 8)
     found = torch.stack([mask // 2, mask % 2, colour, scene, GRID * row, GRID * column], 1)
-    return found, (least.clamp(min=0) / energy.mean()).sqrt()
+    return found, (least.clamp(min=0) / energy.mean()).sqrt(), there
 
 
 def motion_of(place: Tensor) -> Tensor:
