@@ -544,7 +544,7 @@ class Reading:
         return (self.distance < VALID) & (self.hero > 0.5)
 
 
-VALID = 0.75  # of the distance: halfway between two landscapes it is about 1, for the autoencoder's own best about .3
+VALID = 0.7  # of the distance: halfway between two landscapes it is about 1, for the autoencoder's own best about .3
 
 
 def judge(videos: Tensor) -> Reading:
