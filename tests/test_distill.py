@@ -268,9 +268,9 @@ def test_forms_of_clips_are_drawn_and_taken_in_turn(stories):
     assert set(begins) == {0, *later} and 0.58 < begins.count(0) / 400 < 0.72
     at_switch = sum(begin in world.SWITCHES for begin in begins) / sum(begin > 0 for begin in begins)
     assert 0.5 < at_switch < 0.8  # 3 of 6 chunks begin with new words, and are drawn twice as often
-    turn = [distill.form_of(i) for i in range(3 * 9 * 2)]
-    assert turn.count(0) == 36 and set(turn) == {0, *later}
-    assert turn.count(39) == turn.count(75) == turn.count(111) == 2 * turn.count(57)
+    turn = [distill.form_of(i) for i in range(72)]
+    assert turn.count(0) == 48 and set(turn) == {0, *later}
+    assert [turn.count(chunk) for chunk in later] == [6, 2, 6, 2, 6, 2]
 
 
 def test_turned_heroes_come_another_way_and_then_do_as_told():
@@ -303,7 +303,7 @@ def test_turned_blocks_are_read_but_not_asked_for(stories):
     rows, own = rows_of(clip.x0), told_by(clip, stories, 0)
     told = stories.short[own].long()
     differs = (rows != told).view(200, 13, 3)[:, :4].any(2)
-    assert 0.1 < differs[:, 0].float().mean() < 0.35 and not differs[:, 3].any()
+    assert 0.05 < differs[:, 0].float().mean() < 0.2 and not differs[:, 3].any()
     weight = torch.stack([next(q.weight for q in clip.queries if q.block == i) for i in range(1, 4)], 1)
     assert (weight == 0).equal(differs[:, 1:]) and set(weight.unique().tolist()) == {0.0, 1.0}
     assert all((q.weight == 1).all() for q in clip.queries if q.block > 3)
@@ -330,8 +330,9 @@ class Forced:
 
 def test_a_short_clip_is_encoded_as_a_rollout_encodes_it(shown, make_backbone):
     backbone = make_backbone()
-    clip, frames = distill.sample_clip(shown, 3, seeded(2), chunk=0), torch.arange(39)
-    assert any((frames[r] != ordinary_frames(s, WINDOW)).any() for s, r in zip(clip.starts, clip.reads, strict=True))
+    clip = distill.sample_clip(shown, 3, seeded(1), chunk=0)
+    usual = [(r == ordinary_frames(s, WINDOW)).all() for s, r in zip(clip.starts, clip.reads, strict=True)]
+    assert not all(usual) and any(usual)  # routes are among them
     forced = Forced(backbone, {start: clip.x0[:, i] for i, start in enumerate(clip.starts)})
     generate(
         forced, Stream(), [clip.text[:, 0]], torch.zeros(3, 13, 1, 3, 8, 4, 4), 39, Sampler(torch.ones(1)),
@@ -356,23 +357,22 @@ def test_a_later_chunk_is_encoded_as_a_history_gives_it(shown, make_backbone, ch
 
 
 def test_encoding_carries_gradient(shown, make_backbone):
-    """Finite differences of a sum over the last block's keys, which its past reaches through every block."""
-    backbone = copy.deepcopy(make_backbone()).double()
-    clip = distill.sample_clip(shown, 1, seeded(3), chunk=0)
-    clip = distill.replace(clip, text=clip.text.double())
-    x0 = clip.x0.double().requires_grad_()
-    direction = torch.randn(x0[:, 0].shape, generator=seeded(1), dtype=torch.float64)
+    """Finite differences of a sum over the event's keys, on the way from the sink through all blocks between."""
+    backbone = make_backbone()
+    clip = distill.sample_clip(shown, 1, seeded(3), chunk=57)
+    x0 = clip.x0.clone().requires_grad_()
+    direction = torch.randn(x0[:, 0].shape, generator=seeded(1))
 
     def last(x0):
-        return distill.encode_clip(backbone, clip, x0)[:, -3:].sin().sum()
+        return distill.encode_clip(backbone, clip, x0)[:, -3:, 1].double().sin().sum()  # of the second layer
 
     (grad,) = torch.autograd.grad(last(x0), x0)
     step = torch.zeros_like(x0)
-    step[:, 0] = 1e-5 * direction  # the sink
+    step[:, 0] = 0.02 * direction  # large, because diffusers' norms round to float32
     with torch.no_grad():
-        difference = (last(x0 + step) - last(x0 - step)) / 2e-5
-    assert difference.abs() > 1e-6
-    assert_close((grad[:, 0] * direction).sum(), difference, rtol=1e-4, atol=1e-9)
+        difference = (last(x0 + step) - last(x0 - step)) / 0.04
+    assert difference.abs() > 1e-3
+    assert_close((grad[:, 0] * direction).sum().double(), difference, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("chunk", [0, 75])
@@ -418,13 +418,11 @@ def test_the_loss_is_the_error_of_the_velocity_where_a_block_is_right(shown):
     assert_close(loss, (error * weight).sum() / weight.sum(), rtol=1e-3, atol=0)
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
 
-    first, again, seen = [], [], set()
-    for k, q in zip(order, sigma.split(40), strict=True):  # blocks that decide something are asked at high noise
-        block = clip.queries[k].block
-        (again if k != next(j for j, p in enumerate(clip.queries) if p.block == block) else first).append(q)
-        seen.add(block)
-    high = [(torch.cat(part) > distill.shifted(torch.tensor(0.9))).float().mean() for part in (first, again)]
-    assert high[0] < 0.2 and high[1] > 0.55
+    own, more = [], []
+    for k, levels in zip(order, sigma.split(40), strict=True):  # a block that decides is asked again, at high noise
+        first = next(j for j, q in enumerate(clip.queries) if q.block == clip.queries[k].block)
+        (own if k == first else more).append(levels)
+    assert 0.1 < (torch.cat(own) > 0.9).float().mean() < 0.3 and (torch.cat(more) > 0.9).float().mean() > 0.55
 
 
 def test_noise_levels():
