@@ -368,8 +368,8 @@ def sample_clip(stories: Stories, n: int, generator: torch.Generator, more: int 
 
     def settled(reads: Tensor, rows: Tensor) -> Tensor:  # [B, T]: where the story goes from the event on
         scene = world.remembered(scene_of(rows[:, :event]), reads)
-        moved = in_scene(rows, torch.where(settles, scene, scene_of(rows[:, event]))[:, None].expand(rows.shape))
-        return torch.where(torch.arange(rows.shape[1]) < event, rows, moved)
+        moves = settles[:, None] & (torch.arange(rows.shape[1]) >= event)
+        return torch.where(moves, in_scene(rows, scene[:, None].expand(rows.shape)), rows)
 
     # what every block reads: absolute frames, of which a clip lacks some behind the sink at its beginning
     fork = forks[int(draw(2))]
@@ -398,7 +398,7 @@ def sample_clip(stories: Stories, n: int, generator: torch.Generator, more: int 
 
     x0 = torch.stack([block(rows, start) for start in starts], 1)
     reads = [place(frames) for frames in absolute]
-    own = range(9 if chunk else 1, len(starts))  # of a later chunk only its own blocks
+    own = range(starts.index(chunk) if chunk else 1, len(starts))  # of a later chunk only its own blocks
     queries = [Query(i, reads[i], x0[:, i], weight[:, i]) for i in own]
     i = starts.index(event)
     for k in range(more):
