@@ -20,8 +20,8 @@ Grammar of a script, one a line (words in brackets may be left out, and history 
 
 Time has one rhythm: at frames 3, 9, 15, ... (every second block) a traveller goes to the next scene of the ring and a
 wanderer may turn. Events ("settles", "turns", "changes colour") happen at frame 27, and in later segments 6 frames
-after the words came. A story begins with its hero in the middle of the picture; who leaves the picture on one side comes
-back on the other. Never named: the size.
+after the words came. A story begins with its hero in the middle of the picture; who leaves it on one side comes back on
+the other. Never named: the size.
 
 States are integers, so the world is finite: 4 shapes x 2 sizes x 6 colours x 6 scenes x 16 x 16 places (every fourth
 pixel).
