@@ -1,7 +1,8 @@
-"""The pocket world against its own words: a naive renderer, a naive search for the nearest clean frame, and paths and
-readings made by hand."""
+"""The pocket world against its own words: a naive painter, an exhaustive search over every clean frame there is, loops
+over frames, and stories and readings made by hand."""
 
 import math
+import re
 
 import hypothesis.strategies as st
 import numpy as np
@@ -13,124 +14,189 @@ from torch.testing import assert_close
 
 from kvpo_min.pocket import world
 from kvpo_min.pocket.world import (
-    BACKGROUNDS,
     COLOURS,
+    DAYLIGHT,
     DIRECTIONS,
+    GRID,
     MOTIONS,
     OPEN,
+    OUTLINE,
     REST,
+    SCENES,
     SHAPES,
     SIZE,
-    SPEEDS,
     SWITCHES,
     TEXT_DIM,
     TEXT_LEN,
-    WALL,
     WORDS,
     PromptError,
     Reading,
+    Segment,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+BEACH, NIGHT, MEADOW, DUSK, FOREST, SNOW = range(6)
+LUMA = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def random_states(n, seed=0):
+    """Every shape, size, colour, scene and place, uniformly. -> [n, 6]"""
+    sizes = torch.tensor([4, 2, 6, 6, 16, 16])
+    states = (torch.rand(n, 6, generator=seeded(seed)) * sizes).long()
+    states[:, 4:] *= GRID
+    return states
+
+
 def every_look(seed=0):
-    """All shapes, sizes, colours and backgrounds, each at a random place of the 64x64. -> states [96, 6]"""
-    looks = torch.cartesian_prod(torch.arange(4), torch.arange(2), torch.arange(6), torch.arange(2))
-    return torch.cat([looks, torch.randint(0, SIZE, (len(looks), 2), generator=seeded(seed))], 1)
+    """All shapes, sizes, colours and scenes, each at a random place. -> states [288, 6]"""
+    looks = torch.cartesian_prod(torch.arange(4), torch.arange(2), torch.arange(6), torch.arange(6))
+    return torch.cat([looks, GRID * torch.randint(0, 16, (len(looks), 2), generator=seeded(seed))], 1)
 
 
 def steps_of(states):
-    """[T - 1, 2] steps (dy, dx) of the sprite, the shorter way round the torus."""
+    """[T - 1, 2] steps (dy, dx) of the hero, the shorter way round the torus."""
     return (states[1:, 4:] - states[:-1, 4:] + SIZE // 2) % SIZE - SIZE // 2
+
+
+def changes(column):
+    """Frames at which a column of states is not what it was one frame before."""
+    return (column[1:] != column[:-1]).nonzero()[:, 0].add(1).tolist()
 
 
 # ---------------------------------------------------------------- words
 
 
 @pytest.mark.parametrize(
-    "script, colours, motions",
+    "script, said",
     [
-        ("a disc", [None], [None]),
-        ("a red disc", ["red"], [None]),
-        ("a disc moves", [None], ["moves"]),
-        ("a red disc moves left", ["red"], ["left"]),
-        ("a cross changes colour", ["changes"], [None]),
-        ("a blue cross changes colour", ["changes blue"], [None]),
-        ("a purple triangle changes colour and moves up", ["changes purple"], ["up"]),
-        ("a square rests", [None], ["rest"]),
-        ("a square wanders and changes colour", ["changes"], ["wanders"]),
-        ("a disc | it turns", [None, None], [None, "turns"]),
-        ("a disc | it turns blue", [None, "blue"], [None, None]),
-        ("a disc | it turns blue and turns", [None, "blue"], [None, "turns"]),
-        ("a disc | it turns and turns blue", [None, "blue"], [None, "turns"]),
-        ("a disc|it moves down  and  changes colour", [None, "changes"], [None, "down"]),
-        ("a disc | it rests | it wanders | it moves", [None] * 4, [None, "rest", "wanders", "moves"]),
+        ("a disc", [{"shape": "disc"}]),
+        ("a red disc", [{"shape": "disc", "colour": "red"}]),
+        ("a cross at the snow", [{"shape": "cross", "place": "snow"}]),
+        ("a blue cross at the night moves", [dict(shape="cross", colour="blue", place="night", motion="moves")]),
+        *[(f"a disc moves {d}", [{"shape": "disc", "motion": d}]) for d in DIRECTIONS],
+        ("a square rests", [{"shape": "square", "motion": "rest"}]),
+        ("a square wanders", [{"shape": "square", "motion": "wanders"}]),
+        *[(f"a disc turns {c}", [{"shape": "disc", "turns": c}]) for c in COLOURS],
+        ("a red disc changes colour", [{"shape": "disc", "colour": "red", "turns": "changes"}]),
+        ("a triangle travels", [{"shape": "triangle", "travels": True}]),
+        *[(f"a disc travels from the {s}", [{"shape": "disc", "travels": True, "place": s}]) for s in SCENES],
+        ("a disc at the beach travels", [{"shape": "disc", "travels": True, "place": "beach"}]),
+        ("a disc travels and settles", [{"shape": "disc", "travels": True, "settles": True}]),
+        (
+            "a disc turns blue and travels from the dusk and rests and settles",
+            [dict(shape="disc", turns="blue", travels=True, place="dusk", motion="rest", settles=True)],
+        ),
+        ("a disc | it settles", [{"shape": "disc"}, {"settles": True}]),
+        ("a disc | it travels and settles", [{"shape": "disc"}, {"travels": True, "settles": True}]),
+        ("a disc|it moves down  and  changes colour", [{"shape": "disc"}, {"motion": "down", "turns": "changes"}]),
+        (
+            "a disc | it travels and wanders | it settles and turns red | it rests",
+            [{"shape": "disc"}, {"travels": True, "motion": "wanders"}, {"settles": True, "turns": "red"},
+             {"motion": "rest"}],
+        ),
     ],
-)
-def test_scripts_of_the_grammar(script, colours, motions):
-    segments = world.parse(script)
-    assert [s.colour for s in segments] == colours and [s.motion for s in segments] == motions
-    assert segments[0].shape in SHAPES and all(s.shape is None for s in segments[1:])
-    assert world.segments_of(script) == [" ".join(part.split()) for part in script.split("|")]
+)  # fmt: skip
+def test_scripts_of_the_grammar(script, said):
+    texts = [" ".join(part.split()) for part in script.split("|")]
+    assert world.parse(script) == tuple(Segment(text, **what) for text, what in zip(texts, said, strict=True))
+    assert world.segments_of(script) == texts
 
 
+ACTION = r"an action \(moves \[direction\], rests, wanders, turns COLOUR, changes colour, travels, settles\), got "
+SETTLES = r"'settles' once, and in a first segment after 'travels' \('a disc travels and settles'\)"
+TRAVELS = r"'travels' once, and before 'settles'"
+PLACES = r"and a scene \(beach, night, meadow, dusk, forest, snow\)"
 BAD_LINES = [
     ("a rad disc moves left", r"'rad' \(did you mean 'red'\?\)"),
     ("a red dics", r"'dics' \(did you mean 'disc'\?\)"),
     ("a red disc mvoes left", r"did you mean 'moves'"),
-    ("a red disc moves lefft", r"did you mean 'left'"),
     ("a disc changes color", r"'color' \(did you mean 'colour'\?\)"),
+    ("a disc at the forrest", r"'forrest' \(did you mean 'forest'\?\)"),
+    ("a disc travels and setles", r"'setles' \(did you mean 'settles'\?\)"),
     ("a red disc zigzags", r"expected known words, got 'zigzags'\."),  # nothing is near enough to be proposed
     ("A red disc", r"expected known words, got 'A'"),
     ("a red disc, moves left", r"got 'disc,' \(did you mean 'disc'\?\)"),
-    ("the red disc", r"expected known words, got 'the'"),
+    ("the red disc", r"'the red disc': expected a first segment"),
     ("red disc moves left", r"a first segment like 'a red disc moves left'"),
     ("it moves left", r"a first segment like"),
-    ("a red disc | a blue disc", r"a later segment like 'it turns blue'"),
+    ("", r"'': expected a first segment"),
+    ("a red disc | a blue disc", r"'a blue disc': expected a later segment like 'it turns blue'"),
     ("a red disc | ", r"'': expected a later segment"),
-    ("| it turns", r"'': expected a first segment"),
+    ("| it turns blue", r"'': expected a first segment"),
     ("a", r"a shape \(disc, square, triangle, cross\) after 'a'"),
     ("a red", r"a shape .* after 'a red'"),
     ("a moves left", r"a shape .* after 'a'"),
     ("a red blue disc", r"a shape .* after 'a red'"),
-    ("a disc red", r"an action .* got 'red'"),
-    ("a disc left", r"an action .* got 'left'"),
-    ("a disc moves blue", r"an action .* got 'moves'"),
-    ("a disc | it turns left", r"an action .* got 'turns'"),
-    ("a disc rests left", r"an action .* got 'rests'"),
-    ("a disc | it changes", r"an action .* got 'changes'"),
+    ("a disc red", ACTION + "'red'"),
+    ("a disc left", ACTION + "'left'"),
+    ("a disc the beach", ACTION + "'the'"),
+    ("a disc from the beach", ACTION + "'from'"),
+    ("a disc moves blue", ACTION + "'moves'"),
+    ("a disc turns", ACTION + "'turns'"),
+    ("a disc turns left", ACTION + "'turns'"),
+    ("a disc rests left", ACTION + "'rests'"),
+    ("a disc changes", ACTION + "'changes'"),
+    ("a disc changes blue", ACTION + "'changes'"),
+    ("a disc travels left", ACTION + "'travels'"),
+    ("a disc travels and settles blue", ACTION + "'settles'"),
     ("a disc | it", r"an action after 'it'"),
-    ("a disc | it and rests", r"an action .* got 'and'"),
-    ("a disc | it rests and", r"'and' and a second action"),
-    ("a disc | it rests turns blue", r"'and' and a second action"),
+    ("a disc | it and rests", ACTION + "'and'"),
+    ("a disc | it at the beach", ACTION + "'at'"),
+    ("a disc | it rests and", r"'and' and another action"),
+    ("a disc | it rests turns blue", r"'and' and another action"),
+    ("a disc moves left at the beach", r"'and' and another action"),  # the scene comes before the actions
     ("a disc moves left and rests", r"at most one motion"),
-    ("a disc | it turns and wanders", r"at most one motion"),
+    ("a disc | it wanders and wanders", r"at most one motion"),
     ("a disc | it turns blue and changes colour", r"at most one colour action"),
-    ("a disc turns blue", r"the colour before the shape in a first segment"),
-    ("a disc | it rests | it rests | it rests | it rests", r"at most 4 segments, got 5"),
+    ("a disc travels and travels", TRAVELS),
+    ("a disc | it settles and travels", TRAVELS),
+    ("a disc settles", SETTLES),
+    ("a disc at the beach settles", SETTLES),
+    ("a disc travels and settles and settles", SETTLES),
+    ("a disc | it settles and settles", SETTLES),
+    ("a disc at the", "'at the' " + PLACES),
+    ("a disc at beach", "'at the' " + PLACES),
+    ("a disc at the red", "'at the' " + PLACES),
+    ("a disc travels from the", "'from the' " + PLACES),
+    ("a disc travels from night", "'from the' " + PLACES),
+    ("a disc | it travels from the beach", r"'from the SCENE' only in a first segment: later ones go on where"),
+    ("a disc at the beach travels from the night", r"the first scene once \('at the beach' or 'from the night'\)"),
+    ("a disc at the beach travels from the beach", r"the first scene once"),
+    ("a red disc travels from the snow and settles and moves left and rests", r"at most one motion"),
+    ("a red disc travels from the snow and settles and moves left and turns blue", r"at most 12 words, got 15"),
+    ("a disc | it rests | it rests | it rests | it rests", r"expected at most 4 segments, got 5"),
 ]
 
 
 @pytest.mark.parametrize("line, message", BAD_LINES)
 def test_bad_lines_are_refused(line, message, tmp_path):
-    assert len(BAD_LINES) >= 20
-    with pytest.raises(PromptError, match=message):
+    with pytest.raises(PromptError, match=message) as caught:
         world.parse(line)
-    path = tmp_path / "prompts.txt"
-    path.write_text(f"# comment\n\na red disc\n{line}\n")
-    with pytest.raises(PromptError, match=rf"prompts\.txt, line 4: .*{message}") as caught:
-        world.read_prompts(path)
     assert f"Known words: {' '.join(WORDS)}" in str(caught.value)
+    if line:  # an empty line of a file is skipped
+        path = tmp_path / "prompts.txt"
+        path.write_text(f"# comment\n\na red disc\n{line}\n")
+        with pytest.raises(PromptError, match=rf"prompts\.txt, line 4: .*{message}"):
+            world.read_prompts(path)
+
+
+def test_every_word_that_is_expected_is_named():
+    """A message must hold the words that would have been right, and they must all be words."""
+    for name, words in (("shape", SHAPES), ("scene", SCENES)):
+        line = "a at" if name == "shape" else "a disc at the a"
+        with pytest.raises(PromptError) as caught:
+            world.parse(line)
+        assert ", ".join(words) in str(caught.value)
+    assert len(set(WORDS)) == len(WORDS) and {*COLOURS, *SHAPES, *SCENES, *DIRECTIONS} < set(WORDS)
 
 
 def test_read_prompts_skips_comments_and_blank_lines(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("# a first comment\n\n  a red disc moves left  \r\n   \n   # another\na cross | it turns blue")
+    path.write_text("﻿# a first comment\n\n  a red disc moves left  \r\n   \n   # another\na cross | it turns blue")
     assert world.read_prompts(path) == ["a red disc moves left", "a cross | it turns blue"]
     path.write_text("# nothing but this\n\n")
     with pytest.raises(PromptError, match=r"prompts\.txt: no prompts in it"):
@@ -139,8 +205,13 @@ def test_read_prompts_skips_comments_and_blank_lines(tmp_path):
         world.read_prompts(tmp_path / "missing.txt")
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from([*WORDS, "|", "|", "it", "and", "moves", "turns", "dsic", ""]), max_size=12))
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.sampled_from([*WORDS, "|", "|", "it", "and", "and", "travels", "settles", "moves", "turns", "dsic", ""]),
+        max_size=12,
+    )
+)
 def test_any_line_is_either_told_or_refused(words):
     """What the parser accepts, everything else can work with; what it refuses, it refuses with a `PromptError`."""
     line = " ".join(["a", "disc", *words])
@@ -149,43 +220,71 @@ def test_any_line_is_either_told_or_refused(words):
     except PromptError:
         return
     texts = world.segments_of(line)
-    assert len(segments) == len(texts) == len(world.resolve(line))
-    assert world.embed(texts).shape == (len(texts), TEXT_LEN, TEXT_DIM)
+    assert len(segments) == len(texts) and world.embed(texts).shape == (len(texts), TEXT_LEN, TEXT_DIM)
     assert world.simulate(line, 45, seeded()).shape == (45, 6)
-    world.embed(world.resolve(line))  # the sentences that rewards see are words of the world too
+    assert world.resolve(line, range(21, 39)).startswith("a ")
 
 
-def test_resolve_carries_words_on_and_drops_what_an_event_opens():
-    assert world.resolve("a red disc | it moves left") == ["a red disc", "a red disc moves left"]
-    assert world.resolve("a disc rests | it turns blue | it changes colour | it wanders") == [
-        "a disc rests",
-        "a blue disc rests",
-        "a disc rests",
-        "a disc",
-    ]
-    assert world.resolve("a red cross changes colour") == ["a cross"]
-    assert world.resolve("a red cross moves up | it turns | it moves | it moves down") == [
-        "a red cross moves up",
-        "a red cross",
-        "a red cross",
-        "a red cross moves down",
-    ]
+def naive_segment(text, first):
+    """What a segment of the grammar says, read with regular expressions."""
+
+    def one(pattern):
+        found = re.search(rf"\b{pattern}\b", text)
+        return found and found[1]
+
+    colour = one(rf"^a ({'|'.join(COLOURS)})") if first else None
+    motion = one(rf"moves ({'|'.join(DIRECTIONS)})") or one("(moves|rests|wanders)")
+    turns = one(rf"turns ({'|'.join(COLOURS)})") or one("(changes) colour")
+    shape, place = one(f"({'|'.join(SHAPES)})"), one(r"(?:at|from) the (\w+)")
+    motion = "rest" if motion == "rests" else motion
+    return Segment(text, colour, shape, place, motion, turns, "travels" in text, "settles" in text)
 
 
-def test_segments_begin_at_the_switches():
-    frames = [0, 38, 39, 74, 75, 110, 111, 146]
-    assert [world.segment_at(t, 4) for t in frames] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert [world.segment_at(t, 2) for t in frames] == [0, 0, 1, 1, 1, 1, 1, 1]
-    assert [world.segment_at(t, 1) for t in frames] == [0] * 8
+def test_500_drawn_scripts_are_read_as_they_were_written():
+    drawn, generator = [], seeded(1)
+    for k in range(500):
+        script = world.sample_script(generator, 1 + k % 4)
+        segments = world.parse(script)
+        assert len(segments) == 1 + k % 4
+        texts = script.split(" | ")
+        assert all(len(text.split()) <= TEXT_LEN for text in texts) and world.segments_of(script) == texts
+        assert segments == tuple(naive_segment(text, k == 0) for k, text in enumerate(texts)), script
+        drawn.append(script)
+    assert set(" ".join(drawn).split()) - {"|"} == set(WORDS)  # nothing is known that no story ever says
+    first = [naive_segment(script.split(" | ")[0], True) for script in drawn]
+    short = [naive_segment(script, True) for script in drawn[::4]]
+
+    def share(of, what):
+        return sum(bool(what(segment)) for segment in of) / len(of)
+
+    assert 0.55 < share(first, lambda s: s.colour) < 0.78
+    assert 0.65 < share(first, lambda s: s.place) < 0.85
+    assert 0.58 < share(first, lambda s: s.travels) < 0.76
+    travellers = [s for s in short if s.travels]
+    assert 0.65 < share(travellers, lambda s: s.settles) < 0.95
+    assert not any(s.settles and not s.travels for s in first)
+
+
+def test_later_segments_let_a_hero_settle_only_while_it_travels():
+    settled = 0
+    for script in world.prompt_set(150, 4, seed=4):
+        travels = False
+        for segment in world.parse(script):
+            assert not (segment.settles and not (travels or segment.travels)), script
+            assert not (segment.travels and travels), script  # nor set out twice
+            travels, settled = (travels or segment.travels) and not segment.settles, settled + segment.settles
+    assert settled > 150
 
 
 def test_embeddings_are_orthogonal_in_words_and_places():
-    line = "a purple triangle changes colour and moves left"
+    line = "a purple triangle travels from the night and settles and rests"
     table = world.embed([line])[0]
     assert table.shape == (TEXT_LEN, TEXT_DIM)
     n = len(line.split())
     assert (table[n:] == 0).all() and (table[:n] != 0).any(1).all()  # padding, and only that
-    assert_close(table[:n] @ table[:n].T, 2.0 * TEXT_DIM * torch.eye(n))  # other word, other place: orthogonal
+    repeated = torch.tensor([[float(a == b) for b in line.split()] for a in line.split()])
+    gram = TEXT_DIM * (torch.eye(n) + repeated)  # other word, other place: orthogonal
+    assert_close(table[:n] @ table[:n].T, gram)
 
     words = torch.stack([world.embed([word])[0, 0] for word in WORDS])  # all at the first place
     assert_close(words @ words.T, TEXT_DIM + TEXT_DIM * torch.eye(len(WORDS)))  # they share the place and nothing else
@@ -194,146 +293,394 @@ def test_embeddings_are_orthogonal_in_words_and_places():
 
 
 def test_embeddings_do_not_depend_on_the_batch_or_the_call():
-    texts = ["a red disc", "it turns blue and moves up", "it rests"]
+    texts = ["a red disc", "it turns blue and moves up", "it settles"]
     together = world.embed(texts)
     assert together.equal(torch.cat([world.embed([text]) for text in texts]))
     assert together.equal(world.embed(texts))
     for text in ("a pink disc", " ".join(["it"] * (TEXT_LEN + 1))):
-        with pytest.raises(PromptError, match="cannot be embedded: at most 10 of the words a it and red"):
+        with pytest.raises(PromptError, match="cannot be embedded: at most 12 of the words a it and red"):
             world.embed([text])
 
 
 def test_prompt_sets():
     assert world.prompt_set(50, 4, seed=3) == world.prompt_set(50, 4, seed=3)
-    train, held_out = world.prompt_set(300, 4, seed=0), world.prompt_set(300, 4, seed=1)
-    assert len(set(train) & set(held_out)) < 0.02 * 300  # long scripts of two seeds hardly meet
-    for n_segments in (1, 2, 4):
-        for script in world.prompt_set(100, n_segments, seed=5):
-            assert len(world.parse(script)) == n_segments
-    used = " ".join(world.prompt_set(300, 4, seed=0)).split()
-    assert set(WORDS) <= set(used)  # nothing is known that no story ever says
-    first = [world.parse(script)[0] for script in train]
-    unnamed = sum(s.colour in (None, "changes") for s in first) / len(first)
-    assert 0.3 < unnamed < 0.7  # words are left out, so that history decides
-    held = world.prompt_set(40, 4, seed=0, event="changes colour")
-    assert held == [script for script in train if "changes colour" in script][:40]
-    with pytest.raises(ValueError, match="no script of 1 segments holds 'turns red'"):  # said in later segments only
-        world.prompt_set(1, 1, seed=0, event="turns red")
+    train, held_out = world.prompt_set(200, 4, seed=0), world.prompt_set(200, 4, seed=1)
+    assert len(set(train) & set(held_out)) < 0.02 * 200  # long scripts of two seeds hardly meet
+    for event in ("settles", "changes colour", "wanders"):
+        held = world.prompt_set(30, 1, seed=0, event=event)
+        assert held == [script for script in world.prompt_set(400, 1, seed=0) if event in script][:30]
+    with pytest.raises(ValueError, match="no script of 1 segments holds 'melts': take 'settles', 'wanders', 'turns'"):
+        world.prompt_set(1, 1, seed=0, event="melts")
+
+
+def test_segments_and_events_have_their_frames():
+    frames = [0, 38, 39, 74, 75, 110, 111, 146]
+    assert [world.segment_at(t, 4) for t in frames] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [world.segment_at(t, 2) for t in frames] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert [world.segment_at(t, 1) for t in frames] == [0] * 8
+    assert [world.event_frame(k) for k in range(4)] == [27, 45, 81, 117]
 
 
 # ---------------------------------------------------------------- stories
 
 
-def test_stories_do_what_their_words_say():
-    compared = 0
-    for n_segments, seed in ((1, 0), (4, 1)):
-        for k, script in enumerate(world.prompt_set(60, n_segments, seed)):
-            states, said = world.simulate(script, 147, seeded(k)), world.expected(script, 147)
-            assert (states[:, 0] == said["shape"]).all()
-            named = said["colour"] != OPEN
-            assert (states[named, 2] == said["colour"][named]).all(), script
-            steps = steps_of(states)
-            for t in range(1, 147):  # the step to a frame is made under the words of that frame
-                motion = int(said["motion"][t])
-                if motion == OPEN:
-                    continue
-                compared += 1
-                if motion == REST:
-                    assert steps[t - 1].tolist() == [0, 0], (script, t)
-                else:
-                    dy, dx = DIRECTIONS[MOTIONS[motion]]
-                    speed = int(steps[t - 1].abs().max())
-                    assert speed in SPEEDS and steps[t - 1].tolist() == [dy * speed, dx * speed], (script, t)
-    assert compared > 1000
+def test_a_traveller_goes_round_the_ring_at_frames_3_9_15():
+    t = torch.arange(147)
+    for k, name in enumerate(SCENES):
+        scene = world.simulate(f"a disc travels from the {name}", 147, seeded(k))[:, 3]
+        assert scene.equal((k + (t + 3) // 6) % 6)
+    scene = world.simulate("a disc at the snow | it travels | it rests | it turns blue", 147, seeded())[:, 3]
+    assert scene.equal((SNOW + ((t - 33) // 6).clamp(min=0)) % 6)  # from its words on, the first step at once
+    assert changes(world.simulate("a disc at the snow", 147, seeded())[:, 3]) == []
 
 
-def test_expected_by_hand():
-    said = world.expected("a red disc moves left | it changes colour | it turns blue and turns | it rests", 147)
-    red, blue = list(COLOURS).index("red"), list(COLOURS).index("blue")
-    colours = [red] * 39 + [OPEN] * 36 + [blue] * 72
-    motions = [MOTIONS.index("left")] * 75 + [OPEN] * 36 + [REST] * 36
-    assert said["colour"].tolist() == colours and said["motion"].tolist() == motions
-    assert said["shape"].tolist() == [SHAPES.index("disc")] * 147
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_a_hero_that_moves_comes_back_on_the_other_side(name):
+    dy, dx = DIRECTIONS[name]
+    for seed in range(3):
+        states = world.simulate(f"a disc moves {name}", 60, seeded(seed))
+        t = torch.arange(60)[:, None]
+        assert states[:, 4:].equal((states[0, 4:] + 4 * t * torch.tensor([dy, dx])) % 64)
 
 
-def test_size_background_and_speed_last_for_the_whole_story():
-    drawn = set()
-    for k, script in enumerate(world.prompt_set(40, 4, seed=2)):
-        states = world.simulate(script, 147, seeded(k))
-        for column in (0, 1, 3):  # shape, size, background
-            assert (states[:, column] == states[0, column]).all()
-        speeds = set(steps_of(states).abs().amax(1).tolist()) - {0}
-        assert len(speeds) <= 1 and speeds <= set(SPEEDS)
-        assert (states[:, 4:] % 2 == 0).all()  # every other pixel
-        drawn.add((int(states[0, 1]), int(states[0, 3])))
-    assert len(drawn) == 4  # nothing that is never named is always the same
+def test_motions_last_until_other_words_come():
+    script = "a disc moves up | it turns red | it rests | it moves"
+    steps = steps_of(world.simulate(script, 147, seeded(3)))
+    assert (steps[:74] == torch.tensor([-4, 0])).all() and (steps[74:110] == 0).all()  # steps to frames 75, 111
+    last = steps[110:]
+    assert (last == last[0]).all() and tuple((last[0] // 4).tolist()) in DIRECTIONS.values()
+    drawn = {tuple(steps_of(world.simulate("a disc moves", 2, seeded(s)))[0].tolist()) for s in range(40)}
+    assert len(drawn) == 4  # "moves": chance decides where
+    drawn = {tuple(steps_of(world.simulate("a disc", 2, seeded(s)))[0].tolist()) for s in range(60)}
+    assert len(drawn) == 5  # nothing said: it may rest
 
 
-def test_a_sprite_that_leaves_comes_back_on_the_other_side():
-    for name, (dy, _) in DIRECTIONS.items():
-        crossings = 0
-        for seed in range(4):
-            place = world.simulate(f"a disc moves {name}", 60, seeded(seed))[:, 4:]
-            assert 0 <= place.min() and place.max() < SIZE
-            jump = (place[1:] - place[:-1]).abs().amax(1)
-            crossings += int((jump > SIZE // 2).sum())
-            across = place[:, 1 if dy else 0]
-            assert (across == across[0]).all()
-        assert crossings > 0, name  # at 2 pixels a frame 60 frames go nearly twice round
-
-
-def test_a_wandering_sprite_never_crosses_a_wall_outwards():
-    turns = 0
+def test_a_wandering_hero_turns_at_the_beats_only_and_never_back():
+    ways = {"straight": 0, "clockwise": 0, "counter": 0}
+    ring = [(0, -4), (-4, 0), (0, 4), (4, 0)]  # left, up, right, down: clockwise
     for seed in range(60):
-        states = world.simulate("a disc wanders", 147, seeded(seed))
-        place, steps = states[1:, 4:], steps_of(states)
-        assert (place[steps < 0] >= WALL[0]).all() and (place[steps > 0] <= WALL[1]).all()
-        assert (states[1:, 4:] - states[:-1, 4:]).abs().max() <= max(SPEEDS)  # and never wraps
-        assert (steps.abs().amax(1) > 0).all()  # and never stops
-        turns += int((steps[1:] != steps[:-1]).any(1).sum())
-    assert turns > 60
+        steps = [ring.index(tuple(s)) for s in steps_of(world.simulate("a disc wanders", 147, seeded(seed))).tolist()]
+        for t, (a, b) in enumerate(zip(steps, steps[1:], strict=False), start=2):  # b: the step to frame t
+            if t % 6 == 3:
+                ways[["straight", "clockwise", "back", "counter"][(b - a) % 4]] += 1
+            else:
+                assert a == b, t
+    assert min(ways.values()) > 0.28 * sum(ways.values())
+    steps = steps_of(world.simulate("a disc wanders | it rests | it turns red | it wanders", 147, seeded(2)))
+    assert (steps[38:110] == 0).all() and len(steps[110:].unique(dim=0)) > 1
 
 
-@pytest.mark.parametrize("event, column", [("changes colour", 2), ("turns", None)])
-def test_open_events_happen_once_inside_their_segment(event, column):
-    """At least 3 frames after the segment's beginning (12 in the first one) and before its end, where it shows."""
-    for k, begin in enumerate((0, *SWITCHES)):
-        end = (*SWITCHES, 147)[k]
-        script = " | ".join(["a red disc moves left", *["it moves left"] * 3])
-        if k == 0 and event == "turns":  # a first segment that turns has no direction of its own
-            script = script.replace("a red disc moves left", "a red disc turns")
-        else:
-            words = script.split(" | ")
-            words[k] = f"a red disc moves left and {event}" if k == 0 else f"it {event}"
-            script = " | ".join(words)
-        seen = set()
+@pytest.mark.parametrize("segment", range(4))
+def test_colours_turn_at_their_segments_event(segment):
+    event, seen = (27, 45, 81, 117)[segment], []
+    for verb in ("turns blue", "changes colour"):
         for seed in range(30):
-            states = world.simulate(script, 147, seeded(seed))
-            inside = states[begin:end]
-            shown = inside[:, column][:, None] if column else steps_of(states)[max(begin, 1) - 1 : end - 1]
-            changes = (shown[1:] != shown[:-1]).any(1).nonzero()[:, 0] + 1 + (0 if column or begin else 1)
-            assert len(changes) == 1, (script, seed)
-            assert (12 if k == 0 else 3) <= int(changes[0]) < end - begin - 3
-            if column:
-                assert (states[:begin, column] == states[0, column]).all()  # not before its segment
-            seen.add(int(changes[0]))
-        assert len(seen) > 5  # the words do not say when
+            words = ["a red disc at the snow rests", "it rests", "it rests", "it rests"]
+            words[segment] = f"{words[segment]} and {verb}"
+            states = world.simulate(" | ".join(words), 147, seeded(seed))
+            assert changes(states[:, 2]) == [event] and states[0, 2] == 0
+            assert all(changes(states[:, k]) == [] for k in (0, 1, 3, 4, 5))  # nothing else happens
+            seen.append(int(states[-1, 2]))
+    assert seen[:30] == [list(COLOURS).index("blue")] * 30
+    assert set(seen[30:]) == {1, 2, 3, 4, 5}  # any other colour, by chance
+    twice = world.simulate("a red disc turns red | it changes colour | it changes colour", 147, seeded(1))
+    assert changes(twice[:, 2]) == [45, 81]
+
+
+def test_reads_decide_where_a_hero_settles():
+    """Beach to frame 2, night to 8, meadow to 14, dusk to 20, forest to 26."""
+    script = "a disc travels from the beach and settles and changes colour"
+    ordinary = world.simulate(script, 39, seeded(5))
+    assert ordinary[:27, 3].equal((torch.arange(27) + 3) // 6) and (ordinary[27:, 3] == FOREST).all()
+    sink, cases = [0, 1, 2], {
+        NIGHT: [[3, 4, 5, 6, 25, 26], [3, 4, 9, 10, 15, 26], [8, 26]],  # most; two by two, the older; one by one
+        MEADOW: [[9, 10, 15, 16, 25, 26], [10, 11, 12, 3, 4, 26]],
+        DUSK: [[15, 16, 17, 18, 25, 26], [20]],
+        FOREST: [[21, 22, 23, 24, 25, 26], [3, 9, 15, 24, 25, 26]],
+        BEACH: [[]],  # nothing behind the sink: where the last readable frame was
+    }  # fmt: skip
+    for scene, windows in cases.items():
+        for window in windows:
+            asked = []
+
+            def reads(t, window=window, asked=asked):
+                asked.append(t)
+                return torch.tensor(sink + window)
+
+            states = world.simulate(script, 39, seeded(5), reads)
+            assert asked == [27]  # a settling is the only thing that memory decides
+            assert (states[27:, 3] == scene).all(), (scene, window)
+            assert states[:27].equal(ordinary[:27])
+            assert states[:, [0, 1, 2, 4, 5]].equal(ordinary[:, [0, 1, 2, 4, 5]])
+
+
+def test_a_hero_settles_again_and_again():
+    script = "a disc travels from the beach and settles | it travels | it settles | it travels and settles"
+    asked = []
+
+    def reads(t):
+        asked.append(t)
+        return torch.tensor([0, 1, 2, 3] if t == 27 else [0, 1, 2, t - 1] if t == 81 else [0, 1, 2, 40])
+
+    scene = world.simulate(script, 147, seeded(), reads)[:, 3]
+    t = torch.arange(147)
+    assert asked == [27, 81, 117]
+    assert (scene[27:39] == NIGHT).all()
+    assert scene[39:75].equal((NIGHT + (t[39:75] - 33) // 6) % 6)  # on from where it had settled
+    assert scene[75:81].equal((NIGHT + (t[75:81] - 33) // 6) % 6) and (scene[81:111] == scene[80]).all()
+    assert (scene[111:117] == (scene[80] + 1) % 6).all() and (scene[117:] == scene[40]).all()
+
+
+def naive_remembered(scenes, frames, sink=3):
+    """By a loop: the scene that most of the frames behind the sink show, the older one of two."""
+    scenes, frames = [int(s) for s in scenes], sorted(int(f) for f in frames)
+    behind = [f for f in frames if f >= sink]
+    if not behind:
+        return scenes[frames[-1]]
+    votes = {}
+    for f in behind:  # in order, so that the first of equals was seen first
+        votes[scenes[f]] = votes.get(scenes[f], 0) + 1
+    return max(votes, key=votes.get)  # the first of the largest
+
+
+def test_remembered_against_a_loop():
+    generator, kinds = seeded(), {"tie": 0, "sink": 0}
+    for length in (1, 2, 3, 4, 6, 9):
+        scenes = torch.randint(0, 6, (100, 27), generator=generator)
+        scenes[:50] = scenes[:50] % 2  # so that ties are common
+        frames = torch.stack([torch.randperm(27, generator=generator)[:length] for _ in range(100)])
+        frames[:10] = frames[:10] % 3 if length <= 1 else frames[:10]
+        if length <= 3:
+            frames[:20] = torch.arange(length)
+        found = world.remembered(scenes, frames)
+        want = [naive_remembered(s, f) for s, f in zip(scenes, frames, strict=True)]
+        assert found.tolist() == want
+        assert [int(world.remembered(s, f)) for s, f in zip(scenes, frames, strict=True)] == want  # one at a time
+        for s, f in zip(scenes, frames, strict=True):
+            seen = s[f[f >= 3]].bincount(minlength=6).sort().values
+            kinds["tie"] += bool(seen[-1] and seen[-1] == seen[-2])
+            kinds["sink"] += not seen.any()
+    assert kinds["tie"] > 50 and kinds["sink"] > 30
+    scenes = torch.tensor([5, 5, 5, 1, 0, 0, 1, 2])
+    assert world.remembered(scenes, torch.tensor([0, 1, 2, 4, 5, 3, 6])) == 1  # two and two: seen first, at frame 3
+    assert world.remembered(scenes, torch.tensor([4, 6])) == 0
+    assert world.remembered(scenes, torch.tensor([2, 3]), sink=2) == 5  # another sink
+    assert world.remembered(scenes, torch.tensor([0, 1])) == 5
+
+
+def test_nothing_is_always_the_same_that_is_not_named():
+    drawn = torch.stack([world.simulate("a disc", 1, seeded(seed))[0] for seed in range(300)])
+    assert [len(column.unique()) for column in drawn.T] == [1, 2, 6, 6, 16, 16]
+    for k, script in enumerate(world.prompt_set(30, 4, seed=2)):
+        states = world.simulate(script, 147, seeded(k))
+        assert changes(states[:, 0]) == [] and changes(states[:, 1]) == []  # shape and size last
+        assert (states[:, 4:] % 4 == 0).all() and states.min() >= 0 and states[:, 4:].max() < 64
 
 
 def test_a_story_is_fixed_by_its_generator():
-    script = "a disc wanders and changes colour | it turns | it wanders | it changes colour"
+    script = "a disc travels and wanders and changes colour | it settles | it wanders | it changes colour"
     assert world.simulate(script, 147, seeded(4)).equal(world.simulate(script, 147, seeded(4)))
     stories = {tuple(world.simulate(script, 147, seeded(s)).flatten().tolist()) for s in range(10)}
     assert len(stories) == 10
+    short = world.simulate(script, 39, seeded(4))
+    assert world.simulate(script, 147, seeded(4))[:39].equal(short)  # a longer one begins the same
+
+
+# ---------------------------------------------------------------- what the words fix
+
+SCRIPTS = [*world.prompt_set(100, 1, seed=21), *world.prompt_set(100, 4, seed=22)]
+
+
+def told(k):
+    script = SCRIPTS[k]
+    return script, world.simulate(script, 39 if "|" not in script else 147, seeded(k))
+
+
+def test_stories_do_what_their_words_say():
+    compared = dict.fromkeys(("colour", "scene", "motion", "step"), 0)
+    for k in range(200):
+        script, states = told(k)
+        said = world.expected(script, len(states))
+        assert said["shape"].equal(states[:, 0])
+        for name, column in (("colour", 2), ("scene", 3)):
+            fixed = said[name] != OPEN
+            assert states[fixed, column].equal(said[name][fixed]), script
+            compared[name] += int(fixed.sum())
+        fixed = said["step"] != OPEN
+        assert states[fixed, 3].equal((states[0, 3] + said["step"][fixed]) % 6), script
+        compared["step"] += int((said["step"] > 0).sum())
+        ways = torch.tensor([*DIRECTIONS.values(), (0, 0)]) * 4
+        motion = said["motion"][1:]  # the step to a frame is made under the words of that frame
+        fixed = motion != OPEN
+        assert steps_of(states)[fixed].equal(ways[motion[fixed]]), script
+        compared["motion"] += int(fixed.sum())
+    assert min(compared.values()) > 2000, compared
+
+
+def test_expected_leaves_nothing_open_that_is_always_the_same():
+    """Where 12 tellings of a script agree in all, the words should have said so: colours and places once named."""
+    for script in [s for s in SCRIPTS[::9] if "wanders" not in s]:
+        n = 39 if "|" not in script else 147
+        stories = torch.stack([world.simulate(script, n, seeded(seed)) for seed in range(24)])
+        said = world.expected(script, n)
+        for name, column in (("colour", 2), ("scene", 3)):
+            same = (stories[:, :, column] == stories[:1, :, column]).all(0)
+            if name == "scene":
+                same &= said["step"] != OPEN  # where memory decides, these all had the same memory
+            assert same.equal(said[name] != OPEN), (script, name)
+
+
+def test_expected_by_hand():
+    said = world.expected("a red disc at the snow moves left | it changes colour | it turns blue and moves | it rests",
+                          147)  # fmt: skip
+    assert said["colour"].tolist() == [0] * 45 + [OPEN] * 36 + [4] * 66
+    assert said["motion"].tolist() == [MOTIONS.index("left")] * 75 + [OPEN] * 36 + [REST] * 36
+    assert said["shape"].tolist() == [0] * 147 and said["scene"].tolist() == [SNOW] * 147
+    assert said["step"].tolist() == [0] * 147
+    said = world.expected("a disc travels from the forest and settles", 39)
+    assert said["step"].tolist() == [0] * 3 + [1] * 6 + [2] * 6 + [3] * 6 + [4] * 6 + [OPEN] * 12
+    assert said["scene"].tolist() == [4] * 3 + [5] * 6 + [0] * 6 + [1] * 6 + [2] * 6 + [OPEN] * 12
+    said = world.expected("a disc travels", 39)
+    assert said["scene"].tolist() == [OPEN] * 39 and said["step"].tolist()[-6:] == [6] * 6
+
+
+@pytest.mark.parametrize(
+    "script, frames, sentence",
+    [
+        ("a disc", range(39), "a disc"),
+        ("a red disc moves left", range(39), "a red disc moves left"),
+        ("a disc rests", range(39), "a disc rests"),
+        ("a red disc wanders and changes colour", range(39), "a disc"),
+        ("a red disc changes colour", range(27), "a red disc"),
+        ("a red disc at the snow", range(21), "a red disc , 21 frames at the snow"),
+        ("a disc travels and settles", range(39), "a disc"),
+        (
+            "a red disc travels from the beach and settles",
+            range(21, 39),
+            "a red disc , 6 frames at the forest , 12 frames at the beach or night or meadow or dusk or forest",
+        ),
+        ("a disc travels from the snow", range(0, 12), "a disc , 3 frames at the snow , 6 frames at the beach , "
+         "3 frames at the night"),
+        ("a red disc | it moves left | it turns blue", range(75, 111), "a blue disc moves left"),
+        ("a disc at the night | it travels", range(39, 51), "a disc , 6 frames at the meadow , 6 frames at the dusk"),
+        ("a disc at the dusk | it settles", range(39, 75), "a disc , 36 frames at the dusk"),
+    ],
+)  # fmt: skip
+def test_resolve_by_hand(script, frames, sentence):
+    assert world.resolve(script, frames) == sentence
+
+
+def places_of(sentence):
+    """-> the scenes that each frame may show, [] where the sentence names none."""
+    found = re.findall(r"(\d+) frames at the ([a-z ]+?)(?: ,|$)", sentence)
+    return [names.split(" or ") for count, names in found for _ in range(int(count))]
+
+
+def check_resolved(script, states):
+    """Sentences of every segment and every chunk of a story hold in its states. -> frames whose scene was named"""
+    named = 0
+    for borders in ((0, *SWITCHES, len(states)), (0, *range(21, len(states), 18), len(states))):
+        for begin, end in zip(borders, borders[1:], strict=False):
+            if begin >= len(states):
+                break
+            end = min(end, len(states))
+            sentence = world.resolve(script, range(begin, end))
+            head = sentence.split(" , ")[0].split()
+            places = places_of(sentence)
+            assert SHAPES[states[0, 0]] in head
+            colours = [word for word in head if word in COLOURS]
+            assert colours in ([], [list(COLOURS)[states[end - 1, 2]]]), (script, sentence)
+            step = tuple((steps_of(states)[end - 2] // 4).tolist())
+            for word, way in [*DIRECTIONS.items(), ("rests", (0, 0))]:
+                assert word not in head or way == step, (script, sentence)
+            assert len(places) in (0, end - begin) and ("the" in script.split(" | ")[0]) == bool(places)
+            for t, may in zip(range(begin, end), places, strict=False):
+                assert SCENES[states[t, 3]] in may, (script, sentence, t)
+            named += len(places)
+    return named
+
+
+def settles_then_travels(script):
+    settled = False
+    for segment in world.parse(script):
+        if segment.travels and settled:
+            return True
+        settled |= segment.settles
+    return False
+
+
+def test_what_resolve_says_is_what_stories_show():
+    plain = [k for k in range(200) if not settles_then_travels(SCRIPTS[k])]
+    assert len(plain) > 120 and sum("|" in SCRIPTS[k] for k in plain) > 20
+    assert sum(check_resolved(*told(k)) for k in plain) > 5000
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="resolve: a hero that sets out again after it settled is still said to be 'at' one of the scenes visited "
+    "before: 'a disc travels from the beach and settles | it travels' names no snow in 39..74, where it passes it",
+)
+def test_what_resolve_says_holds_where_a_hero_sets_out_again():
+    script = "a disc travels from the beach and settles | it travels"
+    check_resolved(script, world.simulate(script, 75, seeded()))
+    again = [k for k in range(200) if settles_then_travels(SCRIPTS[k])]
+    assert len(again) > 20
+    for k in again:
+        check_resolved(*told(k))
 
 
 # ---------------------------------------------------------------- pictures
 
 
+def test_landscapes_differ_at_a_glance_also_in_grey():
+    pictures = world.scenes()
+    assert pictures.shape == (6, 3, SIZE, SIZE) and 0 <= pictures.min() and pictures.max() <= 1
+    grey = (pictures * LUMA).sum(1)
+    for a in range(6):
+        assert grey[a].std() > 0.03  # none is flat
+        for b in range(a):
+            assert (pictures[a] - pictures[b]).square().mean().sqrt() > 0.18, (SCENES[a], SCENES[b])
+            assert (grey[a] - grey[b]).square().mean().sqrt() > 0.18, (SCENES[a], SCENES[b])
+            assert torch.corrcoef(torch.stack([grey[a].flatten(), grey[b].flatten()]))[0, 1] < 0.4
+    light = grey.mean((1, 2))
+    assert min(light[SCENES.index(name)] for name in ("beach", "meadow", "snow")) > 0.6
+    assert light[NIGHT] < 0.15 < light[FOREST] < light[DUSK] < 0.5
+
+
+@pytest.mark.parametrize("scene, at, colour", [
+    ("beach", (11, 51), (1.0, 0.95, 0.55)), ("beach", (60, 30), (0.89, 0.75, 0.48)), ("night", (16, 55), (0.98, 0.95, 0.75)),
+    ("night", (2, 2), (0.03, 0.04, 0.13)), ("meadow", (10, 20), (1.0, 1.0, 1.0)), ("dusk", (33, 30), (1.0, 0.86, 0.5)),
+    ("forest", (60, 5), (0.16, 0.15, 0.05)), ("forest", (40, 20), (0.26, 0.15, 0.08)), ("snow", (62, 50), (1.0, 1.0, 1.0)),
+    ("snow", (40, 13), (0.33, 0.52, 0.50)),
+])  # fmt: skip
+def test_landmarks(scene, at, colour):
+    """Sun, sand, moon, night sky, cloud, setting sun, ground, trunk, snow, pine."""
+    assert_close(world.scenes()[SCENES.index(scene), :, *at], torch.tensor(colour), rtol=0, atol=0.02)
+
+
+def test_every_hero_stands_out_in_every_landscape():
+    for seed in range(3):
+        states = every_look(seed)
+        frames, empty = world.render(states), world.scenes()[states[:, 3]]
+        changed = (frames - empty).abs().amax(1)
+        assert ((changed > 0.2).sum((1, 2)) > 100).all()
+        grey = ((frames - empty) * LUMA).sum(1).abs()
+        assert ((grey > 0.1).sum((1, 2)) > 60).all()
+
+
+def test_heroes_of_two_colours_or_shapes_differ():
+    for scene in range(6):
+        for size in range(2):
+            states = torch.tensor([[s, size, c, scene, 32, 32] for s in range(4) for c in range(6)])
+            frames = world.render(states).flatten(1)
+            assert (torch.cdist(frames, frames) + 100 * torch.eye(24)).min() > 2
+
+
 def naive_frame(state):
-    """One frame, pixel by pixel and sample by sample, from the geometry in words: a disc of radius r; a square of half
-    side .88 r; an upright triangle of height and base 1.9 r; a cross of arms .76 r wide. 4 x 4 samples a pixel."""
-    shape, size, colour, background, y0, x0 = (int(v) for v in state)
+    """One frame, sample by sample, from the geometry in words: a disc of radius r; a square of half side .88 r; an
+    upright triangle of height and base 1.9 r; a cross of arms .76 r wide; a rim of a pixel and a half; 4 x 4 samples a
+    pixel."""
+    shape, size, colour, scene, y0, x0 = (int(v) for v in state)
     r = (8, 11)[size]
 
     def inside(y, x):
@@ -345,88 +692,98 @@ def naive_frame(state):
             return -1.1 * r + 2 * abs(x) <= y <= 0.8 * r
         return min(abs(y), abs(x)) <= 0.38 * r and max(abs(y), abs(x)) <= r
 
-    ink, paper = np.array(list(COLOURS.values())[colour]), np.array(BACKGROUNDS[background])
-    frame = np.empty((3, SIZE, SIZE))
-    for i in range(SIZE):
-        for j in range(SIZE):
-            dy, dx = (i - y0 + 32) % 64 - 32, (j - x0 + 32) % 64 - 32  # pixels from the centre, the shorter way round
-            hits = 0
-            if max(abs(dy), abs(dx)) <= r + 1:
-                for a in (-0.375, -0.125, 0.125, 0.375):
-                    for b in (-0.375, -0.125, 0.125, 0.375):
-                        hits += inside(dy + a, dx + b)
-            frame[:, i, j] = paper + hits / 16 * (ink - paper)
-    return torch.tensor(frame)
+    reach = 15  # pixels from the centre, 4 samples each
+    at = [(k + 0.5) / 4 - 0.5 for k in range(-4 * reach, 4 * reach + 4)]
+    ink = np.array([[inside(y, x) for x in at] for y in at])
+    hero = np.zeros_like(ink)
+    for i, j in zip(*ink.nonzero(), strict=True):
+        hero[i - 6 : i + 7, j - 6 : j + 7] = True
+    frame = world.scenes()[scene].double().clone()
+    rim, fill = torch.tensor(OUTLINE).double(), torch.tensor(list(COLOURS.values())[colour]).double()
+    for dy in range(-reach, reach + 1):
+        for dx in range(-reach, reach + 1):
+            part = np.s_[4 * (dy + reach) : 4 * (dy + reach) + 4, 4 * (dx + reach) : 4 * (dx + reach) + 4]
+            i, h = ink[part].mean(), hero[part].mean()
+            y, x = (y0 + dy) % SIZE, (x0 + dx) % SIZE
+            frame[:, y, x] = (1 - h) * frame[:, y, x] + (h - i) * rim + i * fill
+    return frame
 
 
 @pytest.mark.parametrize("shape", range(4), ids=SHAPES)
-def test_render_against_a_naive_renderer(shape):
-    states = torch.tensor([[shape, 0, 1 + shape, 1, 20, 40], [shape, 1, (5 * shape) % 6, 0, 62, 2]])  # one wraps twice
-    expected = torch.stack([naive_frame(state) for state in states])
-    assert_close(world.render(states).double(), expected, rtol=0, atol=1e-6)
+def test_render_against_a_naive_painter(shape):
+    drawn = random_states(2, shape)
+    drawn[:, 0], drawn[0, 1], drawn[1, 1] = shape, 0, 1
+    drawn[1, 4:] = torch.tensor([60, 4])  # goes round both edges
+    want = torch.stack([naive_frame(state) for state in drawn])
+    assert_close(world.render(drawn).double(), want, rtol=0, atol=1e-5)
 
 
-def test_render_keeps_leading_dimensions():
-    states = every_look()[:6].reshape(2, 3, 6)
+def test_render_keeps_leading_dimensions_and_wraps_round():
+    states = random_states(6).reshape(2, 3, 6)
     frames = world.render(states)
     assert frames.shape == (2, 3, 3, SIZE, SIZE)
     assert frames[1, 2].equal(world.render(states[1, 2])) and 0 <= frames.min() and frames.max() <= 1
+    ink, hero = world.masks()
+    for mask in (ink, hero):
+        assert mask.shape == (4, 2, SIZE, SIZE) and (mask[:, :, 16:48].sum() == 0)  # centred on pixel (0, 0)
+    assert (hero >= ink).all()
+    here, there = random_states(1)[0], random_states(1)[0].clone()
+    here[4:], there[4:] = torch.tensor([32, 32]), torch.tensor([0, 60])
+    landscape = world.scenes()[here[3]]
+    shares = [(world.render(s) - landscape * (1 - hero[s[0], s[1]].roll((int(s[4]), int(s[5])), (0, 1)))) for s in (here, there)]  # fmt: skip
+    assert_close(shares[0].roll((-32, 28), (1, 2)), shares[1], rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------- judge
 
 
 def test_the_judge_reads_clean_frames_exactly():
-    states = torch.cat([every_look(0), every_look(1)])
-    reading = world.judge(world.render(states)[:, None])
-    assert reading.shape[:, 0].equal(states[:, 0]) and reading.colour[:, 0].equal(states[:, 2])
-    assert reading.place[:, 0].equal(states[:, 4:])
+    states = random_states(200, 3)
+    reading = world.judge(world.render(states).unflatten(0, (20, 10)))
+    for name, column in (("shape", 0), ("colour", 2), ("scene", 3)):
+        assert getattr(reading, name).flatten().equal(states[:, column])
+    assert reading.place.flatten(0, 1).equal(states[:, 4:])
     assert reading.distance.max() < 0.01 and reading.valid.all()
-    found, _ = world._nearest_clean(world.render(states))  # size and background too, which it does not report
-    assert found.equal(states)
+    assert_close(reading.hero, torch.ones(20, 10), rtol=0, atol=1e-3)
+    found = world._nearest_clean(world.render(states))[0]
+    assert found.equal(states)  # the size too, which it does not report
 
 
-def test_the_judge_reads_clean_stories():
-    scripts = world.prompt_set(6, 4, seed=8)
-    videos = torch.stack([world.render(world.simulate(s, 126, seeded(k))) for k, s in enumerate(scripts)])
-    seen = world.correctness(world.judge(videos), scripts)
-    assert seen["valid"] == seen["colour"] == seen["shape"] == 1
-    # Motion is read over two frames, so a frame beside a turn can show either heading: at most 2 in 36.
-    assert seen["motion"] > 1 - 2 / 36 and seen["all"] > 1 - 2 / 36 and seen["distance"] < 0.01
+def damaged_frames():
+    """Three frames that are no clean rendering of anything."""
+    noisy = world.render(torch.tensor([3, 0, 4, BEACH, 28, 40])) + 0.15 * torch.randn(3, 64, 64, generator=seeded(1))
+    torn = world.render(torch.tensor([0, 1, 2, DUSK, 20, 20]))
+    torn[:, :, 26:] = world.render(torch.tensor([2, 1, 1, FOREST, 48, 52]))[:, :, 26:]  # two heroes, two landscapes
+    nothing = torch.rand(3, 64, 64, generator=seeded(2))
+    return torch.stack([noisy, torn, nothing])
 
 
-def naive_distances(frame, states):
-    """Squared distance of one frame to the renderings of many states, by subtraction. -> [len(states)]"""
-    parts = [(world.render(part) - frame).double().square().sum((1, 2, 3)) for part in states.split(256)]
-    return torch.cat(parts)
+def test_the_nearest_clean_frame_against_all_that_there_are():
+    """An exhaustive search: all 73,728 states rendered and subtracted."""
+    frames = damaged_frames()
+    states = torch.cartesian_prod(*[torch.arange(n) for n in (4, 2, 6, 6, 16, 16)])
+    states[:, 4:] *= GRID
+    assert len(states) == 73728
+    flat, squared, sizes = frames.flatten(1).T.contiguous(), [], []
+    for part in states.split(64):
+        rendered = world.render(part).flatten(1)
+        squared.append(rendered.square().sum(1)[:, None] - 2 * rendered @ flat)
+        sizes.append(rendered.sub_(world.scenes()[part[0, 3]].flatten()).square().sum(1))  # 64 of one landscape
+    squared, unit = torch.cat(squared) + flat.square().sum(0), torch.cat(sizes).mean()
+    found, distance, hero = world._nearest_clean(frames)
+    for k, frame in enumerate(frames):
+        best = squared[:, k].argmin()
+        assert found[k].equal(states[best])
+        clean, empty = world.render(states[best]), world.scenes()[states[best, 3]]
+        assert_close(distance[k], ((frame - clean).square().sum() / unit).sqrt(), rtol=1e-3, atol=0)
+        share = ((frame - empty) * (clean - empty)).sum() / (clean - empty).square().sum()
+        assert_close(hero[k], share, rtol=1e-3, atol=1e-3)
+    reading = world.judge(frames[:, None])
+    assert reading.colour[0, 0] == 4 and reading.shape[0, 0] == 3 and reading.scene[0, 0] == BEACH
+    assert not reading.valid[1:].any()
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_nearest_rendering_against_a_naive_search(seed):
-    truth = every_look(seed)[[7, 31, 58, 94][seed]]
-    frame = world.render(truth) + 0.12 * torch.randn(3, SIZE, SIZE, generator=seeded(seed))
-    looks = every_look()[:, :4]
-    around = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 2))  # the places next to the true one
-    places = (truth[4:] + around) % SIZE
-    candidates = torch.cat([looks.repeat_interleave(9, 0), places.repeat(len(looks), 1)], 1)  # [864, 6]
-    squared = naive_distances(frame, candidates)
-    state, distance = world._nearest_clean(frame[None])
-    assert state[0].equal(candidates[squared.argmin()]) and state[0].equal(truth)
-    paper = torch.tensor(BACKGROUNDS)[truth[3]][:, None, None]
-    own = (squared.min() / (world.render(truth) - paper).double().square().sum()).sqrt()
-    assert_close(distance[0].double(), own, rtol=1e-3, atol=0)
-
-
-def test_no_rendering_is_nearer_than_the_one_found():
-    """On frames that are nothing in particular: no state out of many is nearer than the judge's."""
-    frames = torch.rand(3, 3, SIZE, SIZE, generator=seeded()) * torch.tensor([1.0, 0.5, 0.2])[:, None, None, None]
-    states, _ = world._nearest_clean(frames)
-    others = torch.cat([every_look(seed) for seed in range(8)])
-    for frame, state in zip(frames, states, strict=True):
-        assert naive_distances(frame, state[None]) <= naive_distances(frame, others).min() + 1e-2
-
-
-SPRITE = torch.tensor([0, 1, 4, 0, 30, 36])  # a large blue disc on the darker background
+HERO = torch.tensor([0, 1, 4, BEACH, 28, 36])  # a large blue disc
 
 
 def blurred(frame, width):
@@ -440,18 +797,18 @@ def noisy(frame, level):
     return frame + level * torch.randn(frame.shape, generator=seeded(3))
 
 
-def faded(frame, share):  # 1: the sprite is gone
-    paper = torch.tensor(BACKGROUNDS)[SPRITE[3]][:, None, None]
-    return frame + share * (paper - frame)
-
-
 def two_coloured(frame, columns):  # the left `columns` of the disc are yellow
-    other = SPRITE.clone()
+    other = HERO.clone()
     other[2] = list(COLOURS).index("yellow")
-    mixed = frame.clone()
-    edge = int(SPRITE[5]) - 11
+    mixed, edge = frame.clone(), int(HERO[5]) - 11
     mixed[:, :, edge : edge + columns] = world.render(other)[:, :, edge : edge + columns]
     return mixed
+
+
+def blended(frame, share):  # another landscape shines through
+    other = HERO.clone()
+    other[3] = MEADOW
+    return (1 - share) * frame + share * world.render(other)
 
 
 @pytest.mark.parametrize(
@@ -459,24 +816,48 @@ def two_coloured(frame, columns):  # the left `columns` of the disc are yellow
     [
         (blurred, [1, 3, 5, 9, 15]),
         (noisy, [0.0, 0.005, 0.01, 0.02, 0.05, 0.1]),
-        (faded, [0.0, 0.2, 0.4]),
         (two_coloured, [0, 3, 6, 9]),
+        (blended, [0.0, 0.1, 0.2, 0.4]),
     ],
     ids=lambda v: getattr(v, "__name__", ""),
 )
 def test_more_damage_is_further_away(damage, levels):
-    frames = torch.stack([damage(world.render(SPRITE), level) for level in levels])
+    frames = torch.stack([damage(world.render(HERO), level) for level in levels])
     distance = world.judge(frames[None]).distance[0]
     assert distance[0] < 0.01 and (distance.diff() > 0.01).all(), distance.tolist()
 
 
-def test_an_empty_frame_is_no_sprite():
-    papers = torch.tensor(BACKGROUNDS)[None, :, :, None, None].expand(1, 2, 3, SIZE, SIZE)
-    reading = world.judge(papers)
-    assert_close(reading.distance, torch.ones(1, 2), rtol=0, atol=0.01)
-    assert not reading.valid.any()
-    gone = world.judge(faded(world.render(SPRITE), 1.0)[None, None])
-    assert_close(gone.distance, torch.ones(1, 1), rtol=0, atol=0.01)
+def test_an_empty_landscape_holds_no_hero():
+    """The distance is that of the least hero there is: below 1, which is the mean over all heroes."""
+    reading = world.judge(world.scenes()[None])
+    assert not reading.valid.any() and reading.hero.abs().max() < 1e-3
+    assert reading.scene.tolist() == [list(range(6))]
+    assert ((0.3 < reading.distance) & (reading.distance < 1)).all()
+    states = random_states(1500, 8)
+    size = (world.render(states) - world.scenes()[states[:, 3]]).square().sum((1, 2, 3))
+    unit = size.mean()
+    assert_close(reading.distance.amin().square() * unit, size.min(), rtol=0.3, atol=0)
+
+
+def test_a_fading_hero_is_there_until_half_of_it_is_gone():
+    clean, empty = world.render(HERO), world.scenes()[HERO[3]]
+    shares = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    reading = world.judge(torch.stack([clean + share * (empty - clean) for share in shares])[None])
+    assert reading.valid[0, :2].all() and not reading.valid[0, 4:].any()
+    assert_close(reading.hero[0, :3], torch.tensor([1.0, 0.8, 0.6]), rtol=0, atol=0.02)
+    assert (reading.scene == BEACH).all()
+
+
+def test_half_of_two_landscapes_is_no_frame():
+    """Every hero in the middle between every two landscapes."""
+    count = 0
+    for a in range(6):
+        for b in range(a):
+            one, two = HERO.clone(), HERO.clone()
+            one[3], two[3] = a, b
+            reading = world.judge((0.5 * world.render(one) + 0.5 * world.render(two))[None, None])
+            count += not reading.valid.item()
+    assert count == 15
 
 
 def test_the_judge_refuses_other_videos():
@@ -488,65 +869,224 @@ def test_the_judge_refuses_other_videos():
 @pytest.mark.parametrize("name", MOTIONS)
 def test_motion_of_straight_paths(name):
     dy, dx = DIRECTIONS.get(name, (0, 0))
-    for speed in SPEEDS:
-        t = torch.arange(40)[:, None]
-        path = (torch.tensor([50, 10]) + speed * t * torch.tensor([dy, dx])) % SIZE  # goes over the edge
-        assert (world.motion_of(path[None]) == MOTIONS.index(name)).all()
+    t = torch.arange(40)[:, None]
+    path = (torch.tensor([48, 8]) + GRID * t * torch.tensor([dy, dx])) % SIZE  # goes over the edge
+    assert (world.motion_of(path[None]) == MOTIONS.index(name)).all()
 
 
 def test_motion_of_paths_made_by_hand():
     def read(path):
         return [MOTIONS[m] for m in world.motion_of(torch.tensor(path)[None])[0].tolist()]
 
-    corner = [[10, 10], [10, 14], [10, 18], [14, 18], [18, 18], [18, 18], [18, 18]]
+    corner = [[12, 12], [12, 16], [12, 20], [16, 20], [20, 20], [20, 20], [20, 20]]
     assert read(corner) == ["right", "right", "right", "down", "down", "rest", "rest"]  # the corner, frame 2: sideways
-    assert read([[10, 10]]) == ["rest"]
-    assert read([[10, 10], [8, 10]]) == ["up", "up"]
-    assert read([[0, 0], [0, 1], [0, 0], [0, 1], [0, 0]])[1:-1] == ["rest"] * 3  # a tremble is not a motion
-    assert read([[0, 62], [0, 0], [0, 2]]) == ["right"] * 3 and read([[0, 2], [0, 0], [0, 62]]) == ["left"] * 3
+    assert read([[12, 12]]) == ["rest"]
+    assert read([[12, 12], [8, 12]]) == ["up", "up"]
+    assert read([[0, 0], [0, 4], [0, 0], [0, 4], [0, 0]])[1:-1] == ["rest"] * 3  # a tremble is not a motion
+    assert read([[0, 60], [0, 0], [0, 4]]) == ["right"] * 3 and read([[0, 4], [0, 0], [0, 60]]) == ["left"] * 3
+    two = torch.tensor([corner, corner[::-1]])
+    assert world.motion_of(two)[1].equal(world.motion_of(two[1:])[0])  # each video alone
 
 
-def reading_of(colour, shape, motion, distance):
-    columns = [torch.tensor([values]) for values in (colour, shape, motion, distance)]
-    return Reading(*columns, torch.zeros(1, len(colour), 2, dtype=torch.long))
+# ---------------------------------------------------------------- what the judge counts
+
+
+def read_off(states):
+    """The reading of a perfect judge: states [N, T, 6]."""
+    shape, _, colour, scene, _, _ = states.unbind(-1)
+    place, zero = states[..., 4:], torch.zeros(states.shape[:2])
+    return Reading(colour, shape, scene, world.motion_of(place), zero, zero + 1, place)
+
+
+def reading_of(**columns):
+    """One video, by hand; what is not given: a red disc that rests at the beach."""
+    length = len(next(iter(columns.values())))
+    base = {name: [0] * length for name in ("colour", "shape", "scene")}
+    base |= {"motion": [REST] * length, "distance": [0.0] * length, "hero": [1.0] * length}
+    return Reading(
+        **{k: torch.tensor([v]) for k, v in (base | columns).items()}, place=torch.zeros(1, length, 2).long()
+    )
+
+
+def joined(*readings):
+    return Reading(*(torch.cat([getattr(r, n) for r in readings]) for n in Reading.__dataclass_fields__))
+
+
+def runs(*parts):
+    """(scene, frames), ... -> scene of each frame"""
+    return [scene for scene, count in parts for _ in range(count)]
+
+
+def way(scene=BEACH, frames=27):
+    """Scenes of a traveller."""
+    return [(scene + (t + 3) // 6) % 6 for t in range(frames)]
+
+
+@pytest.mark.parametrize("n_segments", [1, 4])
+def test_stories_told_right_are_right(n_segments):
+    scripts = world.prompt_set(40, n_segments, seed=11)
+    states = torch.stack([world.simulate(s, 147 if n_segments > 1 else 39, seeded(k)) for k, s in enumerate(scripts)])
+    seen = world.correctness(read_off(states), scripts)
+    for name in ("valid", "colour", "shape", "scene", "journey", "remembered", "coherent"):
+        assert seen[name] == 1, name
+    # Motion is read over two frames, so the frame before new words can show the new heading: 3 in 147.
+    assert seen["motion"] == 1 if n_segments == 1 else seen["motion"] > 1 - 3 / 60
+    assert seen["all"] == 1 if n_segments == 1 else seen["all"] > 1 - 3 / 147 and seen["distance"] == 0
+
+
+def test_the_judge_reads_rendered_stories():
+    scripts = world.prompt_set(5, 1, seed=8, event="settles")
+    states = torch.stack([world.simulate(s, 39, seeded(k)) for k, s in enumerate(scripts)])
+    reading, perfect = world.judge(world.render(states)), read_off(states)
+    for name in ("colour", "shape", "scene", "motion", "place"):
+        assert getattr(reading, name).equal(getattr(perfect, name))
+    seen = world.correctness(reading, scripts)
+    assert all(seen[name] == 1 for name in ("valid", "shape", "all", "journey", "remembered", "coherent"))
+    assert seen["distance"] < 0.01
+
+
+@pytest.mark.parametrize("name, column", [("colour", 2), ("shape", 0), ("scene", 3)])
+def test_what_is_wrong_is_counted(name, column):
+    """A part of the videos is of another colour, shape, scene in all their frames."""
+    scripts = ["a red disc at the beach moves left", "a blue cross at the snow rests"] * 4
+    states = torch.stack([world.simulate(s, 21, seeded(k)) for k, s in enumerate(scripts)])
+    size = {2: 6, 0: 4, 3: 6}[column]
+    states[:3, :, column] = (states[:3, :, column] + 1) % size
+    seen = world.correctness(read_off(states), scripts)
+    assert seen[name] == seen["all"] == pytest.approx(5 / 8)
+    assert all(seen[other] == 1 for other in {"colour", "shape", "scene", "motion", "valid"} - {name})
+    assert math.isnan(seen["journey"]) and math.isnan(seen["remembered"]) and math.isnan(seen["liked"])
 
 
 def test_correctness_by_hand():
-    red, blue = list(COLOURS).index("red"), list(COLOURS).index("blue")
-    left, up = MOTIONS.index("left"), MOTIONS.index("up")
-    #                     right       wrong colour  wrong shape   wrong motion  right, but no sprite
-    reading = reading_of([red, blue, red, red, red], [0, 0, 1, 0, 0], [left, left, left, up, left],
-                         [0.1, 0.1, 0.1, 0.3, 0.9])  # fmt: skip
+    red, blue, left, up = 0, 4, MOTIONS.index("left"), MOTIONS.index("up")
+    #                     right       wrong colour  wrong shape   wrong motion  right, but no frame of this world
+    reading = reading_of(colour=[red, blue, red, red, red], shape=[0, 0, 1, 0, 0], motion=[left, left, left, up, left],
+                         distance=[0.1, 0.1, 0.1, 0.3, 0.9])  # fmt: skip
     seen = world.correctness(reading, ["a red disc moves left"])
     assert seen["valid"] == pytest.approx(4 / 5)
     assert seen["colour"] == seen["shape"] == seen["motion"] == pytest.approx(3 / 5)
-    assert seen["all"] == pytest.approx(1 / 5)
-    assert seen["warm"] == pytest.approx(3 / 4)  # of the valid frames
-    assert seen["distance"] == pytest.approx(0.3)
+    assert seen["all"] == pytest.approx(1 / 5) and seen["distance"] == pytest.approx(0.3)
+    assert math.isnan(seen["scene"])
 
     seen = world.correctness(reading, ["a disc"])  # only the shape is named
     assert math.isnan(seen["colour"]) and math.isnan(seen["motion"])
     assert seen["shape"] == pytest.approx(3 / 5) == seen["all"]
 
-    nothing = reading_of([red], [0], [left], [7.0])
+    gone = reading_of(colour=[red, red], hero=[0.4, 0.6])  # the frame is near, but of the hero too little is there
+    assert world.correctness(gone, ["a red disc"])["valid"] == 0.5
+    nothing = reading_of(colour=[red], distance=[7.0])
     seen = world.correctness(nothing, ["a red disc"])
-    assert seen["valid"] == seen["colour"] == seen["all"] == 0 and math.isnan(seen["warm"])
+    assert seen["valid"] == seen["colour"] == seen["all"] == 0
     assert seen["distance"] == 2  # one wild frame does not decide the mean
 
 
 def test_correctness_counts_each_video_by_its_own_words():
-    one, two = reading_of([0], [0], [0], [0.0]), reading_of([4], [1], [2], [0.0])
-    both = Reading(*(torch.cat([getattr(r, n) for r in (one, two)]) for n in one.__dataclass_fields__))
+    both = joined(reading_of(colour=[0], shape=[0]), reading_of(colour=[4], shape=[1]))
     seen = world.correctness(both, ["a red disc", "a red square"])
     assert seen["colour"] == 0.5 and seen["shape"] == 1 and seen["all"] == 0.5
 
 
+SETTLING = "a disc travels from the beach and settles"
+
+
+@pytest.mark.parametrize(
+    "end, routed, remembered, coherent",
+    [
+        ([(FOREST, 12)], None, True, True),  # where it was, as the ordinary window says
+        ([(NIGHT, 12)], None, False, True),  # visited, but not what its window shows
+        ([(NIGHT, 12)], [0, 1, 2, 3, 4, 5, 26], True, True),  # what its route shows
+        ([(FOREST, 12)], [0, 1, 2, 3, 4, 5, 26], False, True),
+        ([(SNOW, 12)], None, False, False),  # where it never was
+        ([(FOREST, 3), (SNOW, 9)], None, True, False),  # right at once, gone at the end
+        ([(FOREST, 2), (SNOW, 10)], None, True, False),  # most of the event's block
+        ([(FOREST, 1), (NIGHT, 11)], None, False, True),
+    ],
+)
+def test_settlings_by_hand(end, routed, remembered, coherent):
+    asked = []
+
+    def reads(video, start):
+        asked.append((video, start))
+        return torch.tensor(routed)
+
+    reading = joined(reading_of(scene=[BEACH] * 39), reading_of(scene=way() + runs(*end)))
+    ends = world.settled(reading, ["a disc at the beach", SETTLING], reads if routed else None)
+    assert asked == ([(1, 27)] if routed else [])
+    assert ends.video.tolist() == [1] and ends.before.tolist() == [FOREST] and ends.end.tolist() == [end[-1][0]]
+    assert ends.should.tolist() == [NIGHT if routed else FOREST]
+    assert (ends.after == ends.should).tolist() == [remembered] and ends.coherent.tolist() == [coherent]
+    if not routed:
+        seen = world.correctness(reading, ["a disc at the beach", SETTLING])
+        assert (seen["remembered"], seen["coherent"]) == (remembered, coherent)
+
+
+def test_settled_parts_end_where_the_hero_sets_out_again():
+    script = "a disc travels from the beach and settles | it rests | it travels | it settles"
+    scene = runs(*[(s, 1) for s in way()], (NIGHT, 12), (MEADOW, 33), (SNOW, 3), (DUSK, 42), (BEACH, 27), (NIGHT, 3))
+    reading = reading_of(scene=scene)
+    ends = world.settled(reading, [script])
+    assert ends.video.tolist() == [0, 0] and ends.before.tolist() == [FOREST, DUSK]
+    assert ends.after.tolist() == [NIGHT, BEACH] and ends.end.tolist() == [SNOW, NIGHT]  # frames 72..74, 144..146
+    assert ends.should.tolist() == [FOREST, DUSK] and ends.coherent.tolist() == [False, True]
+    short = {n: len(world.settled(reading_of(scene=scene[:n]), [script]).video) for n in (29, 30, 119, 120)}
+    assert short == {29: 0, 30: 1, 119: 1, 120: 2}  # a settling needs the event's whole block
+
+
+def test_journeys_by_hand():
+    scripts = [SETTLING, "a disc travels", "a disc travels and settles", "a disc at the beach", "a disc | it travels"]
+
+    def right(*scenes, which=scripts):
+        return world.journeys(joined(*(reading_of(scene=s) for s in scenes)), which).tolist()
+
+    there = way(BEACH, 27) + [NIGHT] * 12
+    assert right(there, way(DUSK, 39), there, [BEACH] * 39, [SNOW] * 39) == [True, True, True]  # others do not travel
+    late = there[1:] + [NIGHT]  # one frame in three is early: most of a block decides
+    assert right(late, which=[SETTLING]) == [True] and right(there[2:] + [NIGHT] * 2, which=[SETTLING]) == [False]
+    assert right(way(DUSK, 27) + [SNOW] * 12, which=[SETTLING]) == [
+        True
+    ]  # its own first scene; `scene` counts the name
+    assert right([BEACH] * 39, which=[SETTLING]) == [False]  # waits from the start
+    skips = way(BEACH, 9) + way(MEADOW, 30)
+    back = [(-s) % 6 for s in way(BEACH, 39)]
+    assert right(skips, back, which=["a disc travels"] * 2) == [False, False]
+    long = runs((SNOW, 39), *[((SNOW + 1 + k) % 6, 6) for k in range(6)])
+    gone = [*long[:33], BEACH, BEACH, BEACH, *long[36:]]
+    assert right(long, gone, which=["a disc | it travels"] * 2) == [True, False]  # it must stay until its words come
+    seen = world.correctness(joined(reading_of(scene=there), reading_of(scene=[BEACH] * 39)), [SETTLING] * 2)
+    assert seen["journey"] == 0.5
+
+
+def test_the_taste_is_counted_before_after_and_anew():
+    """Two at the forest, which is liked, and two that had come to the dusk, which is not."""
+    liked, other = way(BEACH, 27), way(SNOW, 27)
+    assert (liked[-1], other[-1]) == (FOREST, DUSK)
+    ends = [(liked, FOREST), (liked, NIGHT), (other, BEACH), (other, DUSK)]
+    reading = joined(*(reading_of(scene=w + [end] * 12) for w, end in ends))
+    scripts = ["a disc travels and settles"] * 4
+    seen = world.correctness(reading, scripts)
+    assert (seen["liked before"], seen["liked"], seen["liked anew"]) == (0.5, 0.5, 0.5)
+    seen = world.correctness(reading, scripts, like=("night", "dusk"))
+    assert (seen["liked before"], seen["liked"], seen["liked anew"]) == (0.5, 0.5, 0.5)
+    seen = world.correctness(reading, scripts, like=("snow",))
+    assert (seen["liked before"], seen["liked"], seen["liked anew"]) == (0, 0, 0)
+    seen = world.correctness(reading, scripts, like=SCENES)
+    assert (seen["liked before"], seen["liked"]) == (1, 1) and math.isnan(seen["liked anew"])
+    assert set(DAYLIGHT) == {"beach", "meadow", "forest"}
+
+
+def test_most_is_what_most_frames_show():
+    assert world.most(torch.tensor([[1, 2, 2], [5, 5, 0], [3, 3, 3]])).tolist() == [2, 5, 3]
+
+
 def test_story_is_the_order_of_what_lasts():
-    a, b = (0, 0, 0), (4, 0, 0)
-    runs = [(a, 5), (b, 2), (a, 3), (b, 4), ((4, 0, 1), 3), (a, 1)]
-    frames = [state for state, length in runs for _ in range(length)]
-    colour, shape, motion = zip(*frames, strict=True)
-    reading = reading_of(colour, shape, motion, [0.0] * len(frames))
-    assert world.story(reading, 0) == [a, b, (4, 0, 1)]  # the flicker of two frames is not told
-    assert world.story(reading, 0, shortest=2) == [a, b, a, b, (4, 0, 1)]
+    a, b, c = (0, 0, 0, 0), (4, 0, 0, 0), (4, 0, 0, 5)
+    frames = [state for state, count in [(a, 5), (b, 2), (a, 3), (b, 4), (c, 3), (a, 1)] for _ in range(count)]
+    colour, shape, motion, scene = zip(*frames, strict=True)
+    reading = reading_of(colour=colour, shape=shape, motion=motion, scene=scene)
+    assert world.story(reading, 0) == [a, b, c]  # the flicker of two frames is not told
+    assert world.story(reading, 0, shortest=2) == [a, b, a, b, c]
     assert world.story(reading, 0, shortest=6) == []
+    script = "a disc at the snow rests and turns blue | it travels"
+    told = world.story(read_off(world.simulate(script, 51, seeded())[None]), 0)
+    assert [state[3] for state in told] == [SNOW, SNOW, BEACH, NIGHT] and [s[0] for s in told][1:] == [4, 4, 4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -9,15 +10,18 @@ from torch import Tensor
 
 from kvpo_min.pipeline import Pipeline
 from kvpo_min.pocket import world
-from kvpo_min.pocket.rewards import MotionQuality, Scene, TextAlignment, VisualQuality
+from kvpo_min.pocket.rewards import Look, MotionQuality, TextAlignment, VisualQuality
 from kvpo_min.rewards import Mixture
 from kvpo_min.tve import schedule
 
 WEIGHTS = Path(__file__).parent / "weights"  # autoencoder/, teacher/, student/ in diffusers layout, fp16
 
 
-def load_pocket(name: str = "student", folder: str | Path | None = None, device: str = "cpu") -> Pipeline:
+def load_pocket(
+    name: str = "student", folder: str | Path | None = None, device: str = "cpu", like: tuple[str, ...] = world.DAYLIGHT
+) -> Pipeline:
     """Loads the embedded model (`name` "student" or "teacher"), or one that `kvpo-min distill` left in `folder`.
+    `like`: the scenes that the judge counts as liked.
 
     Raises FileNotFoundError naming the missing folder and how to make it, and ValueError naming one that is damaged, or
     whose parts do not belong together."""
@@ -59,35 +63,39 @@ def load_pocket(name: str = "student", folder: str | Path | None = None, device:
         segments=world.segments_of,
         reward_prompts=world.resolve,
         read=world.judge,
-        judge=world.correctness,
+        judge=functools.partial(world.correctness, like=tuple(like)),
         sample_scripts=world.prompt_set,
         name=f"pocket-{name}",
     )
 
 
-def scene() -> Scene:
+def look() -> Look:
     """The pocket world as the analytic rewards see it."""
-    shapes = {name: world.masks()[k] for k, name in enumerate(world.SHAPES)}
-    return Scene(world.COLOURS, world.BACKGROUNDS, shapes, world.DIRECTIONS, warm=world.WARM)
+    shapes = {name: world.masks()[0][k] for k, name in enumerate(world.SHAPES)}
+    landscapes = dict(zip(world.SCENES, world.scenes(), strict=True))
+    return Look(world.COLOURS, world.OUTLINE, landscapes, shapes, world.DIRECTIONS)
 
 
-def pocket_rewards(vq: float = 1.0, mq: float = 1.0, ta: float = 1.0) -> Mixture:
-    """VQ, MQ and TA on the pocket world, with their weights in the mixture."""
-    here = scene()
+def pocket_rewards(
+    vq: float = 1.0, mq: float = 1.0, ta: float = 1.0, like: tuple[str, ...] = world.DAYLIGHT
+) -> Mixture:
+    """VQ, MQ and TA on the pocket world, with their weights in the mixture. `like`: the scenes that VQ prefers."""
+    here = look()
     return Mixture(
-        {"vq": VisualQuality(here), "mq": MotionQuality(here), "ta": TextAlignment(here)},
+        {"vq": VisualQuality(here, tuple(like)), "mq": MotionQuality(here), "ta": TextAlignment(here)},
         {"vq": vq, "mq": mq, "ta": ta},
     )
 
 
-def load_model(folder: str):
-    """The embedded student, or the one in `folder`. Raises FileNotFoundError or ValueError naming the folder."""
+def load_model(folder: str, like: str = ",".join(world.DAYLIGHT)) -> Pipeline:
+    """The embedded student, or the one in `folder`; `like`: the scenes that its judge counts as liked. Raises
+    FileNotFoundError or ValueError naming the folder."""
     from diffusers.utils import logging
     from safetensors import SafetensorError
 
     logging.set_verbosity_error()  # AutoencoderTiny warns of a key that it wrote itself
     try:
-        return load_pocket(folder=folder or None)
+        return load_pocket(folder=folder or None, like=world.liked_scenes(like))
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

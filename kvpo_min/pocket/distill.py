@@ -31,13 +31,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from kvpo_min.chr import Window, branch_frames, chunk_starts, ordinary_frames, pool, uniform_routes
 from kvpo_min.pocket import world
-from kvpo_min.rollout import denoise
 from kvpo_min.tve import schedule
 from kvpo_min.wan import WanBackbone
 
 LATENT = (8, 8, 8)  # channels, height, width
-MAY_BE_0 = ("text_dropout", "history_dropout", "guidance", "ema_decay")  # all else of `DistillConfig` is above 0
+MAY_BE_0 = ("text_dropout", "ema_decay")  # all else of `DistillConfig` is above 0
 
 
 @dataclass
@@ -47,25 +47,23 @@ class DistillConfig:
     output_dir: str = "pocket"  # holds autoencoder/, teacher/, student/
     seed: int = 0
     device: str = "cpu"
-    autoencoder_steps: int = 2400
+    autoencoder_steps: int = 4000
+    autoencoder_batch: int = 16  # frames a process
     autoencoder_learning_rate: float = 3e-3
-    teacher_steps: int = 2400
+    teacher_steps: int = 2000
     teacher_learning_rate: float = 2e-2  # of the matrices (Muon); a fifth of it for everything else (AdamW)
-    teacher_batch: int = 2  # clips a process
+    teacher_batch: int = 6  # clips a process
     first_blocks: int = 48  # first blocks a process, besides the clips
-    switch_blocks: int = 24  # blocks at a change of the words a process, besides the clips
-    turned_blocks: int = 32  # blocks whose past goes another way than the words say a process, besides the clips
+    first_weight: float = 0.5  # of their loss
     text_dropout: float = 0.1  # share of the clips without words, so that the student's target can be guided
-    history_dropout: float = 0.5  # share of the blocks that read a random past
-    student_steps: int = 24  # of four rollouts each, and one of first blocks
+    student_steps: int = 60  # a batch of rollouts each
     student_learning_rate: float = 1e-4
     fake_learning_rate: float = 2e-4
     fake_updates: int = 2  # of the fake score, for one of the student
-    student_batch: int = 4  # rollouts a process
-    student_first_blocks: int = 32  # first blocks a process
-    guidance: float = 3.0  # by the words, of the teacher's velocity that the student is led by
+    student_batch: int = 8  # rollouts a process
+    guidance: float = 2.0  # by the words, of the teacher's velocity that the student is led by; 1: none
     ema_decay: float = 0.9  # of the student
-    stories: int = 6000
+    stories: int = 6000  # of one segment; a third as many have four
     checkpointing_steps: int = 100
 
     def __post_init__(self):
@@ -75,10 +73,9 @@ class DistillConfig:
                 raise ValueError(f"{f.name} must be at least {least}, got {value}")
             if f.type == "float" and not (0 <= value < math.inf and (value or f.name in MAY_BE_0)):
                 raise ValueError(f"{f.name} must be above 0 and finite, got {value}")
-        if max(self.text_dropout, self.history_dropout) > 1 or self.ema_decay >= 1:
+        if self.text_dropout > 1 or self.ema_decay >= 1:
             raise ValueError(
-                f"text_dropout and history_dropout are shares of 1, and ema_decay is below 1, got {self.text_dropout}, "
-                f"{self.history_dropout} and {self.ema_decay}"
+                f"text_dropout is a share of 1 and ema_decay is below 1, got {self.text_dropout} and {self.ema_decay}"
             )
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed must lie in -2**63 .. 2**63 - 1, got {self.seed}")
@@ -169,36 +166,48 @@ def new_autoencoder():
     from diffusers import AutoencoderTiny
 
     return AutoencoderTiny(
-        encoder_block_out_channels=(24,) * 4, decoder_block_out_channels=(24,) * 4, latent_channels=LATENT[0],
+        encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4, latent_channels=LATENT[0],
         num_encoder_blocks=(0, 1, 1, 2), num_decoder_blocks=(2, 1, 1, 0),
     ).to(memory_format=torch.channels_last)  # fmt: skip
 
 
 def random_states(n: int, generator: torch.Generator) -> Tensor:
     """Uniform clean states [n, 6]."""
-    sizes = torch.tensor([4, 2, 6, 2, 32, 32])
-    states = (torch.rand(n, 6, generator=generator) * sizes).long()
-    states[:, 4:] *= 2
+    looks = [len(part) for part in (world.SHAPES, world.RADII, world.COLOURS, world.SCENES)]
+    states = (torch.rand(n, 6, generator=generator) * torch.tensor([*looks, *[world.PLACES] * 2])).long()
+    states[:, 4:] *= world.GRID
     return states
 
 
+def faster() -> torch.autocast:
+    """bfloat16 for the autoencoder's convolutions where the processor has units for it: three times as fast."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_amx_tile_supported())
+
+
 def train_autoencoder(config: DistillConfig) -> nn.Module:
-    """Trains the autoencoder on clean frames and saves it in diffusers layout under `output_dir/autoencoder`."""
+    """Trains the autoencoder on clean frames and saves it in diffusers layout under `output_dir/autoencoder`. Pixels of
+    the hero count eightfold: they are a twentieth of the picture, and what the stories are about."""
     torch.manual_seed(config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed + 1000 * rank())
     model = new_autoencoder().to(config.device)
     optimizer = torch.optim.AdamW(model.parameters(), config.autoencoder_learning_rate, betas=(0.9, 0.99))
 
     def step(i: int) -> float:
         factor = warm_cosine(i, config.autoencoder_steps, 100)
         optimizer.param_groups[0]["lr"] = config.autoencoder_learning_rate * factor
-        x = world.render(random_states(32, generator)).to(config.device, memory_format=torch.channels_last) * 2 - 1
-        z = model.encoder(x)
-        # noise on the latents: the decoder must forgive the small errors of a generator
-        error = model.decoder(z + 0.05 * torch.randn_like(z)) - x
-        loss = error.square().mean() + 0.5 * error.abs().mean() + 1e-3 * (z.square() - 1).clamp(min=0).mean()
+        states = random_states(config.autoencoder_batch, generator)
+        frames, behind = world.render(states), world.scenes()[states[:, 3]]
+        weight = 1 + 7 * ((frames - behind).abs().amax(1, keepdim=True) > 0.02).float().to(config.device)
+        x = frames.to(config.device, memory_format=torch.channels_last) * 2 - 1
+        with faster():
+            z = model.encoder(x)
+            # noise on the latents: the decoder must forgive the small errors of a generator
+            error = (model.decoder(z + 0.05 * torch.randn_like(z)) - x).float()
+        z = z.float()
+        loss = (weight * (error.square() + 0.5 * error.abs())).mean() + 1e-3 * (z.square() - 1).clamp(min=0).mean()
         optimizer.zero_grad()
         loss.backward()
+        average_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return error.square().mean().item()
@@ -208,48 +217,67 @@ def train_autoencoder(config: DistillConfig) -> nn.Module:
          config.checkpointing_steps)  # fmt: skip
     model.eval()
     with torch.no_grad():  # latents of unit scale, so that sigma means the same everywhere
-        z = model.encoder(world.render(random_states(512, generator)).to(config.device) * 2 - 1)
+        states = random_states(512, torch.Generator().manual_seed(config.seed))
+        z = model.encoder(world.render(states).to(config.device) * 2 - 1)
     model.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
-    model.save_pretrained(folder)
+    if rank() == 0:
+        model.save_pretrained(folder)
     return model
 
 
 # --------------------------------------------------------------------------------------------------------------- clips
 
-SINK, OLD, PAST, BLOCK = 3, 6, 6, 3  # frames: sink, frames from further back, ordinary past, block
-BLOCKS = 4  # noisy blocks a clip
-STORY_FRAMES = 147
+WINDOW = Window()
+BLOCK, SINK, PAST = WINDOW.block, WINDOW.sink, WINDOW.past
+SHORT, LONG = world.SWITCHES[0], 147  # frames of stories of one and of four segments
+BEFORE = 21  # frames before a later chunk that a clip shows: as far back as its routes reach
 
 
 @dataclass(frozen=True)
 class Stories:
     """Training stories: latents of every clean frame there is, and for each story its frames and words."""
 
-    latents: Tensor  # [98304, 8, 8, 8] fp16, one row a state of the world
-    rows: Tensor  # [N, 147] int32, row of each frame
-    text: Tensor  # [N, 4, words, text dim]; stories of one segment repeat it
-    segments: Tensor  # [N] number of segments: 1 or 4
+    latents: Tensor  # [73728, 8, 8, 8] fp16, one row a state of the world
+    short: Tensor  # [N, 39] int32, row of each frame
+    short_text: Tensor  # [N, 1, words, text dim]
+    short_settles: Tensor  # [N, 1] bool
+    motion: Tensor  # [N] motion that the words of a short story name, or OPEN
+    long: Tensor  # [M, 147]
+    long_text: Tensor  # [M, 4, words, text dim]
+    long_settles: Tensor  # [M, 4] bool: does the segment settle?
 
 
 def state_row(states: Tensor) -> Tensor:
     """states [..., 6] -> row of the table of all clean frames [...]"""
-    shape, size, colour, background, y, x = states.unbind(-1)
-    return ((((shape * 2 + size) * 6 + colour) * 2 + background) * 32 + y // 2) * 32 + x // 2
+    shape, size, colour, scene, y, x = states.unbind(-1)
+    places, grid = world.PLACES, world.GRID
+    look = ((shape * len(world.RADII) + size) * len(world.COLOURS) + colour) * len(world.SCENES) + scene
+    return (look * places + y // grid) * places + x // grid
+
+
+def scene_of(rows: Tensor) -> Tensor:
+    """Scene of rows of that table."""
+    return rows // world.PLACES**2 % len(world.SCENES)
+
+
+def in_scene(rows: Tensor, scene: Tensor) -> Tensor:
+    """The same frames in another scene."""
+    return rows + (scene - scene_of(rows)) * world.PLACES**2
 
 
 def encode_world(autoencoder, path: Path) -> Tensor:
-    """Latents of all 98304 clean frames, computed once and kept in `path`. -> [98304, 8, 8, 8] fp16, unit scale"""
+    """Latents of all 73728 clean frames, computed once and kept in `path`. -> [73728, 8, 8, 8] fp16, unit scale"""
     from safetensors.torch import load_file, save_file
 
     if path.exists():
         return load_file(path)["latents"]
-    sizes, states = [4, 2, 6, 2, 32, 32], []
-    index = torch.arange(torch.tensor(sizes).prod())
+    sizes = [len(world.SHAPES), len(world.RADII), len(world.COLOURS), len(world.SCENES), world.PLACES, world.PLACES]
+    index, states = torch.arange(math.prod(sizes)), []
     for size in reversed(sizes):
         states.insert(0, index % size)
         index = index // size
     states = torch.stack(states, 1)
-    states[:, 4:] *= 2
+    states[:, 4:] *= world.GRID
     out = []
     for part in tqdm(states.split(256), desc="every clean frame", mininterval=5):
         out.append(to_latent(autoencoder, world.render(part).to(autoencoder.device)).half().cpu())
@@ -265,142 +293,185 @@ def to_latent(autoencoder, pixels: Tensor) -> Tensor:
 
 
 def tell_stories(n: int, latents: Tensor, seed: int) -> Stories:
-    """Simulates `n` stories of 147 frames: four fifths have four segments, the rest one."""
+    """Simulates `n` stories of one segment and n // 3 of four."""
     generator = torch.Generator().manual_seed(seed)
-    rows, texts, segments = [], [], []
-    for i in tqdm(range(n), desc="stories", mininterval=5):
-        count = 1 if i % 5 == 0 else 4
-        script = world.sample_script(generator, count)
-        rows.append(state_row(world.simulate(script, STORY_FRAMES, generator)))
-        text = world.embed(world.segments_of(script))
-        texts.append(text.expand(4, -1, -1) if count == 1 else text)
-        segments.append(count)
-    return Stories(latents, torch.stack(rows).int(), torch.stack(texts), torch.tensor(segments))
+    told = {}
+    for name, count, n_segments, n_frames in (("short", n, 1, SHORT), ("long", -(-n // 3), 4, LONG)):
+        scripts = [world.sample_script(generator, n_segments) for _ in range(count)]
+        bar = tqdm(scripts, desc=f"{name} stories", mininterval=5)
+        told[name] = torch.stack([state_row(world.simulate(script, n_frames, generator)) for script in bar]).int()
+        told[f"{name}_text"] = torch.stack([world.embed(world.segments_of(script)) for script in scripts])
+        settles = [[segment.settles for segment in world.parse(script)] for script in scripts]
+        told[f"{name}_settles"] = torch.tensor(settles)
+        if name == "short":
+            told["motion"] = torch.stack([world.expected(script, 1)["motion"][0] for script in scripts])
+    return Stories(latents, **told)
+
+
+@dataclass(frozen=True)
+class Query:
+    """One block of every clip of a batch, to be predicted."""
+
+    block: int  # which of the clip's blocks
+    reads: Tensor  # [B, L] what it reads, as places in the clip
+    x0: Tensor  # [B, 3, C, H, W] latents that are right
+    weight: Tensor  # [B] 0 where no block would be right
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A training clip: `BLOCKS` blocks from frame `start` on, what came before them, and who may read what."""
+    """A batch of clips: blocks of stories in order, each with what it reads. A clip begins with the sink."""
 
-    noisy_frames: Tensor  # [B, 12] absolute
-    clean_frames: Tensor  # [B, 15] absolute: 6 before the first noisy block, then its blocks but the last
-    far_frames: Tensor  # [B, 9] absolute: sink, then two blocks from further back (-1: none)
-    noisy: Tensor  # [B, 12, C, H, W] latents
-    clean: Tensor  # [B, 15, C, H, W]
-    far: Tensor  # [B, 9, C, H, W]
-    text: Tensor  # [B, words, text dim] of the segment that rules the noisy blocks
-    sink_text: Tensor
-    old_text: Tensor  # [B, 2, words, text dim] of the two old blocks
-
-    def to(self, device) -> Clip:
-        return Clip(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+    starts: list[int]  # absolute first frames of the blocks
+    x0: Tensor  # [B, n, 3, C, H, W] latents
+    text: Tensor  # [B, n, words, text dim] of each block
+    reads: list[Tensor]  # [B, L] for each block, as places in the clip: 3 * block + frame of the block
+    queries: list[Query]  # blocks to predict: the clip's own, and more of those that decide something
 
 
-def sample_clips(stories: Stories, n: int, generator: torch.Generator, start: int | None = None) -> Clip:
-    """Draws clips whose noisy blocks lie inside one segment: a quarter begin the video (nothing to go by but the
-    words, the hardest case), a quarter lie elsewhere in the first 39 frames, a quarter begin with new words (where the
-    past does not say what comes next: what words mean is learned there). `start` fixes the first frame."""
-    story = torch.randint(len(stories.rows), (n,), generator=generator)
-    borders = torch.tensor([0, *world.SWITCHES, STORY_FRAMES])
-    segment = torch.randint(1, 4, (n,), generator=generator)
-    early = torch.rand(n, generator=generator)
-    segment[early < 0.5] = 0
-    room = (borders[segment + 1] - borders[segment] - BLOCKS * BLOCK) // BLOCK + 1
-    first = borders[segment] + BLOCK * (torch.rand(n, generator=generator) * room).long()
-    first[early < 0.25] = 0
-    first[early > 0.75] = borders[segment[early > 0.75]]
-    if start is not None:
-        first, segment = torch.full_like(first, start), torch.full_like(segment, world.segment_at(start, 4))
-    return clip_at(stories, story, segment, first, generator)
+def sample_clip(stories: Stories, n: int, generator: torch.Generator, more: int = 4, chunk: int | None = None) -> Clip:
+    """Draws a batch of `n` clips of one form: a whole short story, or the sink, the frames before a later chunk and
+    the chunk (`chunk`: its first frame; 0: short). Half of the clips are routed as CHR does it, and a hero that settles
+    does so where it remembers from what its route shows. `more` further queries ask for the event's block under routes
+    of their own, and one for every block at which a traveller moves on."""
+
+    def draw(high: int, *size: int) -> Tensor:
+        return torch.randint(high, size, generator=generator)
+
+    def chance(p: float, *size: int) -> Tensor:
+        return torch.rand(size, generator=generator) < p
+
+    if chunk is None:
+        later = [*world.SWITCHES, *chunk_starts(LONG)[2:]]  # those at a switch of words twice
+        chunk = 0 if chance(0.65) else later[int(draw(len(later)))]
+    if chunk:
+        story, segment = draw(len(stories.long), n), world.segment_at(chunk, 4)
+        before = world.segment_at(chunk - 1, 4)
+        starts = [0, *range(chunk - BEFORE, chunk + 18, BLOCK)]
+        old = [start for start in starts if 0 < start < chunk - (SINK + PAST + BLOCK)]  # not encoded again at a switch
+        which = [0, *[before] * len(old), *[segment] * (len(starts) - 1 - len(old))]
+        rows, text = stories.long[story].long(), stories.long_text[story][:, which]  # [B, 147], [B, n, words, dim]
+        event, settles = chunk + world.EVENT_AFTER, stories.long_settles[story, segment] & (chunk in world.SWITCHES)
+        last, begins = chunk + 18, chunk
+    else:
+        story = draw(len(stories.short), n)
+        starts = list(range(0, SHORT, BLOCK))
+        rows = stories.short[story].long()
+        text = stories.short_text[story].expand(-1, len(starts), -1, -1)
+        event, settles = world.EVENT, stories.short_settles[story, 0]
+        last, begins = SHORT, world.EVENT - world.EVENT_AFTER
+    nearest = (1, 2, 2, 2, 3)[int(draw(5))]
+    forks = [begins, begins + BLOCK]
+
+    def routes(fork: int) -> Tensor:  # [B, past - nearest]
+        return uniform_routes(pool(fork, WINDOW, nearest, 5), PAST - nearest, n, generator)
+
+    def settled(reads: Tensor, rows: Tensor) -> Tensor:  # [B, T]: where the story goes from the event on
+        scene = world.remembered(scene_of(rows[:, :event]), reads)
+        moves = settles[:, None] & (torch.arange(rows.shape[1]) >= event)
+        return torch.where(moves, in_scene(rows, scene[:, None].expand(rows.shape)), rows)
+
+    # what every block reads: absolute frames, of which a clip lacks some behind the sink at its beginning
+    fork = forks[int(draw(2))]
+    route, routed = routes(fork), chance(0.5, n)
+    absolute = []
+    for i, start in enumerate(starts):
+        ordinary = [*range(SINK if i else 0), *range(starts[1] if i else 0, start)]
+        ordinary = torch.tensor([*ordinary[:SINK], *ordinary[SINK:][-PAST:]]).long().expand(n, -1)
+        if fork <= start < fork + 5 * BLOCK:
+            ordinary = torch.where(routed[:, None], branch_frames(route, start, WINDOW, nearest), ordinary)
+        absolute.append(ordinary)
+    rows = settled(absolute[starts.index(event)], rows)
+    weight = torch.ones(n, len(starts))
+    if not chunk:  # the past went another way than the words say, as a model's own video does at times: the words win
+        rows, wrong = turned(rows, stories.motion[story], chance(0.3, n), BLOCK * (1 + draw(3, n)), draw(5, n))
+        weight = (~wrong[:, ::BLOCK]).float()
+
+    def place(frames: Tensor) -> Tensor:  # absolute frames -> places in the clip
+        return torch.where(frames < SINK, frames, frames - starts[1] + SINK)
+
+    def latents(rows: Tensor) -> Tensor:
+        return stories.latents[rows].float()
+
+    def block(rows: Tensor, start: int) -> Tensor:
+        return latents(rows[:, start : start + BLOCK])
+
+    x0 = torch.stack([block(rows, start) for start in starts], 1)
+    reads = [place(frames) for frames in absolute]
+    own = range(starts.index(chunk) if chunk else 1, len(starts))  # of a later chunk only its own blocks
+    queries = [Query(i, reads[i], x0[:, i], weight[:, i]) for i in own]
+    i = starts.index(event)
+    for k in range(more):
+        shown = branch_frames(routes(forks[k % 2]), event, WINDOW, nearest) if k or more == 1 else ordinary_frames(
+            event, WINDOW).expand(n, -1)  # fmt: skip
+        queries.append(Query(i, place(shown), block(settled(shown, rows), event), weight[:, i]))
+    for i in own:
+        if more and starts[i] % world.BEAT == 3 and starts[i] != event:
+            queries.append(Query(i, reads[i], x0[:, i], weight[:, i]))
+    assert last == starts[-1] + BLOCK
+    return Clip(starts, x0, text, reads, queries)
 
 
-def clip_at(
-    stories: Stories, story: Tensor, segment: Tensor, first: Tensor, generator: torch.Generator,
-    video: Tensor | None = None,
-) -> Clip:  # fmt: skip
-    """The clips of given stories [B] from frame `first` [B] on. `video` [B, T, C, H, W]: take the frames from there
-    instead (the student's own past; frames after T repeat the last one until they are replaced)."""
-    n = len(story)
-    noisy = first[:, None] + torch.arange(BLOCKS * BLOCK)
-    clean = first[:, None] + torch.arange(-PAST, (BLOCKS - 1) * BLOCK)
-    far_blocks = ((first - PAST - SINK) // BLOCK).clamp(min=0)  # whole blocks between the sink and the window
-    old = (torch.rand(n, 2, generator=generator) * far_blocks[:, None]).long()  # two of them, the same one at times
-    old = torch.where(far_blocks[:, None] > 0, SINK + BLOCK * old, -BLOCK)
-    old_frames = (old[:, :, None] + torch.arange(BLOCK)).flatten(1)
-    old_frames[:, BLOCK:][old[:, 0] == old[:, 1]] = -1  # a block read twice would count twice
-    far = torch.cat([torch.arange(SINK).expand(n, -1), old_frames], 1)
-
-    def latents(frames: Tensor) -> Tensor:
-        if video is not None:
-            return video[torch.arange(n)[:, None], frames.clamp(0, video.shape[1] - 1)]
-        return stories.latents[stories.rows[story[:, None], frames.clamp(min=0)].long()].float()
-
-    old_segment = (old[:, :, None] >= torch.tensor(world.SWITCHES)).sum(-1)
-    return Clip(
-        noisy, clean, far.clamp(min=-1), latents(noisy), latents(clean), latents(far),
-        stories.text[story, segment], stories.text[story, 0], stories.text[story[:, None], old_segment],
-    )  # fmt: skip
+def turned(rows: Tensor, motion: Tensor, chosen: Tensor, until: Tensor, heading: Tensor) -> tuple[Tensor, Tensor]:
+    """Lets the heroes of the `chosen` rows [B, T] go by `heading` [B] up to frame `until` [B], where the words name a
+    motion [B]. -> rows, and which frames [B, T] are not as the words say"""
+    steps = torch.tensor([*world.DIRECTIONS.values(), (0, 0)])[heading]  # [B, 2]
+    ahead = (until[:, None] - 1 - torch.arange(rows.shape[1])).clamp(min=0)  # [B, T]
+    wrong = (ahead > 0) & (chosen & (motion != world.OPEN) & (motion != heading))[:, None]
+    meets = rows.gather(1, until[:, None] - 1)  # [B, 1] where it is when it turns
+    y = (meets // world.PLACES - ahead * steps[:, :1]) % world.PLACES
+    x = (meets - ahead * steps[:, 1:]) % world.PLACES
+    moved = rows // world.PLACES**2 * world.PLACES**2 + y * world.PLACES + x
+    wrong_block = wrong | (torch.arange(rows.shape[1]) < until[:, None]) & wrong.any(1, keepdim=True)
+    return torch.where(wrong, moved, rows), wrong_block
 
 
-def clip_mask(clip: Clip, generator: torch.Generator, dropout: float) -> Tensor:
-    """Who reads whom: [B, 15 clean + 12 noisy queries, 9 far + 15 clean + 12 noisy keys] bool.
-
-    Ordinary: the sink, the 6 frames before the block, the block itself. With probability `dropout` a noisy block
-    reads the sink, its nearest 1 or 2 frames and a random choice of the older ones instead: history dropout."""
-    queries = torch.cat([clip.clean_frames, clip.noisy_frames], 1)
-    start = queries.div(BLOCK, rounding_mode="floor") * BLOCK  # [B, Q] first frame of the block asking
-    start = start[:, :, None]
-    far, clean, noisy = clip.far_frames[:, None], clip.clean_frames[:, None], clip.noisy_frames[:, None]
-    n_clean = clean.shape[2]
-    is_noisy = torch.arange(queries.shape[1])[None, :, None] >= n_clean
-    b, q = queries.shape
-
-    sink = (torch.arange(far.shape[2]) < SINK) & (start >= SINK)  # [B, Q, 9]
-    near = (clean >= SINK) & (clean >= start - PAST) & (clean < start)  # [B, Q, 15]
-    past = torch.cat([sink, near], 2)
-
-    known = torch.cat([far, clean], 2)
-    usable = (known >= SINK) & (known < start)
-    usable[:, :, :SINK] = False  # the sink has places of its own
-    blocks = n_clean // BLOCK + BLOCKS
-    nearest = torch.randint(1, 3, (b, blocks, 1), generator=generator).repeat_interleave(BLOCK, 1)  # one draw a block
-    is_near = usable & (known >= start - nearest)
-    chance = torch.rand(b, blocks, known.shape[2], generator=generator).repeat_interleave(BLOCK, 1)
-    chance = torch.where(usable & ~is_near, chance, -1.0)
-    order = chance.argsort(2, descending=True).argsort(2)
-    dropped = is_near | ((order < PAST - nearest) & (chance >= 0))
-    dropped[:, :, :SINK] |= sink[:, :, :SINK]
-    chosen = (torch.rand(b, blocks, 1, generator=generator) < dropout).repeat_interleave(BLOCK, 1) & is_noisy
-    past = torch.where(chosen, dropped, past)
-
-    own_clean = ~is_noisy & (clean.div(BLOCK, rounding_mode="floor") * BLOCK == start)
-    own_noisy = is_noisy & (noisy.div(BLOCK, rounding_mode="floor") * BLOCK == start)
-    past[:, :, far.shape[2] :] |= own_clean
-    return torch.cat([past, own_noisy.expand(b, q, -1)], 2)
+# -------------------------------------------------------------------------------------------------- clips and the model
 
 
-@torch.no_grad()
-def far_kv(backbone: nn.Module, clip: Clip) -> Tensor:
-    """Keys and values of the sink and the two old blocks, each encoded as a rollout would. -> [.., B, 9 * tokens,
-    ..]"""
-    sink = backbone.encode(clip.far[:, :SINK], 0, clip.sink_text, None)
-    parts = [sink]
-    for k in range(2):
-        here = slice(SINK + k * BLOCK, SINK + (k + 1) * BLOCK)
-        written: list[Tensor] = []
-        x0 = clip.far[:, here]
-        backbone(x0, x0.new_zeros(len(x0)), clip.far_frames[:, here].clamp(min=0), clip.old_text[:, k],
-                 sink.flatten(3, 4), written=written)  # fmt: skip
-        parts.append(torch.stack(written).unflatten(3, (BLOCK, -1)))
-    return torch.cat(parts, 3).flatten(3, 4)
+def gather(frames: Tensor, places: Tensor) -> Tensor | None:
+    """frames [B, n, layers, 2, tokens, heads, D], places [B, L] -> [layers, 2, B, L * tokens, heads, D]"""
+    b, n = frames.shape[:2]
+    if not places.shape[1]:
+        return None
+    flat = (torch.arange(b)[:, None] * n + places).flatten().to(frames.device)
+    read = frames.flatten(0, 1).index_select(0, flat).unflatten(0, places.shape)
+    return read.permute(2, 3, 0, 1, 4, 5, 6).flatten(3, 4)
 
 
-def teacher_forcing(backbone: nn.Module, clip: Clip, x: Tensor, sigma: Tensor, mask: Tensor) -> Tensor:
-    """Velocity of all noisy blocks of a clip in one forward. x [B, 12, C, H, W], sigma [B, 12] -> like x"""
-    frames = torch.cat([clip.clean_frames.clamp(min=0), clip.noisy_frames], 1)
-    levels = torch.cat([torch.zeros_like(clip.clean_frames, dtype=sigma.dtype), sigma], 1)
-    out = backbone(torch.cat([clip.clean, x], 1), levels, frames, clip.text, far_kv(backbone, clip), mask)
-    return out[:, clip.clean.shape[1] :]
+def encode(model: WanBackbone, x0: Tensor, start: int, text: Tensor, kv: Tensor | None) -> Tensor:
+    """`WanBackbone.encode`, with gradient. -> [B, 3, layers, 2, tokens, heads, D]"""
+    written: list[Tensor] = []
+    model(x0, x0.new_zeros(len(x0)), torch.arange(start, start + BLOCK), text, kv, written=written)
+    return torch.stack(written).unflatten(3, (BLOCK, -1)).permute(2, 3, 0, 1, 4, 5, 6)
+
+
+def encode_clip(model: WanBackbone, clip: Clip, x0: Tensor) -> Tensor:
+    """Keys and values of all frames of a clip, block by block as a rollout makes them. -> [B, frames, layers, ...]"""
+    frames = None
+    for i, start in enumerate(clip.starts):
+        kv = gather(frames, clip.reads[i]) if i else None
+        own = encode(model, x0[:, i], start, clip.text[:, i], kv)
+        frames = torch.cat([frames, own], 1) if i else own
+    return frames
+
+
+def velocities(model: WanBackbone, clip: Clip, frames: Tensor, x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+    """Velocities of the clip's queries, all that read as many frames in one batch.
+    x [Q, B, 3, C, H, W], sigma [Q, B], text [B, n, words, dim] -> like x"""
+    out: list[Tensor] = [None] * len(clip.queries)
+    b = x.shape[1]
+    for length in sorted({q.reads.shape[1] for q in clip.queries}):
+        chosen = [k for k, q in enumerate(clip.queries) if q.reads.shape[1] == length]
+        kv = None
+        if length:
+            kv = torch.cat([gather(frames, clip.queries[k].reads) for k in chosen], 2)
+        start = torch.tensor([clip.starts[clip.queries[k].block] for k in chosen]).repeat_interleave(b)
+        words = torch.cat([text[:, clip.queries[k].block] for k in chosen])
+        v = model.velocity(x[chosen].flatten(0, 1), sigma[chosen].flatten(), start, words, kv)
+        for k, part in zip(chosen, v.split(b), strict=True):
+            out[k] = part
+    return torch.stack(out)
 
 
 def shifted(u: Tensor, shift: float = world.SHIFT) -> Tensor:
@@ -410,77 +481,55 @@ def shifted(u: Tensor, shift: float = world.SHIFT) -> Tensor:
 
 def noise_levels(*size: int, generator: torch.Generator) -> Tensor:
     """Noise levels to train at: five in six between the sampler's last and first, the rest below. Nearly noise-free
-    frames have the largest velocity errors and the least to teach: which sprite, where, is decided above."""
+    frames have the largest velocity errors and the least to teach: which hero, where, is decided above."""
     u = torch.rand(*size, generator=generator)
     low = torch.rand(*size, generator=generator) < 1 / 6
     return shifted(torch.where(low, 0.25 * u, 0.25 + 0.75 * u))
 
 
+def deciding_levels(*size: int, generator: torch.Generator) -> Tensor:
+    """Noise levels for blocks at which something is decided: three in five at .9 to 1."""
+    high = torch.rand(*size, generator=generator) < 0.6
+    u = 0.9 + 0.1 * torch.rand(*size, generator=generator)
+    return torch.where(high, u, noise_levels(*size, generator=generator))
+
+
+def flow_matching_loss(model, clip: Clip, frames: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the velocity noise - x0 of a clip's queries, one noise level each."""
+    x0 = torch.stack([q.x0 for q in clip.queries])  # [Q, B, 3, C, H, W]
+    weight = torch.stack([q.weight for q in clip.queries])  # [Q, B]
+    seen, levels = set(), []
+    for q in clip.queries:  # the second query of a block is one that decides
+        draw = deciding_levels if q.block in seen else noise_levels
+        levels.append(draw(x0.shape[1], generator=generator))
+        seen.add(q.block)
+    sigma = torch.stack(levels).to(x0)
+    noise = torch.randn(x0.shape, generator=generator).to(x0)  # drawn on the CPU: the same on every device
+    s = sigma[..., None, None, None, None]
+    v = velocities(model, clip, frames, (1 - s) * x0 + s * noise, sigma, clip.text)
+    error = (v - (noise - x0)).square().mean((2, 3, 4, 5))
+    return (error * weight).sum() / weight.sum()
+
+
 def without_words(text: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Empties a random `share` of the texts [B, words, text dim]."""
-    return text * (torch.rand(len(text), 1, 1, generator=generator) >= share)
+    """Empties a random `share` of the texts [B, ...]."""
+    keep = torch.rand(len(text), generator=generator) >= share
+    return text * keep.view(-1, *[1] * (text.ndim - 1))
 
 
 def first_blocks(stories: Stories, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """First blocks alone: the hardest thing to learn (no past to go by) and the cheapest to show.
     -> latents [n, 3, C, H, W] and words [n, words, text dim] of `n` stories"""
-    story = torch.randint(len(stories.rows), (n,), generator=generator)
-    return stories.latents[stories.rows[story, :BLOCK].long()].float(), stories.text[story, 0]
+    story = torch.randint(len(stories.short), (n,), generator=generator)
+    return stories.latents[stories.short[story, :BLOCK].long()].float(), stories.short_text[story, 0]
 
 
-def switch_blocks(stories: Stories, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """The first blocks under new words, each with the sink and the 6 frames before it: what words change is learned
-    here, and in long clips such blocks are rare.
-    -> past [n, 9, C, H, W], block [n, 3, C, H, W], words of the sink and of the block [n, words, text dim], frame"""
-    several = (stories.segments > 1).nonzero()[:, 0]
-    story = several[torch.randint(len(several), (n,), generator=generator)]
-    segment = int(torch.randint(1, len(world.SWITCHES) + 1, (), generator=generator))
-    start = world.SWITCHES[segment - 1]
-    frames = torch.cat([torch.arange(SINK), start + torch.arange(-PAST, BLOCK)])
-    latents = stories.latents[stories.rows[story][:, frames].long()].float()
-    past, x0 = latents.split([SINK + PAST, BLOCK], 1)
-    return past, x0, stories.text[story, 0], stories.text[story, segment], start
-
-
-def turned_blocks(stories: Stories, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Second, third or fourth blocks whose past went any way, while they go the way that the words say. No story shows
-    it, but a model's own video does once its first block went wrong: the words win.
-    -> past [n, 3 to 9, C, H, W], block [n, 3, C, H, W], words [n, words, text dim], frame"""
-
-    def draw(high: int) -> Tensor:
-        return torch.randint(high, (n,), generator=generator)
-
-    start = BLOCK * int(torch.randint(1, (SINK + PAST) // BLOCK + 1, (), generator=generator))
-    look = [draw(high) for high in (len(world.SHAPES), len(world.RADII), len(world.COLOURS), len(world.BACKGROUNDS))]
-    was, will, speed = draw(5), draw(5), torch.tensor(world.SPEEDS)[draw(len(world.SPEEDS))]
-    heading = torch.where(torch.arange(start + BLOCK) < start, was[:, None], will[:, None])  # [n, T]
-    steps = torch.tensor([*world.DIRECTIONS.values(), (0, 0)])[heading] * speed[:, None, None]  # [n, T, 2]
-    place = (2 * torch.stack([draw(32), draw(32)], 1)[:, None] + steps.cumsum(1)) % world.SIZE
-    states = torch.cat([torch.stack(look, 1)[:, None].expand(-1, start + BLOCK, -1), place], 2)  # [n, T, 6]
-    verbs = [*(f"moves {name}" for name in world.DIRECTIONS), "rests"]
-    shapes, colours, named = world.SHAPES, list(world.COLOURS), draw(2)
-    words = zip(look[0].tolist(), look[2].tolist(), named.tolist(), will.tolist(), strict=True)
-    texts = [" ".join(f"a {colours[c] if name else ''} {shapes[k]} {verbs[way]}".split()) for k, c, name, way in words]
-    past, x0 = stories.latents[state_row(states)].float().split([start, BLOCK], 1)
-    return past, x0, world.embed(texts), start
-
-
-def encode_past(backbone: WanBackbone, past: Tensor, sink_text: Tensor, text: Tensor, start: int) -> Tensor:
-    """Keys and values of the frames of `past`, the last of which lies before `start`: the sink under its words, the
-    rest under the new ones, as after a prompt switch. -> [layers, 2, B, frames * tokens, heads, D]"""
-    kv = backbone.encode(past[:, :SINK], 0, sink_text, None).flatten(3, 4)
-    for begin in range(SINK, past.shape[1], BLOCK):
-        here = start - past.shape[1] + begin
-        kv = torch.cat([kv, backbone.encode(past[:, begin : begin + BLOCK], here, text, kv).flatten(3, 4)], 3)
-    return kv
-
-
-def block_loss(backbone, x0: Tensor, text: Tensor, generator: torch.Generator, start: int = 0, kv=None) -> Tensor:
-    """Flow matching of single blocks x0 [B, 3, C, H, W] that begin at frame `start` and read `kv`."""
+def block_loss(backbone, x0: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
+    """Flow matching of first blocks x0 [B, 3, C, H, W]."""
     sigma = noise_levels(len(x0), generator=generator).to(x0)
-    noise = torch.randn(x0.shape, generator=generator).to(x0)  # drawn on the CPU: the same on every device
+    noise = torch.randn(x0.shape, generator=generator).to(x0)
     s = sigma[:, None, None, None, None]
-    v = backbone.velocity((1 - s) * x0 + s * noise, sigma, start, text, kv)
+    v = backbone.velocity((1 - s) * x0 + s * noise, sigma, 0, text, None)
     return (v - (noise - x0)).square().mean()
 
 
@@ -491,17 +540,6 @@ def new_transformer():
         patch_size=(1, 2, 2), num_attention_heads=3, attention_head_dim=48, in_channels=LATENT[0],
         out_channels=LATENT[0], text_dim=world.TEXT_DIM, freq_dim=128, ffn_dim=432, num_layers=6, rope_max_seq_len=2048,
     )  # fmt: skip
-
-
-def flow_matching_loss(backbone, clip: Clip, generator: torch.Generator, mask: Tensor) -> Tensor:
-    """Mean squared error of the velocity noise - x0 of the clip's noisy blocks, one noise level a block."""
-    levels = noise_levels(len(clip.noisy), BLOCKS, generator=generator)
-    sigma = levels.repeat_interleave(BLOCK, 1)  # [B, 12]
-    noise, sigma = torch.randn(clip.noisy.shape, generator=generator).to(clip.noisy), sigma.to(clip.noisy)
-    s = sigma[:, :, None, None, None]
-    x = (1 - s) * clip.noisy + s * noise
-    v = teacher_forcing(backbone, clip, x, sigma, mask)
-    return (v - (noise - clip.noisy)).square().mean()
 
 
 # ------------------------------------------------------------------------------------------------------------- teacher
@@ -528,6 +566,13 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def form_of(i: int) -> int:
+    """First frame of the chunk that step i shows, the same on all processes: two steps in three a short story, else a
+    later chunk, those at a switch of words more often."""
+    later = [*world.SWITCHES, *world.SWITCHES, *chunk_starts(LONG)[2:]]
+    return 0 if i % 3 else later[i // 3 * 5 % len(later)]
+
+
 def train_teacher(config: DistillConfig, stories: Stories) -> WanBackbone:
     """Trains the many-step causal teacher by flow matching and saves its moving average under `output_dir/teacher`."""
     torch.manual_seed(config.seed + 1)
@@ -541,24 +586,14 @@ def train_teacher(config: DistillConfig, stories: Stories) -> WanBackbone:
     def step(i: int) -> float:
         rate = config.teacher_learning_rate * warm_cosine(i, config.teacher_steps, 30)
         muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = rate, rate / 5
-        clip = sample_clips(stories, config.teacher_batch, generator)
-        clip = replace(clip, text=without_words(clip.text, config.text_dropout, generator))
-        mask = clip_mask(clip, generator, config.history_dropout).to(config.device)
-        loss = flow_matching_loss(model, clip.to(config.device), generator, mask)
+        clip = sample_clip(stories, config.teacher_batch, generator, chunk=form_of(i))
+        clip = to(replace(clip, text=without_words(clip.text, config.text_dropout, generator)), config.device)
         x0, text = first_blocks(stories, config.first_blocks, generator)
         text = without_words(text, config.text_dropout, generator)
-        loss = loss + block_loss(model, x0.to(config.device), text.to(config.device), generator)
-        *parts, start = switch_blocks(stories, config.switch_blocks, generator)
-        parts[3] = without_words(parts[3], config.text_dropout, generator)
-        past, x0, sink_text, text = (part.to(config.device) for part in parts)
-        kv = encode_past(model, past, sink_text, text, start)
-        loss = loss + block_loss(model, x0, text, generator, start, kv)
-        *parts, start = turned_blocks(stories, config.turned_blocks, generator)
-        past, x0, text = (part.to(config.device) for part in parts)
-        text = without_words(text, config.text_dropout, generator)
-        kv = encode_past(model, past, text, text, start)
-        loss = loss + block_loss(model, x0, text, generator, start, kv)
         model.zero_grad()
+        first = block_loss(model, x0.to(config.device), text.to(config.device), generator)
+        (config.first_weight * first).backward()
+        loss = flow_matching_loss(model, clip, encode_clip(model, clip, clip.x0), generator)
         loss.backward()
         average_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -575,56 +610,50 @@ def train_teacher(config: DistillConfig, stories: Stories) -> WanBackbone:
     return ema
 
 
+def to(clip: Clip, device: str) -> Clip:
+    """The clip's tensors on a device; what it reads stays on the CPU."""
+    queries = [replace(q, x0=q.x0.to(device), weight=q.weight.to(device)) for q in clip.queries]
+    return replace(clip, x0=clip.x0.to(device), text=clip.text.to(device), queries=queries)
+
+
 # ------------------------------------------------------------------------------------------------------------- student
 
 
-def student_rollout(
-    student: WanBackbone, clip: Clip, mask: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """The student's own blocks from a clip's start on, 4 steps each, reading what `mask` (from `clip_mask`) allows.
+def student_rollout(student: WanBackbone, clip: Clip, given: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The student's own blocks of a clip from block `given` on, 4 steps each, reading what the clip says.
 
-    One random step a rollout carries gradient (Self-Forcing's exit step); the context is what the last step gave,
-    detached.
-    -> x0 at that step, with gradient, and final x0; both [B, 12, C, H, W]"""
-    sigmas, n_far = schedule(shift=world.SHIFT).to(clip.far), clip.far.shape[1]
-    n_clean = clip.clean.shape[1]
-    exit_step = int(torch.randint(len(sigmas), (), generator=generator))
-    kv, live, final = far_kv(student, clip), [], []
-
-    def encode(x0: Tensor, i: int, kv: Tensor) -> Tensor:  # clean block i of the clip
-        rows, seen = slice(i * BLOCK, (i + 1) * BLOCK), n_far + i * BLOCK
-        written: list[Tensor] = []
-        with torch.no_grad():
-            student(x0, x0.new_zeros(len(x0)), clip.clean_frames[:, rows].clamp(min=0), clip.text, kv,
-                    mask[:, rows, : seen + BLOCK], written)  # fmt: skip
-        return torch.cat([kv, torch.stack(written)], 3)
-
-    for i in range(PAST // BLOCK):
-        kv = encode(clip.clean[:, i * BLOCK : (i + 1) * BLOCK], i, kv)
-    for j in range(BLOCKS):
-        rows = slice(n_clean + j * BLOCK, n_clean + (j + 1) * BLOCK)
-        seen = n_far + PAST + j * BLOCK
-        may_read = torch.cat([mask[:, rows, :seen], mask.new_ones(len(mask), BLOCK, BLOCK)], 2)
-        frames = clip.noisy_frames[:, j * BLOCK : (j + 1) * BLOCK]
-        x = torch.randn(clip.noisy[:, :BLOCK].shape, generator=generator).to(clip.noisy)
-        for s, sigma in enumerate(sigmas):
-            with torch.set_grad_enabled(s == exit_step):
-                x0 = x - sigma * student(x, sigma.expand(len(x)), frames, clip.text, kv, may_read)
-            if s == exit_step:
-                live.append(x0)
-                x0 = x0.detach()
-            if s + 1 < len(sigmas):
-                renoise = torch.randn(x.shape, generator=generator).to(x)
-                x = (1 - sigmas[s + 1]) * x0 + sigmas[s + 1] * renoise
+    One random step a block carries gradient (Self-Forcing's exit step); the context is what the last step gave,
+    detached. -> x0 at that step, with gradient, [B, n - given, 3, C, H, W], and all blocks as they came out
+    [B, n, 3, C, H, W]"""
+    sigmas = schedule(shift=world.SHIFT).to(clip.x0)
+    frames, live, final = None, [], []
+    for i, start in enumerate(clip.starts):
+        text, kv = clip.text[:, i], gather(frames, clip.reads[i]) if i else None
+        x0 = clip.x0[:, i]
+        if i >= given:
+            exit_step = int(torch.randint(len(sigmas), (), generator=generator))
+            x = torch.randn(x0.shape, generator=generator).to(x0)
+            for s, sigma in enumerate(sigmas):
+                with torch.set_grad_enabled(s == exit_step):
+                    x0 = x - sigma * student.velocity(x, sigma.expand(len(x)), start, text, kv)
+                if s == exit_step:
+                    live.append(x0)
+                    x0 = x0.detach()
+                if s + 1 < len(sigmas):
+                    renoise = torch.randn(x.shape, generator=generator).to(x)
+                    x = (1 - sigmas[s + 1]) * x0 + sigmas[s + 1] * renoise
         final.append(x0)
-        if j + 1 < BLOCKS:
-            kv = encode(x0, PAST // BLOCK + j, kv)
-    return torch.cat(live, 1), torch.cat(final, 1)
+        with torch.no_grad():
+            own = encode(student, x0, start, text, kv)
+        frames = torch.cat([frames, own], 1) if i else own
+    return torch.stack(live, 1), torch.stack(final, 1)
 
 
 def guided(velocity: Callable[[Tensor], Tensor], text: Tensor, guidance: float) -> Tensor:
     """Classifier-free guidance (arXiv 2207.12598): velocity(no words) + guidance * (velocity(text) - velocity(no
     words)). 1 is no guidance."""
+    if guidance == 1:
+        return velocity(text)
     mute = velocity(torch.zeros_like(text))
     return mute + guidance * (velocity(text) - mute)
 
@@ -632,15 +661,14 @@ def guided(velocity: Callable[[Tensor], Tensor], text: Tensor, guidance: float) 
 def dmd_loss(x0: Tensor, real: Callable, fake: Callable, generator: torch.Generator) -> Tensor:
     """Distribution matching (arXiv 2311.18828, eq. 7): the gradient with respect to x0 is fake - real, both denoised
     estimates at a random noise level, divided by the mean distance to the real one.
-    x0 [B, F, C, H, W]; `real`, `fake`: (noisy [B, F, ...], sigma [B, F]) -> velocity -> ()"""
-    levels = shifted(0.02 + 0.96 * torch.rand(len(x0), x0.shape[1] // BLOCK, generator=generator))
-    levels = levels.repeat_interleave(BLOCK, 1).to(x0)
-    s = levels[:, :, None, None, None]
+    x0 [..., F, C, H, W]; `real`, `fake`: (noisy like x0, sigma [...]) -> velocity -> ()"""
+    levels = shifted(0.02 + 0.96 * torch.rand(x0.shape[:-4], generator=generator)).to(x0)
+    s = levels[..., None, None, None, None]
     with torch.no_grad():
         x = (1 - s) * x0 + s * torch.randn(x0.shape, generator=generator).to(x0)
         towards = x - s * real(x, levels)
         gradient = (x - s * fake(x, levels)) - towards
-        gradient = gradient / (x0 - towards).abs().mean((1, 2, 3, 4), keepdim=True)
+        gradient = gradient / (x0 - towards).abs().mean((-4, -3, -2, -1), keepdim=True)
     return 0.5 * (x0 - (x0 - gradient).detach()).square().mean()
 
 
@@ -664,64 +692,34 @@ def train_student(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    def one_clip(clip: Clip, learn: bool) -> Tensor:
-        """Rolls the student out over a clip and updates both scores; -> its blocks [B, 12, C, H, W]."""
-        mask = clip_mask(clip, generator, config.history_dropout).to(config.device)
-        clip = clip.to(config.device)
-        live, final = student_rollout(student, clip, mask, generator)
-        own = torch.cat([clip.clean[:, :PAST], final[:, :-BLOCK]], 1)  # the student's past, where the clip's was
-        clip = replace(clip, clean=own, noisy=live.detach())
-        if learn:
-
-            def real(x: Tensor, sigma: Tensor) -> Tensor:
-                return guided(lambda text: teacher_forcing(teacher, replace(clip, text=text), x, sigma, mask),
-                              clip.text, config.guidance)  # fmt: skip
-
-            loss = dmd_loss(live, real, lambda x, sigma: teacher_forcing(fake, clip, x, sigma, mask), generator)
-            update(student, optimizer, loss)
-            ema_update(ema, student, config.ema_decay)
-        for _ in range(config.fake_updates):
-            losses.append(flow_matching_loss(fake, clip, generator, mask))
-            update(fake, fake_optimizer, losses[-1])
-        return final
-
-    def one_start(learn: bool) -> None:
-        """The same for many first blocks at once, the student's hardest."""
-        x0, text = (part.to(config.device) for part in first_blocks(stories, config.student_first_blocks, generator))
-        sigmas = schedule(shift=world.SHIFT).to(x0)
-        noise = torch.randn(len(x0), len(sigmas), *x0.shape[1:], generator=generator).to(x0)
-        exit_step = int(torch.randint(len(sigmas), (), generator=generator))
-        sigma = sigmas[exit_step].expand(len(x0))
-        with torch.no_grad():
-            _, z, _ = denoise(student, noise, sigmas, 0, text, None)
-        live = z[:, exit_step] - sigmas[exit_step] * student.velocity(z[:, exit_step], sigma, 0, text, None)
-        if learn:
-
-            def real(x: Tensor, sigma: Tensor) -> Tensor:
-                return guided(lambda text: teacher.velocity(x, sigma[:, 0], 0, text, None), text, config.guidance)
-
-            loss = dmd_loss(live, real, lambda x, sigma: fake.velocity(x, sigma[:, 0], 0, text, None), generator)
-            update(student, optimizer, loss)
-            ema_update(ema, student, config.ema_decay)
-        for _ in range(config.fake_updates):
-            losses.append(block_loss(fake, live.detach(), text, generator))
-            update(fake, fake_optimizer, losses[-1])
-
-    losses: list[Tensor] = []
-
     def step(i: int) -> float:
-        losses.clear()
         learn = i >= 4  # first the fake score learns what the student makes
-        n = config.student_batch
-        story, zeros = torch.randint(len(stories.rows), (n,), generator=generator), torch.zeros(n, dtype=torch.long)
-        video = torch.zeros(n, 1, *LATENT)
-        for start in range(0, world.SWITCHES[0] - BLOCKS * BLOCK, BLOCKS * BLOCK):  # three clips on its own past
-            clip = clip_at(stories, story, zeros, zeros + start, generator, video)
-            final = one_clip(clip, learn).cpu()
-            video = torch.cat([video, final], 1) if start else final
-        one_clip(sample_clips(stories, n, generator), learn)  # and one on the past of a story, anywhere
-        one_start(learn)
-        return torch.stack(losses).mean().item()
+        clip = to(sample_clip(stories, config.student_batch, generator, more=0, chunk=form_of(i)), config.device)
+        given = 0 if clip.starts[1] == BLOCK else BEFORE // BLOCK + 1
+        live, final = student_rollout(student, clip, given, generator)
+        queries = [Query(given + k, clip.reads[given + k], live[:, k].detach(), clip.x0.new_ones(len(final)))
+                   for k in range(live.shape[1])]  # fmt: skip
+        clip = replace(clip, queries=queries)
+        with torch.no_grad():
+            seen_by_teacher = encode_clip(teacher, clip, final)
+        if learn:
+            with torch.no_grad():
+                seen_by_fake = encode_clip(fake, clip, final)
+
+            def real(x: Tensor, sigma: Tensor) -> Tensor:
+                return guided(lambda text: velocities(teacher, clip, seen_by_teacher, x, sigma, text), clip.text,
+                              config.guidance)  # fmt: skip
+
+            def faked(x: Tensor, sigma: Tensor) -> Tensor:
+                return velocities(fake, clip, seen_by_fake, x, sigma, clip.text)
+
+            loss = dmd_loss(live.transpose(0, 1), real, faked, generator)
+            update(student, optimizer, loss)
+            ema_update(ema, student, config.ema_decay)
+        for _ in range(config.fake_updates):
+            loss = flow_matching_loss(fake, clip, encode_clip(fake, clip, final), generator)
+            update(fake, fake_optimizer, loss)
+        return loss.item()
 
     folder = Path(config.output_dir) / "student"
     loop(folder, config.student_steps, {"student": student, "fake": fake, "ema": ema},
@@ -743,8 +741,7 @@ def distill(config: DistillConfig) -> Path:
         torch.set_num_threads(1)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if rank() == 0:
-        train_autoencoder(config)
+    train_autoencoder(config)
     if dist.is_initialized():
         dist.barrier()
     from diffusers import AutoencoderTiny, WanTransformer3DModel

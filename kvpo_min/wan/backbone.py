@@ -31,7 +31,7 @@ class Call:
     """What one forward reads. It takes the place of diffusers' (cos, sin) pair."""
 
     turn: Tensor  # [B or 1, tokens, 1, D / 2] complex, cos + i sin of the angle that a pair of channels is turned by
-    kv: Tensor | None  # [layers, 2, B, past tokens, heads, D]
+    kv: tuple[Tensor, ...] | None  # for each layer [2, B, past tokens, heads, D]
     mask: Tensor | None  # [B, 1, tokens, past tokens + tokens] bool, True = may read
     written: list[Tensor] | None  # collects [2, B, tokens, heads, D] a layer when this call encodes
 
@@ -141,7 +141,9 @@ class WanBackbone(nn.Module):
         if timestep.ndim == 2:
             timestep = timestep.repeat_interleave(per_frame, 1)
         rope = self.transformer.rope
-        rope.call = Call(rope.turn(frames, height // p_h, width // p_w), kv, mask, written)
+        # apart, because a gradient that comes to one layer's part would fill the size of all
+        layers = None if kv is None else kv.unbind(0)
+        rope.call = Call(rope.turn(frames, height // p_h, width // p_w), layers, mask, written)
         try:
             velocity = self.transformer(
                 hidden_states=x.transpose(1, 2),
