@@ -1,12 +1,15 @@
-"""Does a routed history tell another story? Measured before any training.
+"""Who decides what happens next? Measured before any training, on three kinds of event.
 
-    python benchmarks/exploration.py --forks 64 --event wanders --json docs/exploration_wanders.json
-    python benchmarks/exploration.py --forks 64 --json docs/exploration.json
+    python benchmarks/exploration.py --event settles --json benchmarks/data/exploration_settles.json
+    python benchmarks/exploration.py --event wanders --json benchmarks/data/exploration_wanders.json
+    python benchmarks/exploration.py --event turns --json benchmarks/data/exploration_turns.json
+    python benchmarks/exploration.py --figure figures/who_decides.png
 
-Rows that are in the file already are not computed again. For each way to explore: forks on held-out prompts, G
-branches against the unrouted anchor, from the fork to the end of its chunk.
+Rows that are in the file already are not computed again. For each way to explore: forks on held-out prompts, in the
+model's own rollouts, G branches against the unrouted anchor, from the fork to the end of its chunk.
 - different: share of branches in which the judge reads another order of events (runs of 3 frames and more) than in
-  the anchor, and the share in which colour, shape or motion alone differ
+  the anchor; different scene, colour, shape, motion: share in which that alone differs in a quarter of the frames
+- remembered: share of the branches that settle where the frames that they could read demand
 - spread: standard deviation of the weighted reward inside a group
 - distance: mean distance of the branches' frames from the nearest clean rendering, over the anchors'
 Noise of strength s, sqrt(1 - s^2) shared + s fresh, is mixed into the initial noise ("at the fork") or the re-noising
@@ -28,15 +31,9 @@ from kvpo_min.pocket import load_pocket, pocket_rewards, world
 from kvpo_min.rollout import Sampler, draw_noise, fork
 
 WAYS = {
-    "routing, nearest 1, 5 routed": dict(nearest=1, past=6),
-    "routing, nearest 2, 4 routed": dict(nearest=2, past=6),
-    "routing, nearest 0, 6 routed": dict(nearest=0, past=6),
-    "routing, nearest 2, 5 routed": dict(nearest=2, past=7),
-    "routing, nearest 1, 6 routed": dict(nearest=1, past=7),
-    "noise at the fork, strength 0.3": dict(kind="initial", strength=0.3),
-    "noise at the fork, strength 0.6": dict(kind="initial", strength=0.6),
+    "routing, nearest 2, 4 routed": dict(nearest=2),
+    "routing, nearest 1, 5 routed": dict(nearest=1),
     "noise at the fork, strength 1.0": dict(kind="initial", strength=1.0),
-    "consistency noise, strength 0.3": dict(kind="consistency", strength=0.3),
     "consistency noise, strength 0.6": dict(kind="consistency", strength=0.6),
     "consistency noise, strength 1.0": dict(kind="consistency", strength=1.0),
     "fresh noise": dict(kind="fresh"),
@@ -60,11 +57,20 @@ def measure(
         z = draw_noise(end // window.block, len(sigmas), shape, generator)
         z, plan = explore(kind, plan, z, generator, window.block, strength)
         made = fork(pipeline.backbone, texts, z, plan, end, end, sampler, nearest)
+        whole = world.judge(pipeline.decode(made.videos))
+
+        def reads(branch: int, start: int, plan=plan, window=window) -> torch.Tensor:
+            if kind != "routing" or branch == n_branches:
+                return routing.ordinary_frames(start, window)
+            return routing.branch_frames(plan.routes, start, window, nearest)[branch]
+
+        ends = world.settled(whole, [script] * (n_branches + 1), reads)
+        right = (ends.after == ends.should)[ends.video < n_branches].float()
         pixels = pipeline.decode(made.videos[:, plan.fork :])
         reading = world.judge(pixels)
         told = [world.story(reading, g) for g in range(n_branches + 1)]
         parts = {}
-        for name in ("colour", "shape", "motion"):
+        for name in ("scene", "colour", "shape", "motion"):
             each = getattr(reading, name)
             parts[name] = (each[:-1] != each[-1:]).float().mean(1).gt(0.25).float().mean().item()
         scores = score(pipeline, rewards, pixels, [script] * len(pixels), plan.fork)
@@ -72,6 +78,7 @@ def measure(
         rows.append({
             "different": sum(t != told[-1] for t in told[:-1]) / n_branches,
             **{f"different {name}": share for name, share in parts.items()},
+            "remembered": right.mean().item() if len(right) else float("nan"),
             "spread": total[:-1].std().item(),
             **{f"spread {name}": s[:-1].std().item() for name, s in scores.items()},
             "over anchor": (total[:-1].mean() - total[-1]).item(),
@@ -85,6 +92,28 @@ def measure(
     return out
 
 
+SHOWN = {  # of the figure: six sources, and what each event changes
+    "routing, nearest 2, 4 routed": "routing",
+    "routing, nearest 1, 5 routed": "routing, nearest 1",
+    "noise at the fork, strength 1.0": "noise at the fork",
+    "consistency noise, strength 0.6": "some noise in the steps",
+    "consistency noise, strength 1.0": "all noise in the steps",
+    "fresh noise": "all noise fresh",
+}
+EVENTS = {"settles": "scene", "wanders": "motion", "turns": "colour"}
+
+
+def draw(path: Path, folder: Path) -> None:
+    """One bar chart of the three recorded files."""
+    from kvpo_min import viz
+
+    bars = {}
+    for event, part in EVENTS.items():
+        table = json.loads((folder / f"exploration_{event}.json").read_text())["ways"]
+        bars[event] = {label: table[way][f"different {part}"] for way, label in SHOWN.items()}
+    viz.who_decides(bars).savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=None, help="folder with autoencoder/ and student/; default: embedded")
@@ -92,21 +121,26 @@ def main() -> None:
     parser.add_argument("--branches", type=int, default=8)
     parser.add_argument("--num_frames", type=int, default=39)
     parser.add_argument("--num_segments", type=int, default=1)
-    parser.add_argument("--event", default="", help="only scripts that hold these words, such as 'changes colour'")
-    parser.add_argument("--ways", type=int, default=len(WAYS), help="only the first so many")
-    parser.add_argument("--json", required=True)
+    parser.add_argument("--event", default="settles", help="only scripts that hold these words")
+    parser.add_argument("--json", help="file that the rows are kept in")
+    parser.add_argument("--figure", help="draw the three recorded files as this picture, and stop")
     args = parser.parse_args()
-    path, asked = Path(args.json), {key: value for key, value in vars(args).items() if key not in ("ways", "json")}
+    if args.figure:
+        draw(Path(args.figure), Path(__file__).parent / "data")
+        return
+    if not args.json:
+        parser.error("--json FILE is required")
+    path, asked = Path(args.json), {key: value for key, value in vars(args).items() if key not in ("json", "figure")}
     found = json.loads(path.read_text()) if path.exists() else {"args": asked, "ways": {}}
     if found["args"] != asked:
         parser.error(f"{path} holds rows of {found['args']}, asked for {asked}: name another file")
     pipeline = load_pocket(folder=args.model)
     scripts = world.prompt_set(args.forks, args.num_segments, seed=7, event=args.event)
     table = found["ways"]
-    keys = ["different", "different colour", "different shape", "different motion", "spread", "best over anchor",
-            "over anchor", "pixels", "distance ratio"]  # fmt: skip
+    keys = ["different", "different scene", "different colour", "different motion", "remembered", "spread",
+            "over anchor", "best over anchor", "distance ratio"]  # fmt: skip
     print("| way | " + " | ".join(keys) + " |\n|" + "---|" * (len(keys) + 1))
-    for way, how in list(WAYS.items())[: args.ways]:
+    for way, how in WAYS.items():
         if way not in table:
             table[way] = measure(pipeline, scripts, args.num_frames, args.branches, **how)
             path.write_text(json.dumps(found, indent=1) + "\n")

@@ -9,6 +9,7 @@ The paper's algorithm (arXiv 2605.14278, section 3), a line a step (authors: tra
         compare      advantages A over the anchor, and whether any branch beats it                           grpo.py
         energies_of  replay under the ordinary context: how far a policy's velocities are from a branch's    tve.py
         send_back    Gibbs policy, clipped objective, KL to the initial policy; the gradient to the weights  grpo.py
+        preserve     ours, not the paper's: the shared prefix stays as the initial policy makes it           kvpo.py
     optimizer step, moving average; every `old_policy_every` updates: old policy <- trained policy           train.py
 
 Symbols: G branches, B blocks from the fork to the end of its chunk, S denoising steps, F frames a block.
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from kvpo_min import chr as routing
+from kvpo_min.chr import ordinary_frames
 from kvpo_min.config import TrainConfig
 from kvpo_min.grpo import Loss, anchor_advantages, branch_is_safe, fuse, kvpo_loss, safety_scale
 from kvpo_min.pipeline import Pipeline, score
@@ -42,6 +44,7 @@ from kvpo_min.rollout import (
     keep_frames,
     pieces,
     replay,
+    segment_at,
     switch_reach,
 )
 from kvpo_min.tve import energy_weights, gibbs_log_prob, step_energies, trajectory_energy
@@ -87,6 +90,7 @@ class Group:
     kl: float
     entropy: float
     clip_fraction: float
+    prefix_drift: float = 0.0  # mean squared difference to the initial policy's velocities on the prefix, if preserved
 
 
 def update(
@@ -105,6 +109,7 @@ def update(
         energies["old"] = energies_of(pipeline, policies, config, rollout, "old")
     energies["default"] = energies_of(pipeline, policies, config, rollout, "default", with_graph=scale > 0)
     log_p, loss = send_back(pipeline, config, rollout, energies, advantages, scale, tau)
+    preserved = preserve(pipeline, policies, config, task, rollout) if config.prefix_coef else 0.0
     (local, anchor), (after, anchor_after) = *signals, *[(None, None)] * (2 - len(signals))
     return Group(
         script=task.script, plan=task.plan, rollout=rollout, videos=videos,
@@ -112,6 +117,7 @@ def update(
         advantages=advantages, safe=safe, energies=energies["default"].detach(),
         log_p=log_p["default"].detach(), log_p_old=log_p["old"], log_p_init=log_p["initial"], ratio=loss.ratio,
         loss=loss.total.item(), kl=loss.kl.item(), entropy=loss.entropy.item(), clip_fraction=loss.clip_fraction.item(),
+        prefix_drift=preserved,
     )  # fmt: skip
 
 
@@ -145,6 +151,8 @@ def roll_out(pipeline: Pipeline, policies, config: TrainConfig, task: Task, pref
             config.nearest, config.branch_batch or None, prefix or make_prefix(pipeline, config, task),
         )  # fmt: skip
     read = {*range(sampler.window.sink), *range(plan.fork - sampler.window.past, plan.fork)}
+    if config.prefix_coef:
+        read = set(made.prefix.history.frames)
     return replace(made, prefix=keep_frames(made.prefix, read))
 
 
@@ -213,6 +221,38 @@ def send_back(
     return log_p, loss
 
 
+def preserve(pipeline: Pipeline, policies, config: TrainConfig, task: Task, rollout: Rollout) -> float:
+    """Ours, not the paper's: adds the gradient of `prefix_coef` times the mean squared difference between the trained
+    and the initial policy's velocities on the prefix's own blocks, noised to the first two levels, under the ordinary
+    context. A group compares its branches, so it can neither teach nor protect what they share, while the adapter acts
+    on every block: without this the journey before the fork drifts unseen. -> that mean, before the update."""
+    sampler, device, backbone = pipeline.sampler(config.num_segments), pipeline.backbone.device, pipeline.backbone
+    window, prefix, total, count = sampler.window, rollout.prefix, 0.0, 0
+    x0 = torch.stack([block[0] for block in prefix.x0])  # [blocks, F, C, H, W]
+    noise = task.noise[0, : len(x0), :2].to(device)  # [blocks, 2, F, C, H, W]
+    s = sampler.sigmas[:2, None, None, None, None]
+    z = (1 - s) * x0[:, None] + s * noise
+    batches: dict[int, list[int]] = {}  # blocks that read as many frames, and under the words of the fork
+    for b in range(len(x0)):
+        frames = ordinary_frames(b * window.block, window)
+        segment = segment_at(b * window.block, sampler.switches)
+        if set(frames.tolist()) <= set(prefix.history.frames) and segment == prefix.segment:
+            batches.setdefault(len(frames), []).append(b)
+            count += 2
+    for length, blocks in batches.items():
+        starts = (window.block * torch.tensor(blocks)).repeat_interleave(2)
+        reads = [prefix.history.read(ordinary_frames(b * window.block, window)) for b in blocks]
+        kv = torch.cat(reads, 2).repeat_interleave(2, 2) if length else None
+        call = (z[blocks].flatten(0, 1), sampler.sigmas[:2].repeat(len(blocks)), starts, rollout.text, kv)
+        with torch.no_grad(), acting(policies, "initial"):
+            target = backbone.velocity(*call)
+        with acting(policies, "default"):
+            drift = (backbone.velocity(*call) - target).square().mean((1, 2, 3, 4)).sum() / count
+        (config.prefix_coef * drift / config.groups_per_update).backward()
+        total += drift.item()
+    return total
+
+
 # ----------------------------------------------------------------------------------------------------- what they share
 
 
@@ -232,7 +272,8 @@ def make_prefix(pipeline: Pipeline, config: TrainConfig, task: Task) -> Stream:
     needed = {*range(sampler.window.sink), *task.plan.routes.flatten().tolist(), *near}
     noise = task.noise.to(pipeline.backbone.device)
     texts = texts_of(pipeline, task)
-    return keep_frames(generate(pipeline.backbone, Stream(), texts, noise, start, sampler), needed)
+    made = generate(pipeline.backbone, Stream(), texts, noise, start, sampler)
+    return made if config.prefix_coef else keep_frames(made, needed)
 
 
 def texts_of(pipeline: Pipeline, task: Task) -> list[Tensor]:

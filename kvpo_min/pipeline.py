@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvpo_min.chr import Window
 from kvpo_min.rewards import Mixture
-from kvpo_min.rollout import Sampler, Stream, draw_noise, generate, segment_at, switch_reach
+from kvpo_min.rollout import Sampler, Stream, draw_noise, generate, switch_reach
 from kvpo_min.tve import schedule
 
 
@@ -25,7 +25,7 @@ class Pipeline:
     latent_shape: tuple[int, int, int]  # C, H, W
     switches: tuple[int, ...]  # frames at which the second, third, ... segment begins
     segments: Callable[[str], list[str]]  # script -> texts that the model reads, one a segment
-    reward_prompts: Callable[[str], list[str]]  # script -> texts that rewards are given, one a segment
+    reward_prompts: Callable[[str, range], str]  # script, frames of one segment -> the text that rewards are given
     read: Callable[[Tensor], object] | None = None  # pixels -> a dataclass of tensors [N, ...]: what the judge sees
     judge: Callable[[object, list[str]], dict[str, float]] | None = None  # of that and the scripts; never trained on
     sample_scripts: Callable[[int, int, int], list[str]] | None = None  # n, segments, seed -> scripts
@@ -43,18 +43,17 @@ def score(
     """Scores videos segment by segment with that segment's words, then averages over the segments in view.
     pixels [N, T, 3, H, W] begin at frame `first`; one script a video, all with the same number of segments.
     -> {component: [N]} (authors: kvpo.py:1769-1930 score one clip a segment)."""
-    prompts = [pipeline.reward_prompts(script) for script in scripts]
-    if not prompts or pixels.shape[1] < 3:
+    if not scripts or pixels.shape[1] < 3:
         raise ValueError(
-            f"a score needs a script and 3 frames of it at least, got {len(prompts)} and {pixels.shape[1]}"
+            f"a score needs a script and 3 frames of it at least, got {len(scripts)} and {pixels.shape[1]}"
         )
-    switches = pipeline.switches[: len(prompts[0]) - 1]
+    switches = pipeline.switches[: len(pipeline.segments(scripts[0])) - 1]
     last = first + pixels.shape[1]
     borders = [first, *[s for s in switches if first < s < last], last]
     clips = []
     for begin, end in zip(borders, borders[1:], strict=False):
         if end - begin >= 3:  # motion needs three frames
-            texts = [p[segment_at(begin, switches)] for p in prompts]
+            texts = [pipeline.reward_prompts(script, range(begin, end)) for script in scripts]
             clips.append(rewards.scores(pixels[:, begin - first : end - first], texts))
     return {name: torch.stack([clip[name] for clip in clips]).mean(0) for name in clips[0]}
 

@@ -83,6 +83,7 @@ def group_numbers(group: Group, weights: dict[str, float]) -> dict[str, float]:
         "kl": group.kl,
         "entropy": group.entropy,
         "clip_ratio/region_mean": group.clip_fraction,
+        "prefix_drift": group.prefix_drift,
     } | {f"rewards/{name}/mean": r.mean() for name, r in group.rewards.items()}
     return {key: float(value) for key, value in out.items()}
 

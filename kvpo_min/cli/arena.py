@@ -16,7 +16,7 @@ OPTIONS = (arena.ArenaOptions,)
 def main(argv: Sequence[str]) -> int:
     (options,) = split_options(parse_options("arena", OPTIONS, argv), *OPTIONS)
     check_file(Path(options.csv))
-    rewards, make_pipeline = run_rewards(options), functools.partial(pocket.load_model, options.model)
+    rewards, make_pipeline = run_rewards(options), functools.partial(pocket.load_model, options.model, options.like)
     if options.plan:
         print(arena.plan(make_pipeline, rewards, options))
         return 0

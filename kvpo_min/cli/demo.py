@@ -8,9 +8,10 @@ from kvpo_min.config import TrainConfig
 from kvpo_min.system import ends_like_ctrl_c
 
 OPTIONS = (TrainConfig, RunOptions)
+DEFAULTS = {"output_dir": "kvpo_demo", "event": "settles", "eval_every": 5, "max_train_steps": 40, "prefix_coef": 10.0}
 
 
 def main(argv: Sequence[str]) -> int:
-    values = parse_options("demo", OPTIONS, argv, {"output_dir": "kvpo_demo", "event": "changes colour"})
+    values = parse_options("demo", OPTIONS, argv, DEFAULTS)
     with ends_like_ctrl_c():
         return run(*split_options(values, *OPTIONS))

@@ -22,7 +22,11 @@ def main(argv: Sequence[str]) -> int:
     num_frames = video_length(options.num_frames, count_segments(scripts, bool(wan)))
     check_file(out)
     rewards = run_rewards(options, wan)
-    pipeline = load_real(options.model, scripts, options.prompts, wan) if wan else pocket.load_model(options.model)
+    pipeline = (
+        load_real(options.model, scripts, options.prompts, wan)
+        if wan
+        else pocket.load_model(options.model, options.like)
+    )
     check_positions(pipeline, num_frames)
     if options.adapter:
         adapters.load_adapter(pipeline, options.adapter)

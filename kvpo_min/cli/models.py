@@ -10,6 +10,7 @@ import torch
 
 from kvpo_min import pocket
 from kvpo_min.cli.options import RunOptions, flags_of
+from kvpo_min.pocket.world import liked_scenes
 from kvpo_min.system import say
 from kvpo_min.wan import real
 
@@ -68,9 +69,11 @@ def real_prompts(config, options: RunOptions) -> tuple[list[str], list[str]]:
 
 def run_rewards(options, wan=None):
     """What the videos are scored with: formulas on the pocket world, or the models that `wan` names. `options`: the
-    weights vq, mq and ta."""
+    weights vq, mq and ta, and the taste `like`."""
     weights = {"vq": options.vq, "mq": options.mq, "ta": options.ta}
-    return real.load_rewards(wan, **weights) if wan else pocket.pocket_rewards(**weights)
+    if wan:
+        return real.load_rewards(wan, **weights)
+    return pocket.pocket_rewards(**weights, like=liked_scenes(options.like))
 
 
 def try_rewards(rewards, wan) -> None:

@@ -30,13 +30,22 @@ COMMANDS = {
 }
 
 
+def check_taste(like: str) -> None:
+    """Raises ValueError for scenes that the pocket world does not have."""
+    from kvpo_min.pocket.world import liked_scenes  # here, so that --help need not wait for torch
+
+    liked_scenes(like)
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """Data, reward and bookkeeping of a run"""
 
     prompts: str = ""  # file with one training script a line; empty: 256 scripts drawn with the run's seed
-    event: str = ""  # words that every drawn script must hold, such as 'changes colour', which leaves a colour open
-    eval_prompts: int = 32  # held-out scripts, measured before and after: drawn, or of a real model's file the last
+    event: str = ""  # words that every drawn script must hold, such as 'settles', where memory decides what comes
+    eval_prompts: int = 64  # held-out scripts, measured before and after: drawn, or of a real model's file the last
+    eval_every: int = 0  # updates between measurements of the first 16 of them, the held-out curve; 0: none
+    like: str = "beach,meadow,forest"  # scenes of the pocket world that visual quality prefers, commas between
     vq: float = 1.0  # weight of visual quality in the reward
     mq: float = 1.0  # weight of motion quality
     ta: float = 1.0  # weight of text alignment
@@ -45,8 +54,12 @@ class RunOptions:
     overwrite_output_dir: bool = False  # replace the files of an earlier run in output_dir
 
     def __post_init__(self):
-        if self.eval_prompts < 1:
-            raise ValueError(f"eval_prompts must be at least 1, got {self.eval_prompts}")
+        if self.eval_prompts < 1 or self.eval_every < 0:
+            raise ValueError(
+                "eval_prompts must be at least 1 and eval_every 0 or more, got "
+                f"{self.eval_prompts} and {self.eval_every}"
+            )
+        check_taste(self.like)
         if self.report_to not in ("none", "tensorboard"):
             raise ValueError(f"report_to must be none or tensorboard, got {self.report_to!r}")
         check_weights(self.vq, self.mq, self.ta)
@@ -83,6 +96,7 @@ class EvalOptions:
     vq: float = 1.0  # weight of visual quality in the reward
     mq: float = 1.0  # weight of motion quality
     ta: float = 1.0  # weight of text alignment
+    like: str = "beach,meadow,forest"  # scenes of the pocket world that visual quality prefers, commas between
     model: str = ""  # folder with autoencoder/ and student/, or a real Wan; empty: the embedded model
 
     def __post_init__(self):
@@ -90,6 +104,7 @@ class EvalOptions:
             if not getattr(self, name):
                 raise ValueError(f"--{name} FILE is required")
         check_weights(self.vq, self.mq, self.ta)
+        check_taste(self.like)
         check_seed(self.seed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -52,6 +53,26 @@ def draw_before_after(folder: Path, before, after, scripts: list[str], fps: floa
     viz.before_after(smaller(before), smaller(after), shown).save(folder / "videos" / "before_after.png")
 
 
+def in_words(before: dict, after: dict, n: int) -> str:
+    """The result in a sentence. before, after: from `evaluate` on `n` prompts."""
+
+    def count(result: dict, name: str) -> str:
+        share = result["judge"][name]
+        whole = abs(share * n - round(share * n)) < 1e-4
+        return f"{share * n:.0f} of {n}" if whole else f"{share:.0%}"
+
+    if math.isfinite(after.get("judge", {}).get("liked", math.nan)):
+        first, last, anew = count(before, "liked"), count(after, "liked"), after["judge"]["liked anew"]
+        text = f"The hero settles in a scene you like: {first} before, {last} after"
+        if math.isfinite(anew):
+            text += f" ({anew:.0%} of those that were elsewhere, {before['judge']['liked anew']:.0%} before)"
+        return (
+            text
+            + f"; its journey is in order in {before['judge']['journey']:.0%}, then {after['judge']['journey']:.0%}."
+        )
+    return f"The reward went from {before['reward']:.3f} to {after['reward']:.3f}."
+
+
 def smaller(pixels):
     """[N, T, 3, H, W], for sheets: frames of 128 pixels or less stay as they are, larger ones shrink to about that."""
     factor = max(1, pixels.shape[-2] // 128)
@@ -81,8 +102,8 @@ prompts, because the grammar is small; their noise does not."""
     script = '"a red disc moves left"'
     export = ""
     limits = """\
-It knows the pocket world (coloured sprites) and its grammar, nothing else. The reward holds a taste for warm colours
-on purpose, so videos whose words leave the colour open are expected to drift towards red, orange and yellow."""
+It knows the pocket world (a hero in six landscapes) and its grammar, nothing else. The reward holds a taste on purpose:
+heroes are expected to settle in the scenes that it names (`like` in config.yaml)."""
     if wan:
         judged = " They are the last ones of the prompts file and were not trained on."
         script = shlex.quote(shown)

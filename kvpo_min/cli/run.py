@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +53,7 @@ def run(config, options: RunOptions, wan=None) -> int:
     if wan:
         pipeline = models.load_real(options.model, scripts + held_out, options.prompts, wan)
     else:
-        pipeline = pocket.load_model(options.model)
+        pipeline = pocket.load_model(options.model, options.like)
     models.check_positions(pipeline, config.num_frames)
     if rank:
         for _ in loop.train(pipeline, scripts, rewards, config, adapters.add_policies(pipeline, config)):
@@ -69,7 +72,8 @@ def run(config, options: RunOptions, wan=None) -> int:
         (folder / name).mkdir(parents=True, exist_ok=True)
     folders.write_config(folder, config, options, wan)
     policies = adapters.add_policies(pipeline, config)
-    stopped, code, logs, ended, steps = train_loop(pipeline, scripts, rewards, config, policies, folder, log_to)
+    curve = held_out_curve(pipeline, held_out, rewards, config, options.eval_every)
+    stopped, code, logs, ended, steps = train_loop(pipeline, scripts, rewards, config, policies, folder, log_to, curve)
 
     updates = [line for line in logs if "skipped" not in line]
     if stopped and len(logs) == ended:  # nothing is new, and the policies may not even be loaded
@@ -99,43 +103,72 @@ def run(config, options: RunOptions, wan=None) -> int:
     folders.write_json(folder / "summary.json", result)  # last: whoever has it has all (`is_complete`)
     if result["after"]:
         print(generator.table({"before": before, "after": result["after"]}))
+        print(report.in_words(before, result["after"], len(held_out)))
     print(f"\n{folder}/ holds the adapter, metrics.jsonl, summary.json and a model card (README.md);")
     print(f"videos are in {folder}/videos, curves in {folder}/figures.")
     return code
 
 
-def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, report):
-    """Runs the updates under a progress bar and appends each to metrics.jsonl.
+CURVE = 16  # held-out prompts of a point of the curve
+
+
+def held_out_curve(pipeline, scripts: list[str], rewards, config, every: int) -> Callable[[int], dict] | None:
+    """-> a function of the number of updates done that measures, every so many of them, the policy that acts on the
+    first held-out prompts, always with the same noise: {"eval/reward": ..., "eval/seconds": ...}, else {}."""
+    if not every:
+        return None
+
+    def measured(done: int) -> dict:
+        if done % every:
+            return {}
+        begun = time.perf_counter()
+        found = generator.evaluate(pipeline, scripts[:CURVE], rewards, config.num_frames)
+        found |= found.pop("judge", {})
+        seconds = time.perf_counter() - begun
+        return {f"eval/{name}": x for name, x in found.items() if math.isfinite(x)} | {"eval/seconds": seconds}
+
+    return measured
+
+
+def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, report, curve=None):
+    """Runs the updates under a progress bar and appends each to metrics.jsonl. `curve`: from `held_out_curve`; what it
+    measures stands in the line of the update that it follows, and what was so before the first one under "eval0/".
     -> (why it stopped early, or ""; exit code; all lines of metrics; how many of them are of earlier calls; the first
     and the last `Step` of this call that were not skipped, as `set_aside` leaves them)"""
     path, logs, steps = folder / "metrics.jsonl", [], []
 
     def go_on_after(lines: list[dict]) -> list[dict]:
-        """A checkpoint's lines: those in the file may go further, or less far, or end in the middle."""
+        """A checkpoint's lines: those in the file may go further, or less far, or end in the middle. What was measured
+        on held-out prompts is in the file alone."""
+        for line in lines:
+            line |= known.get(line["step"], {})
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         return lines
 
+    known = measured_before(path)
     if config.resume_from_checkpoint:
         logs = go_on_after(read_state(find_checkpoint(config))["logs"])
     earlier, stopped, code = len(logs), "", 0
     updates = loop.train(pipeline, scripts, rewards, config, policies, True)
-    with tqdm(total=config.max_train_steps, initial=earlier, desc="train", unit="update") as bar:
+    begin = {k.replace("eval/", "eval0/"): v for k, v in curve(0).items()} if curve and not earlier else {}
+    shown = Progress(config.max_train_steps, earlier, begin or (logs[0] if logs else {}))
+    with shown:
         try:
             try:
                 for step in updates:
-                    line = step.log()
+                    line = step.log() | (begin if not logs else {})
                     if step.skipped:
                         say(f"\nupdate {step.step} was skipped: {step.skipped}")
                     else:
                         steps = [*steps[:1], set_aside(step)]
-                        bar.set_postfix(reward=f"{line['reward']:.3f}", anchor=f"{line['anchor_reward']:.3f}")
                     del step  # what it holds would stay on the GPU during the next update
+                    line |= curve(line["step"] + 1) if curve else {}
                     logs.append(line)
                     with writing(path), path.open("a") as file:
                         file.write(json.dumps(line) + "\n")
                     if report:
                         report(line)
-                    bar.update()
+                    shown(line)
             except BaseException as error:  # it may have come between two updates, where only we see it
                 updates.throw(error)
         except KeyboardInterrupt:
@@ -151,6 +184,47 @@ def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, repor
     if stopped and newest and newest[0] > len(logs):  # stopped between an update and its line
         logs = go_on_after(read_state(folder / f"checkpoint-{newest[0]}")["logs"])
     return stopped, code, logs, earlier, steps
+
+
+def measured_before(path: Path) -> dict[int, dict]:
+    """What the lines of metrics.jsonl hold of the held-out curve: {step: numbers}. A line cut short is left out."""
+    found = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            line = json.loads(line)
+            found[line["step"]] = {key: value for key, value in line.items() if key.startswith("eval")}
+    return found
+
+
+class Progress:
+    """What a person wants to know of a run: updates, time left, and how much better the held-out videos are. One line
+    that is redrawn, or, where stderr is no terminal, one line every ten updates."""
+
+    def __init__(self, total: int, done: int, first: dict):
+        self.key = next((key for key in ("liked", "reward") if f"eval0/{key}" in first), "")
+        self.before = self.now = first.get(f"eval0/{self.key}")
+        self.bar = tqdm(total=total, initial=done, desc="train", unit="update", disable=not sys.stderr.isatty())
+        self.begun, self.done, self.start, self.total = time.perf_counter(), done, done, total
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def __call__(self, line: dict) -> None:
+        self.done += 1
+        self.now = line.get(f"eval/{self.key}", self.now)
+        text = ""
+        if self.before is not None:
+            text = f"held-out {self.key} {self.now:.2f} (before {self.before:.2f})"
+        elif "reward" in line:
+            text = f"reward minus anchor {line['reward'] - line['anchor_reward']:+.3f}"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        if self.bar.disable and (self.done % 10 == 0 or self.done == self.total):
+            left = (time.perf_counter() - self.begun) / (self.done - self.start) * (self.total - self.done)
+            say(f"update {self.done} of {self.total}, {left / 60:.1f} minutes left, {text}")
 
 
 def set_aside(step):

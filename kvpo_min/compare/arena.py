@@ -98,12 +98,13 @@ class ArenaOptions:
     forwards: int = 40000  # budget of a run: forward passes of the generator
     evaluations: int = 3  # of a run, evenly spaced, the last when the budget is spent
     mode: str = "short"  # short: 39 frames, one prompt; long: 147 frames, four prompts
-    event: str = ""  # words that every script must hold, such as 'changes colour'
+    event: str = ""  # words that every script must hold, such as 'settles'
     eval_prompts: int = 256  # held-out scripts; with 64 the noise they are drawn with is worth as much as a gain
     set: str = ""  # other settings of the methods, for ablations: name=value with commas between
     vq: float = 1.0  # weight of visual quality in the reward
     mq: float = 1.0  # weight of motion quality
     ta: float = 1.0  # weight of text alignment
+    like: str = "beach,meadow,forest"  # scenes that visual quality prefers, with commas between
     model: str = ""  # folder with autoencoder/ and student/; empty: the embedded model
     plan: bool = False  # measure one update of each method, print what would be run and how long it takes, and stop
 

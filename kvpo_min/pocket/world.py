@@ -221,6 +221,16 @@ def segment_at(frame: int, n_segments: int) -> int:
     return sum(switch <= frame for switch in SWITCHES[: n_segments - 1])
 
 
+def liked_scenes(names: str) -> tuple[str, ...]:
+    """Reads a taste, "beach,meadow". Raises ValueError for unknown scenes, none, or all of them (which is no taste)."""
+    like = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if unknown := [name for name in like if name not in SCENES]:
+        raise ValueError(f"like names scenes, {', '.join(SCENES)}, with commas between; got {unknown[0]!r}")
+    if not 0 < len(like) < len(SCENES):
+        raise ValueError(f"like must name one to {len(SCENES) - 1} of {', '.join(SCENES)}, got {names!r}")
+    return like
+
+
 def event_frame(segment: int) -> int:
     """The frame at which the event of segment 0, 1, ... happens."""
     return EVENT if segment == 0 else SWITCHES[segment - 1] + EVENT_AFTER

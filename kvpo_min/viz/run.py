@@ -75,21 +75,44 @@ def _column(logs: Sequence[Mapping], key: str) -> list[float]:
 
 
 def reward_curve(logs: Sequence[Mapping]):
-    """Mean reward of the branches with their spread, and the anchor's, over updates. -> Figure
+    """What training did. With a held-out curve in the log: its reward with a band of one standard error, and the share
+    of heroes that settle where the user likes it. Then the training groups, reward minus anchor. -> Figure
 
     logs: `Step.log()` of each update, or the lines of metrics.jsonl; skipped ones are left out. Raises ValueError if
     there are none."""
-    step, mean = _column(logs, "step"), _column(logs, "reward")
-    spread = _column(logs, "reward_std")
-    figure = _figure(7, 3.5)
-    axes = figure.add_subplot()
-    low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
-    axes.fill_between(step, low, high, color=BRANCHES[4], alpha=0.2, linewidth=0, label="one standard deviation")
-    axes.plot(step, mean, color=BRANCHES[4], marker="o", markersize=3, label="branches, mean")
-    axes.plot(step, _column(logs, "anchor_reward"), color=ANCHOR, linestyle="--", label="anchor")
-    _plain(axes, "Reward of the training groups", "update", "reward")
-    axes.legend(frameon=False, fontsize=8)
+    step, over = _column(logs, "step"), [line["reward"] - line["anchor_reward"] for line in logs if "reward" in line]
+    points = held_out_points(logs)
+    figure = _figure(4.2 * (1 + ("reward" in points) + ("liked" in points)), 3.4)
+    panels = list(figure.subplots(1, 1 + ("reward" in points) + ("liked" in points), squeeze=False)[0])
+    if "liked" in points:
+        axes = panels.pop(0)
+        axes.plot(*points["liked"][:2], color=BRANCHES[4], marker="o", linewidth=2)
+        axes.set_ylim(-0.03, 1.03)
+        _plain(axes, "settles in a liked scene (held out)", "update", "share of videos")
+    if "reward" in points:
+        axes = panels.pop(0)
+        done, mean, error = points["reward"]
+        low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
+        axes.fill_between(done, low, high, color=BRANCHES[4], alpha=0.2, linewidth=0)
+        axes.plot(done, mean, color=BRANCHES[4], marker="o", linewidth=2)
+        _plain(axes, "reward (held out; band: standard error)", "update", "reward")
+    axes = panels.pop(0)
+    axes.bar(step, over, color=[BRANCHES[4] if x > 0 else ANCHOR for x in over])
+    axes.axhline(0, color="#555555", linewidth=1)
+    _plain(axes, "training groups: reward minus anchor", "update", "")
     return figure
+
+
+def held_out_points(logs: Sequence[Mapping]) -> dict[str, tuple[list, list, list]]:
+    """{"reward", "liked": (updates done, value, standard error)} of the held-out curve in a log, where it has one."""
+    found = {}
+    for name in ("reward", "liked"):
+        rows = [(0, logs[0], "eval0")] if logs and f"eval0/{name}" in logs[0] else []
+        rows += [(line["step"] + 1, line, "eval") for line in logs if f"eval/{name}" in line]
+        if rows:
+            values = [(n, line[f"{key}/{name}"], line.get(f"{key}/{name}_sem", 0.0)) for n, line, key in rows]
+            found[name] = tuple(map(list, zip(*values, strict=True)))
+    return found
 
 
 def diagnostics(logs: Sequence[Mapping]):
@@ -197,4 +220,25 @@ def story_figure(prefix: Tensor, branches: Tensor, frames: Tensor, labels: Seque
         axes.set_yticks([])
         axes.tick_params(length=0, labelsize=8)
         axes.spines[:].set(color=colour, linewidth=2)
+    return figure
+
+
+def who_decides(bars: Mapping[str, Mapping[str, float]]):
+    """Which source of change tells another story? bars: event -> {source: share of branches that differ from the
+    anchor}. One group of bars an event. -> Figure"""
+    owner = {"settles": "the memory decides", "wanders": "the noise decides", "turns": "the words decide"}
+    figure = _figure(9, 3.6)
+    axes = figure.add_subplot()
+    sources = list(next(iter(bars.values())))
+    colours = [BRANCHES[4], BRANCHES[5], "#cfcfcf", "#aeaeae", "#8a8a8a", "#5c5c5c"]
+    width = 0.8 / len(sources)
+    for k, source in enumerate(sources):
+        at = [e + (k - (len(sources) - 1) / 2) * width for e in range(len(bars))]
+        drawn = axes.bar(at, [shares[source] for shares in bars.values()], 0.92 * width, color=colours[k], label=source)
+        axes.bar_label(drawn, fmt=lambda x: f"{x:.0%}", fontsize=10, padding=2)
+    axes.set_xticks(range(len(bars)), [f"\u201c{event}\u201d\n{owner.get(event, '')}" for event in bars], fontsize=12)
+    axes.set(ylim=(0, 1.1), yticks=[])
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_title("Branches that tell another story than the anchor", fontsize=12, loc="left")
+    axes.legend(frameon=False, fontsize=10, ncols=2)
     return figure

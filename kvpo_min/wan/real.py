@@ -27,6 +27,7 @@ from torch import Tensor
 from kvpo_min.pipeline import Pipeline
 from kvpo_min.reward_models import mixture_from
 from kvpo_min.rewards import Mixture
+from kvpo_min.rollout import segment_at
 from kvpo_min.tve import schedule
 from kvpo_min.wan import WanBackbone
 from kvpo_min.wan.checkpoints import fetch, first_line, from_folder, load_transformer
@@ -117,6 +118,10 @@ def load_wan(model: str, texts: Sequence[str], cache: str | Path, options: WanOp
     def segments(script: str) -> list[str]:
         return script.split(BETWEEN)
 
+    def reward_prompts(script: str, frames: range) -> str:
+        words = segments(script)
+        return words[segment_at(frames.start, SWITCHES[: len(words) - 1])]
+
     return Pipeline(
         backbone=MixedBackbone(transformer, dtype),
         decode=decode,
@@ -125,7 +130,7 @@ def load_wan(model: str, texts: Sequence[str], cache: str | Path, options: WanOp
         latent_shape=(vae.config.z_dim, options.height // scale, options.width // scale),
         switches=SWITCHES,
         segments=segments,
-        reward_prompts=segments,
+        reward_prompts=reward_prompts,
         name=Path(model).name,
     )
 
