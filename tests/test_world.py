@@ -86,9 +86,10 @@ def changes(column):
         *[(f"a disc travels from the {s}", [{"shape": "disc", "travels": True, "place": s}]) for s in SCENES],
         ("a disc at the beach travels", [{"shape": "disc", "travels": True, "place": "beach"}]),
         ("a disc travels and settles", [{"shape": "disc", "travels": True, "settles": True}]),
+        ("a disc rests and travels and settles", [dict(shape="disc", travels=True, settles=True, motion="rest")]),
         (
-            "a disc turns blue and travels from the dusk and rests and settles",
-            [dict(shape="disc", turns="blue", travels=True, place="dusk", motion="rest", settles=True)],
+            "a disc turns blue and travels from the dusk and settles",
+            [dict(shape="disc", turns="blue", travels=True, place="dusk", settles=True)],
         ),
         ("a disc | it settles", [{"shape": "disc"}, {"settles": True}]),
         ("a disc | it travels and settles", [{"shape": "disc"}, {"travels": True, "settles": True}]),
@@ -196,7 +197,9 @@ def test_every_word_that_is_expected_is_named():
 
 def test_read_prompts_skips_comments_and_blank_lines(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("﻿# a first comment\n\n  a red disc moves left  \r\n   \n   # another\na cross | it turns blue")
+    path.write_text(
+        "\ufeff# a first comment\n\n  a red disc moves left  \r\n   \n   # another\na cross | it turns blue"
+    )
     assert world.read_prompts(path) == ["a red disc moves left", "a cross | it turns blue"]
     path.write_text("# nothing but this\n\n")
     with pytest.raises(PromptError, match=r"prompts\.txt: no prompts in it"):
@@ -470,7 +473,8 @@ def test_remembered_against_a_loop():
 
 def test_nothing_is_always_the_same_that_is_not_named():
     drawn = torch.stack([world.simulate("a disc", 1, seeded(seed))[0] for seed in range(300)])
-    assert [len(column.unique()) for column in drawn.T] == [1, 2, 6, 6, 16, 16]
+    assert [len(column.unique()) for column in drawn.T] == [1, 2, 6, 6, 1, 1]
+    assert (drawn[:, 4:] == 32).all()  # all begin in the middle
     for k, script in enumerate(world.prompt_set(30, 4, seed=2)):
         states = world.simulate(script, 147, seeded(k))
         assert changes(states[:, 0]) == [] and changes(states[:, 1]) == []  # shape and size last
@@ -615,11 +619,6 @@ def test_what_resolve_says_is_what_stories_show():
     assert sum(check_resolved(*told(k)) for k in plain) > 5000
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="resolve: a hero that sets out again after it settled is still said to be 'at' one of the scenes visited "
-    "before: 'a disc travels from the beach and settles | it travels' names no snow in 39..74, where it passes it",
-)
 def test_what_resolve_says_holds_where_a_hero_sets_out_again():
     script = "a disc travels from the beach and settles | it travels"
     check_resolved(script, world.simulate(script, 75, seeded()))
@@ -647,12 +646,21 @@ def test_landscapes_differ_at_a_glance_also_in_grey():
     assert light[NIGHT] < 0.15 < light[FOREST] < light[DUSK] < 0.5
 
 
-@pytest.mark.parametrize("scene, at, colour", [
-    ("beach", (11, 51), (1.0, 0.95, 0.55)), ("beach", (60, 30), (0.89, 0.75, 0.48)), ("night", (16, 55), (0.98, 0.95, 0.75)),
-    ("night", (2, 2), (0.03, 0.04, 0.13)), ("meadow", (10, 20), (1.0, 1.0, 1.0)), ("dusk", (33, 30), (1.0, 0.86, 0.5)),
-    ("forest", (60, 5), (0.16, 0.15, 0.05)), ("forest", (40, 20), (0.26, 0.15, 0.08)), ("snow", (62, 50), (1.0, 1.0, 1.0)),
-    ("snow", (40, 13), (0.33, 0.52, 0.50)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "scene, at, colour",
+    [
+        ("beach", (11, 51), (1.0, 0.95, 0.55)),
+        ("beach", (60, 30), (0.89, 0.75, 0.48)),
+        ("night", (16, 55), (0.98, 0.95, 0.75)),
+        ("night", (2, 2), (0.03, 0.04, 0.13)),
+        ("meadow", (10, 20), (1.0, 1.0, 1.0)),
+        ("dusk", (33, 30), (1.0, 0.86, 0.5)),
+        ("forest", (60, 5), (0.16, 0.15, 0.05)),
+        ("forest", (40, 20), (0.26, 0.15, 0.08)),
+        ("snow", (62, 50), (1.0, 1.0, 1.0)),
+        ("snow", (40, 13), (0.33, 0.52, 0.50)),
+    ],
+)
 def test_landmarks(scene, at, colour):
     """Sun, sand, moon, night sky, cloud, setting sun, ground, trunk, snow, pine."""
     assert_close(world.scenes()[SCENES.index(scene), :, *at], torch.tensor(colour), rtol=0, atol=0.02)
@@ -727,11 +735,13 @@ def test_render_keeps_leading_dimensions_and_wraps_round():
     for mask in (ink, hero):
         assert mask.shape == (4, 2, SIZE, SIZE) and (mask[:, :, 16:48].sum() == 0)  # centred on pixel (0, 0)
     assert (hero >= ink).all()
-    here, there = random_states(1)[0], random_states(1)[0].clone()
-    here[4:], there[4:] = torch.tensor([32, 32]), torch.tensor([0, 60])
-    landscape = world.scenes()[here[3]]
-    shares = [(world.render(s) - landscape * (1 - hero[s[0], s[1]].roll((int(s[4]), int(s[5])), (0, 1)))) for s in (here, there)]  # fmt: skip
-    assert_close(shares[0].roll((-32, 28), (1, 2)), shares[1], rtol=0, atol=1e-6)
+    for y, x in ((60, 0), (4, 60)):  # a hero is the same wherever it is: what is added to the landscape goes round
+        state = torch.tensor([2, 1, 3, NIGHT, y, x])
+        cover = hero[2, 1].roll((y, x), (0, 1))
+        own = world.render(state) - world.scenes()[NIGHT] * (1 - cover)
+        middle = world.render(torch.tensor([2, 1, 3, NIGHT, 32, 32]))
+        middle = middle - world.scenes()[NIGHT] * (1 - hero[2, 1].roll((32, 32), (0, 1)))
+        assert_close(own, middle.roll((y - 32, x - 32), (1, 2)), rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------- judge
@@ -764,15 +774,18 @@ def test_the_nearest_clean_frame_against_all_that_there_are():
     states = torch.cartesian_prod(*[torch.arange(n) for n in (4, 2, 6, 6, 16, 16)])
     states[:, 4:] *= GRID
     assert len(states) == 73728
-    flat, squared, sizes = frames.flatten(1).T.contiguous(), [], []
-    for part in states.split(64):
-        rendered = world.render(part).flatten(1)
-        squared.append(rendered.square().sum(1)[:, None] - 2 * rendered @ flat)
-        sizes.append(rendered.sub_(world.scenes()[part[0, 3]].flatten()).square().sum(1))  # 64 of one landscape
-    squared, unit = torch.cat(squared) + flat.square().sum(0), torch.cat(sizes).mean()
+    others, products = torch.cat([frames, world.scenes()]).flatten(1), torch.empty(73728, 9)
+    norms = torch.empty(73728)  # written in place, or freed memory falls to pieces
+    for begin in range(0, 73728, 64):
+        rendered, part = world.render(states[begin : begin + 64]).flatten(1), slice(begin, begin + 64)
+        products[part] = rendered @ others.T
+        norms[part] = rendered.square_().sum(1)
+    squared = norms[:, None] - 2 * products + others.square().sum(1)  # |a - b|^2 by the binomial formula
+    unit = squared[:, 3:].gather(1, states[:, 3:4]).mean()
     found, distance, hero = world._nearest_clean(frames)
     for k, frame in enumerate(frames):
-        best = squared[:, k].argmin()
+        near = squared[:, k].topk(20, largest=False).indices  # those without cancellation
+        best = near[(world.render(states[near]) - frame).square().sum((1, 2, 3)).argmin()]
         assert found[k].equal(states[best])
         clean, empty = world.render(states[best]), world.scenes()[states[best, 3]]
         assert_close(distance[k], ((frame - clean).square().sum() / unit).sqrt(), rtol=1e-3, atol=0)
@@ -848,16 +861,11 @@ def test_a_fading_hero_is_there_until_half_of_it_is_gone():
     assert (reading.scene == BEACH).all()
 
 
-def test_half_of_two_landscapes_is_no_frame():
-    """Every hero in the middle between every two landscapes."""
-    count = 0
-    for a in range(6):
-        for b in range(a):
-            one, two = HERO.clone(), HERO.clone()
-            one[3], two[3] = a, b
-            reading = world.judge((0.5 * world.render(one) + 0.5 * world.render(two))[None, None])
-            count += not reading.valid.item()
-    assert count == 15
+@pytest.mark.parametrize("a, b", [(a, b) for k, a in enumerate(SCENES) for b in SCENES[k + 1 :]])
+def test_half_of_two_landscapes_is_no_frame(a, b):
+    one, two = HERO.clone(), HERO.clone()
+    one[3], two[3] = SCENES.index(a), SCENES.index(b)
+    assert not world.judge((0.5 * world.render(one) + 0.5 * world.render(two))[None, None]).valid.item()
 
 
 def test_the_judge_refuses_other_videos():
@@ -973,18 +981,24 @@ def test_correctness_by_hand():
     assert math.isnan(seen["colour"]) and math.isnan(seen["motion"])
     assert seen["shape"] == pytest.approx(3 / 5) == seen["all"]
 
-    gone = reading_of(colour=[red, red], hero=[0.4, 0.6])  # the frame is near, but of the hero too little is there
+    gone = reading_of(hero=[0.4, 0.6, 0.6, 0.4])  # the frame is near, but of the hero too little is there
     assert world.correctness(gone, ["a red disc"])["valid"] == 0.5
-    nothing = reading_of(colour=[red], distance=[7.0])
+    nothing = reading_of(colour=[red] * 3, distance=[7.0] * 3)
     seen = world.correctness(nothing, ["a red disc"])
     assert seen["valid"] == seen["colour"] == seen["all"] == 0
     assert seen["distance"] == 2  # one wild frame does not decide the mean
 
 
 def test_correctness_counts_each_video_by_its_own_words():
-    both = joined(reading_of(colour=[0], shape=[0]), reading_of(colour=[4], shape=[1]))
+    both = joined(reading_of(colour=[0] * 3, shape=[0] * 3), reading_of(colour=[4] * 3, shape=[1] * 3))
     seen = world.correctness(both, ["a red disc", "a red square"])
     assert seen["colour"] == 0.5 and seen["shape"] == 1 and seen["all"] == 0.5
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_videos_of_less_than_a_block_are_judged_too(frames):
+    seen = world.correctness(reading_of(colour=[0] * frames), ["a red disc travels"])
+    assert seen["colour"] == 1 and math.isnan(seen["journey"])
 
 
 SETTLING = "a disc travels from the beach and settles"

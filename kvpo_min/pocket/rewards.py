@@ -32,7 +32,8 @@ class Look:
     shapes: Mapping[str, Tensor]  # name -> masks [K, H, W], centred on pixel (0, 0) of a torus
     directions: Mapping[str, tuple[int, int]]  # name -> (dy, dx)
     rest: str = "rests"
-    spread: float = 0.12  # how far from its colour a pixel still counts as that colour (RGB distance)
+    spread: float = 0.06  # how far from its colour a pixel still counts as that colour (RGB distance)
+    tolerance: float = 0.12  # how far from all that may be there a pixel still counts as clean
 
 
 @dataclass(frozen=True)
@@ -48,22 +49,30 @@ def look_at(videos: Tensor, look: Look) -> Seen:
     """Soft reading of every pixel: landscape, rim or ink. videos [N, F, 3, H, W]
 
     A frame's scene is a softmax over its distances to the landscapes; a pixel's ink is a softmax over its distances to
-    the inks, to the rim and to the landscape at that place."""
-    palette = torch.tensor([*look.inks.values(), look.rim]).to(videos)  # [K + 1, 3]
+    the inks, to the rim and to the landscape at that place. A pixel is stray when it is far from all of them and from
+    what lies between: rim and ink, or rim and landscape, are mixed in the pixels of a clean edge."""
+    inks, rim = torch.tensor(list(look.inks.values())).to(videos), torch.tensor(look.rim).to(videos)  # [K, 3], [3]
     pictures = torch.stack(list(look.scenes.values())).to(videos)  # [S, 3, H, W]
-    inks, stray, shares = [], [], []
+    found, stray, shares = [], [], []
     for video in videos:  # one at a time, since what is made on the way then fits a CPU's caches
         behind = torch.stack([(video - picture).square().sum(1) for picture in pictures], 1)  # [F, S, H, W]
         apart = (behind / (behind + 0.1)).mean((2, 3))  # [F, S]: bounded, so that a hero weighs no more than its pixels
         share = (-apart / 0.03).softmax(1)
         nearest = (behind * share[:, :, None, None]).sum(1, keepdim=True)  # [F, 1, H, W]
-        fore = torch.stack([(video - ink[:, None, None]).square().sum(1) for ink in palette], 1)  # [F, K + 1, H, W]
-        squared = torch.cat([fore, nearest], 1)
-        inks.append((-squared / (2 * look.spread**2)).softmax(1)[:, : len(look.inks)])
-        far = squared.amin(1).square()
-        stray.append(far / (far + look.spread**4))
+        colours = [(video - colour[:, None, None]).square().sum(1) for colour in [*inks, rim]]
+        squared = torch.cat([torch.stack(colours, 1), nearest], 1)  # [F, K + 2, H, W]
+        found.append((-squared / (2 * look.spread**2)).softmax(1)[:, : len(inks)])
+        away = video - rim[:, None, None]
+        lines = [ink - rim for ink in inks]  # from the rim to what it is mixed with, [3]
+        lines = [line[:, None, None] for line in lines] + [pictures[share.argmax(1)] - rim[:, None, None]]
+        edges = []
+        for line in lines:
+            along = ((away * line).sum(1, keepdim=True) / line.square().sum(-3, keepdim=True)).clamp(0, 1)
+            edges.append((away - along * line).square().sum(1))
+        far = torch.minimum(torch.stack(edges, 1).amin(1), nearest[:, 0]).square()
+        stray.append(far / (far + look.tolerance**4))
         shares.append(share)
-    return Seen(torch.stack(inks), torch.stack(stray), torch.stack(shares))
+    return Seen(torch.stack(found), torch.stack(stray), torch.stack(shares))
 
 
 def centre_steps(mass: Tensor) -> Tensor:
@@ -86,7 +95,7 @@ class VisualQuality:
     """VQ in [0, 1]: (1 - taste) * clean + taste * liked.
 
     clean: exp(-stray / 64) * (1 - exp(-mass / 20)), with `mass` the pixels of the hero and `stray` those far from all
-    that may be there (softly: d^4 / (d^4 + spread^4)): an empty landscape has 0, and a small hero as much as a large
+    that may be there (softly: d^4 / (d^4 + tolerance^4)): an empty landscape has 0, and a small hero as much as a large
     one. liked: the share of the scenes in `like`."""
 
     look: Look
@@ -117,11 +126,15 @@ class MotionQuality:
         return 0.5 * smooth + 0.5 * alive
 
 
+PLACES = re.compile(r"(\d+) frames (?:anywhere|at the ([a-z]+(?: or [a-z]+)*))(?= ,|$)")
+TURNS = re.compile(r"(\d+) frames (?:of any colour|(?!anywhere)([a-z]+))(?= ,|$)")
+
+
 @dataclass(frozen=True)
 class TextAlignment:
     """TA in [0, 1]: the mean of what the words name, colour, shape, motion, scenes; 1 if they name nothing. Unknown
-    words are skipped. Scenes are named frame by frame, in order: ", 6 frames at the forest , 12 frames at the beach or
-    night"."""
+    words are skipped. What changes is named frame by frame, in order: ", 6 frames red , 12 frames blue", ", 6 frames at
+    the forest , 12 frames at the beach or night"."""
 
     look: Look
     sharpness: float = 40.0  # of the choice between shapes
@@ -138,6 +151,7 @@ class TextAlignment:
         for n, prompt in enumerate(prompts):
             words, parts = prompt.split(" , ")[0].split(), []
             parts += [colour[n, :, k].mean() for k, name in enumerate(look.inks) if name in words]
+            parts += self.frame_by_frame(colour[n], list(look.inks), TURNS, prompt)
             parts += [shape[n, :, k].mean() for k, name in enumerate(look.shapes) if name in words]
             for name, heading in look.directions.items():
                 if name in words:
@@ -145,18 +159,19 @@ class TextAlignment:
                     parts.append((0.5 + 0.5 * (steps[n] @ unit) / length[n]).mean())
             if look.rest in words:
                 parts.append((-steps[n].square().sum(-1) / 2).exp().mean())
-            parts += self.places(seen.scenes[n], prompt)
+            parts += self.frame_by_frame(seen.scenes[n], list(look.scenes), PLACES, prompt)
             scores.append(torch.stack(parts).mean() if parts else colour.new_ones(()))
         return torch.stack(scores)
 
-    def places(self, shares: Tensor, prompt: str) -> list[Tensor]:
-        """How much of the frames is where the words say. shares [F, scenes]"""
-        begin, there, names = 0, [], list(self.look.scenes)
-        for count, places in re.findall(r"(\d+) frames at the ([a-z]+(?: or [a-z]+)*)", prompt):
-            wanted = [name in places.split(" or ") for name in names]
-            there.append(shares[begin : begin + int(count), wanted].sum(1))
+    def frame_by_frame(self, shares: Tensor, names: list[str], clause: re.Pattern, prompt: str) -> list[Tensor]:
+        """How much of the frames is as clauses like "6 frames blue" say. shares [F, names] -> no or one score"""
+        begin, there = 0, []
+        for count, wanted in clause.findall(prompt):
+            frames = shares[begin : begin + int(count)]
+            if wanted:
+                there.append(frames[:, [name in wanted.split(" or ") for name in names]].sum(1))
             begin += int(count)
-        return [torch.cat(there).mean()] if begin else []
+        return [torch.cat(there).mean()] if there else []
 
     def shape_shares(self, mass: Tensor) -> Tensor:
         """How much each shape fits, by normalised correlation at the best place. mass [N, F, H, W] -> [N, F, shapes]"""
