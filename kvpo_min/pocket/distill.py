@@ -599,7 +599,7 @@ def train_teacher(config: DistillConfig, stories: Stories) -> WanBackbone:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         muon.step()
         adamw.step()
-        ema_update(ema, model, min(0.995, (1 + i) / (10 + i)))
+        ema_update(ema, model, min(0.99, (1 + i) / (10 + i)))
         return loss.item()
 
     folder = Path(config.output_dir) / "teacher"

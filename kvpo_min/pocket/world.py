@@ -20,8 +20,8 @@ Grammar of a script, one a line (words in brackets may be left out, and history 
 
 Time has one rhythm: at frames 3, 9, 15, ... (every second block) a traveller goes to the next scene of the ring and a
 wanderer may turn. Events ("settles", "turns", "changes colour") happen at frame 27, and in later segments 6 frames
-after the words came. A story begins with its hero in the middle of the picture; who leaves it on one side comes back on
-the other. Never named: the size.
+after the words came. A story begins with its hero in the middle of the picture, at rest unless the words say otherwise;
+who leaves the picture on one side comes back on the other. Never named: the size.
 
 States are integers, so the world is finite: 4 shapes x 2 sizes x 6 colours x 6 scenes x 16 x 16 places (every fourth
 pixel).
@@ -342,7 +342,7 @@ def simulate(
 
     segments = parse(script)
     first = segments[0]
-    size, colour, heading, scene, y, x = draw(2), draw(6), draw(5), draw(6), SIZE // 2, SIZE // 2
+    size, colour, scene, heading, y, x = draw(2), draw(6), draw(6), REST, SIZE // 2, SIZE // 2
     if first.colour:
         colour = list(COLOURS).index(first.colour)
     if first.place:
@@ -386,7 +386,7 @@ def expected(script: str, n_frames: int) -> dict[str, Tensor]:
     out["shape"][:] = SHAPES.index(segments[0].shape)
     colour = list(COLOURS).index(segments[0].colour) if segments[0].colour else OPEN
     start = SCENES.index(segments[0].place) if segments[0].place else OPEN
-    motion, step, travels = OPEN, 0, False
+    motion, step, travels = REST, 0, False
     for t in range(n_frames):
         k = segment_at(t, len(segments))
         segment = segments[k]
