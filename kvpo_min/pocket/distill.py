@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from kvpo_min.chr import Window, branch_frames, chunk_starts, ordinary_frames, pool, uniform_routes
 from kvpo_min.pocket import world
+from kvpo_min.rollout import denoise
 from kvpo_min.tve import schedule
 from kvpo_min.wan import WanBackbone
 
@@ -56,11 +57,12 @@ class DistillConfig:
     first_blocks: int = 48  # first blocks a process, besides the clips
     first_weight: float = 0.5  # of their loss
     text_dropout: float = 0.1  # share of the clips without words, so that the student's target can be guided
-    student_steps: int = 60  # a batch of rollouts each
+    student_steps: int = 40  # a batch of rollouts and one of first blocks each
     student_learning_rate: float = 1e-4
     fake_learning_rate: float = 2e-4
     fake_updates: int = 2  # of the fake score, for one of the student
-    student_batch: int = 8  # rollouts a process
+    student_batch: int = 4  # rollouts a process
+    student_first_blocks: int = 48  # first blocks a process, besides
     guidance: float = 2.0  # by the words, of the teacher's velocity that the student is led by; 1: none
     ema_decay: float = 0.9  # of the student
     stories: int = 6000  # of one segment; a third as many have four
@@ -692,8 +694,18 @@ def train_student(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    def step(i: int) -> float:
-        learn = i >= 4  # first the fake score learns what the student makes
+    def match(live: Tensor, real: Callable, faked: Callable, relearn: Callable[[], Tensor], learn: bool) -> Tensor:
+        """The student towards the teacher, then the fake score towards what the student makes now. -> its loss"""
+        if learn:
+            update(student, optimizer, dmd_loss(live, real, faked, generator))
+            ema_update(ema, student, config.ema_decay)
+        for _ in range(config.fake_updates):
+            loss = relearn()
+            update(fake, fake_optimizer, loss)
+        return loss
+
+    def one_clip(i: int, learn: bool) -> Tensor:
+        """Rollouts of the student over stories, routed ones among them."""
         clip = to(sample_clip(stories, config.student_batch, generator, more=0, chunk=form_of(i)), config.device)
         given = 0 if clip.starts[1] == BLOCK else BEFORE // BLOCK + 1
         live, final = student_rollout(student, clip, given, generator)
@@ -701,25 +713,36 @@ def train_student(
                    for k in range(live.shape[1])]  # fmt: skip
         clip = replace(clip, queries=queries)
         with torch.no_grad():
-            seen_by_teacher = encode_clip(teacher, clip, final)
-        if learn:
-            with torch.no_grad():
-                seen_by_fake = encode_clip(fake, clip, final)
+            read = {model: encode_clip(model, clip, final) for model in (teacher, fake)}
 
-            def real(x: Tensor, sigma: Tensor) -> Tensor:
-                return guided(lambda text: velocities(teacher, clip, seen_by_teacher, x, sigma, text), clip.text,
-                              config.guidance)  # fmt: skip
+        def real(x: Tensor, sigma: Tensor) -> Tensor:
+            return guided(lambda text: velocities(teacher, clip, read[teacher], x, sigma, text), clip.text,
+                          config.guidance)  # fmt: skip
 
-            def faked(x: Tensor, sigma: Tensor) -> Tensor:
-                return velocities(fake, clip, seen_by_fake, x, sigma, clip.text)
+        return match(live.transpose(0, 1), real, lambda x, s: velocities(fake, clip, read[fake], x, s, clip.text),
+                     lambda: flow_matching_loss(fake, clip, encode_clip(fake, clip, final), generator), learn)  # fmt: skip
 
-            loss = dmd_loss(live.transpose(0, 1), real, faked, generator)
-            update(student, optimizer, loss)
-            ema_update(ema, student, config.ema_decay)
-        for _ in range(config.fake_updates):
-            loss = flow_matching_loss(fake, clip, encode_clip(fake, clip, final), generator)
-            update(fake, fake_optimizer, loss)
-        return loss.item()
+    def one_start(learn: bool) -> Tensor:
+        """The same for many first blocks at once, the student's hardest."""
+        x0, text = (part.to(config.device) for part in first_blocks(stories, config.student_first_blocks, generator))
+        sigmas = schedule(shift=world.SHIFT).to(x0)
+        noise = torch.randn(len(x0), len(sigmas), *x0.shape[1:], generator=generator).to(x0)
+        exit_step = int(torch.randint(len(sigmas), (), generator=generator))
+        sigma = sigmas[exit_step].expand(len(x0))
+        with torch.no_grad():
+            _, z, _ = denoise(student, noise, sigmas, 0, text, None)
+        live = z[:, exit_step] - sigmas[exit_step] * student.velocity(z[:, exit_step], sigma, 0, text, None)
+
+        def real(x: Tensor, sigma: Tensor) -> Tensor:
+            return guided(lambda text: teacher.velocity(x, sigma, 0, text, None), text, config.guidance)
+
+        return match(live, real, lambda x, s: fake.velocity(x, s, 0, text, None),
+                     lambda: block_loss(fake, live.detach(), text, generator), learn)  # fmt: skip
+
+    def step(i: int) -> float:
+        learn = i >= 4  # first the fake score learns what the student makes
+        one_start(learn)
+        return one_clip(i, learn).item()
 
     folder = Path(config.output_dir) / "student"
     loop(folder, config.student_steps, {"student": student, "fake": fake, "ema": ema},
