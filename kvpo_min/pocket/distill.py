@@ -719,8 +719,13 @@ def train_student(
             return guided(lambda text: velocities(teacher, clip, read[teacher], x, sigma, text), clip.text,
                           config.guidance)  # fmt: skip
 
-        return match(live.transpose(0, 1), real, lambda x, s: velocities(fake, clip, read[fake], x, s, clip.text),
-                     lambda: flow_matching_loss(fake, clip, encode_clip(fake, clip, final), generator), learn)  # fmt: skip
+        def faked(x: Tensor, sigma: Tensor) -> Tensor:
+            return velocities(fake, clip, read[fake], x, sigma, clip.text)
+
+        def relearn() -> Tensor:
+            return flow_matching_loss(fake, clip, encode_clip(fake, clip, final), generator)
+
+        return match(live.transpose(0, 1), real, faked, relearn, learn)
 
     def one_start(learn: bool) -> Tensor:
         """The same for many first blocks at once, the student's hardest."""
