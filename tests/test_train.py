@@ -997,7 +997,7 @@ def test_evaluation_is_the_mean_over_single_videos(make_pipeline, batch):
         noise = draw_noise(3, 4, (3, 8, 4, 4), torch.Generator().manual_seed(3 + 10000 * i))
         text = pipeline.embed([script])
         pixels = pipeline.decode(generate(pipeline.backbone, Stream(), [text], noise, 9, Sampler(SIGMAS)).latents)
-        (words,) = pipeline.reward_prompts(script)
+        words = pipeline.reward_prompts(script, range(9))
         rows.append([reward(pixels, [words]).item() for reward in rewards.rewards.values()])
         judged.append(pipeline.judge(pipeline.read(pixels), [script]))
     rows = torch.tensor(rows)
