@@ -86,6 +86,31 @@ def test_a_wrong_context_is_seen(make_pipeline):
         bench.agree("no gradient at all", {"loss": 0.0, "gradient": float("nan")})
 
 
+def test_both_score_the_same_clips_against_the_same_words(make_pipeline):
+    """What the words fix depends on the frames; the plain update scores the prefix as well."""
+    config = replace(bench.make_config(TWO_SEGMENTS), tau=0.1, rank=2, lora_alpha=2)
+    heard = []
+
+    def spied(videos, prompts):
+        heard.extend((videos.shape[1], prompt) for prompt in prompts)
+        return brightness(videos, prompts)
+
+    subject = bench.make_subject(make_pipeline(), Mixture({"it": spied}, {"it": 1.0}), config)
+    frames = routing.pool(21, routing.Window(), config.nearest, 2)
+    plan = routing.Plan(21, frames, routing.uniform_routes(frames, 4, G, torch.Generator().manual_seed(0)), 2)
+    script = "a red disc travels from the beach and settles | it turns blue"
+    task = replace(bench.make_task(subject.pipeline, config, plan), script=script)
+    visited = "beach or night or meadow or dusk or forest"
+    told = [(18, f"a red disc , 6 frames at the forest , 12 frames at the {visited}"),
+            (18, f"a blue disc , 18 frames at the {visited}")]  # fmt: skip
+    bench.ours(subject, config, task, bench.Meter())
+    assert heard == [clip for clip in told for _ in range(G + 1)]
+    heard.clear()
+    bench.naive(subject, config, task, bench.Meter())
+    prefix = ", 3 frames at the beach , 6 frames at the night , 6 frames at the meadow , 6 frames at the dusk"
+    assert set(heard) == {*told, (21, f"a red disc {prefix}")}
+
+
 def test_every_update_starts_from_the_same_weights(make_pipeline):
     subject, config, task = make(make_pipeline)
     first = bench.outcome(subject, bench.ours(subject, config, task, bench.Meter()))
