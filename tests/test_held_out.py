@@ -74,6 +74,15 @@ def test_the_curve_follows_the_policy_that_is_trained(make_pipeline):
     assert abs(curve(1)["eval/reward"] - before) > 1e-6
 
 
+def test_the_curve_makes_no_more_videos_at_once_than_it_may(make_pipeline):
+    """A real model makes one at a time."""
+    pipeline, sizes = make_pipeline(), set()
+    velocity = pipeline.backbone.velocity
+    pipeline.backbone.velocity = lambda x, *args: sizes.add(len(x)) or velocity(x, *args)
+    cli_run.held_out_curve(pipeline, ["a red disc"] * 3, RISE, replace(CONFIG, num_frames=3), 1, batch=1)(0)
+    assert sizes == {1}
+
+
 def looped(make_pipeline, folder, curve, report=None, **changes):
     """The loop of a run in `folder` -> (why it stopped, its lines)"""
     folder.mkdir(exist_ok=True)

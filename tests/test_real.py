@@ -602,6 +602,7 @@ REFUSED = {
     "flag": ({"hieght": 32}, "unknown flag --hieght (did you mean 'height'?)"),
     "model": ({"model": "{tmp}/absent"}, "there is no such file or folder"),
     "no model": ({"model": "{tmp}"}, "expected"),
+    "taste": ({"like": "night"}, "like names scenes of the pocket world"),
     "pocket": ({"model": ""}, "is an option of a real model, but the embedded one is a pocket model"),
 }
 

@@ -72,7 +72,7 @@ def run(config, options: RunOptions, wan=None) -> int:
         (folder / name).mkdir(parents=True, exist_ok=True)
     folders.write_config(folder, config, options, wan)
     policies = adapters.add_policies(pipeline, config)
-    curve = held_out_curve(pipeline, held_out, rewards, config, options.eval_every)
+    curve = held_out_curve(pipeline, held_out, rewards, config, options.eval_every, batch)
     stopped, code, logs, ended, steps = train_loop(pipeline, scripts, rewards, config, policies, folder, log_to, curve)
 
     updates = [line for line in logs if "skipped" not in line]
@@ -112,7 +112,9 @@ def run(config, options: RunOptions, wan=None) -> int:
 CURVE = 16  # held-out prompts of a point of the curve
 
 
-def held_out_curve(pipeline, scripts: list[str], rewards, config, every: int) -> Callable[[int], dict] | None:
+def held_out_curve(
+    pipeline, scripts: list[str], rewards, config, every: int, batch: int = 32
+) -> Callable[[int], dict] | None:
     """-> a function of the number of updates done that measures, every so many of them, the policy that acts on the
     first held-out prompts, always with the same noise: {"eval/reward": ..., "eval/seconds": ...}, else {}."""
     if not every:
@@ -122,7 +124,7 @@ def held_out_curve(pipeline, scripts: list[str], rewards, config, every: int) ->
         if done % every:
             return {}
         begun = time.perf_counter()
-        found = generator.evaluate(pipeline, scripts[:CURVE], rewards, config.num_frames)
+        found = generator.evaluate(pipeline, scripts[:CURVE], rewards, config.num_frames, batch=batch)
         found |= found.pop("judge", {})
         seconds = time.perf_counter() - begun
         return {f"eval/{name}": x for name, x in found.items() if math.isfinite(x)} | {"eval/seconds": seconds}
