@@ -343,7 +343,10 @@ def test_resumed_run_equals_an_uninterrupted_one(finished, model, tmp_path, caps
     assert cli.main([*resume, "--max_train_steps", "4", "--kl_coef", "9"]) == 2
     assert "was made with kl_coef 1.0, not 9.0" in capsys.readouterr().err
     assert cli.main([*resume, "--max_train_steps", "4", "--ta", "2"]) == 2
-    assert "was made with ta 1.0, not 2.0" in capsys.readouterr().err and contents(tmp_path) == before
+    assert "was made with ta 1.0, not 2.0" in capsys.readouterr().err
+    assert cli.main([*resume, "--max_train_steps", "4", "--like", "night"]) == 2
+    assert "was made with like 'beach,meadow,forest', not 'night'" in capsys.readouterr().err
+    assert contents(tmp_path) == before
     assert cli.main([*resume, "--max_train_steps", "4"]) == 0
     assert metrics(tmp_path / "run") == metrics(finished)  # the held-out curve's numbers among them
     saved = "adapter_model.safetensors"

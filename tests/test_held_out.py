@@ -267,9 +267,3 @@ def test_the_taste_decides_which_videos_are_liked_and_the_reward(like, share, fi
     counts = [sum(frames[name] for name in world.liked_scenes(names)) for names in (like, "dusk")]
     assert got["vq"] - other["vq"] == pytest.approx(0.5 * (counts[0] - counts[1]) / 78, abs=0.01)
     assert got["reward"] - got["vq"] == pytest.approx(other["reward"] - other["vq"])
-
-
-def test_a_run_goes_on_with_its_own_taste():
-    from kvpo_min.cli.folders import MAY_CHANGE_ON_RESUME
-
-    assert not {"like", "event", "eval_every"} & {*MAY_CHANGE_ON_RESUME}
