@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FROM = ["beach", "night"]  # two journeys: they settle in the forest and in the snow, where the ordinary window is
 FILM_SCRIPTS = [f"a red disc travels from the {scene} and settles" for scene in FROM]
 CONFIG = TrainConfig(num_generations=2, rank=2, lora_alpha=2, tau=1e-3, unsafe_scale=1.0, max_train_steps=4,
-                     num_frames=39, checkpointing_steps=1)  # fmt: skip
+                     num_frames=24, perturb_num_blocks=2, checkpointing_steps=1)  # fmt: skip
 RISE = Mixture({"it": lambda videos, prompts: videos.mean((1, 2, 3, 4))}, {"it": 1.0})
 
 
@@ -47,14 +47,15 @@ def model(tmp_path_factory, make_transformer):
 # --------------------------------------------------------------------------------------------------------------- curve
 
 
-def test_a_point_of_the_curve_is_an_evaluation_of_the_first_prompts(make_pipeline):
+def test_a_point_of_the_curve_is_an_evaluation_of_the_first_prompts(make_pipeline, monkeypatch):
     """Every so many updates, always with the same noise; what does not exist (no words fix a motion) is left out."""
-    pipeline, scripts, rewards = make_pipeline(), ["a red disc"] * 15 + ["a cross"] * 5, pocket_rewards()
-    config = replace(CONFIG, num_frames=9)
+    monkeypatch.setattr(cli_run, "CURVE", 2)
+    pipeline, scripts, rewards = make_pipeline(), ["a red disc", "a cross", "a square"], pocket_rewards()
+    config = replace(CONFIG, num_frames=6)
     curve = cli_run.held_out_curve(pipeline, scripts, rewards, config, 3)
     assert curve(1) == curve(5) == {}
     point, again = curve(0), curve(3)
-    whole = evaluate(pipeline, scripts[: cli_run.CURVE], rewards, 9)
+    whole = evaluate(pipeline, scripts[:2], rewards, 6)
     whole |= whole.pop("judge")
     assert point.pop("eval/seconds") > 0 and again.pop("eval/seconds") > 0
     assert point == again == {f"eval/{name}": value for name, value in whole.items() if math.isfinite(value)}
