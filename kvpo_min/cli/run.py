@@ -192,7 +192,7 @@ def measured_before(path: Path) -> dict[int, dict]:
     """What the lines of metrics.jsonl hold of the held-out curve: {step: numbers}. A line cut short is left out."""
     found = {}
     for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             line = json.loads(line)
             found[line["step"]] = {key: value for key, value in line.items() if key.startswith("eval")}
     return found
