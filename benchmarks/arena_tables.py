@@ -1,6 +1,6 @@
 """Tables and figures of the arena, from its CSV.
 
-    python benchmarks/arena_tables.py --csv docs/arena.csv --output docs/arena.md --figures figures/arena
+    python benchmarks/arena_tables.py --csv benchmarks/data/arena.csv --output docs/arena.md --figures figures/arena
 
 Files of several machines can be given together. Changes are after - before on the evaluation prompts, with their
 standard error over seeds; one seed has none. "over prompts" is the standard error of the paired change, mean over
@@ -20,17 +20,21 @@ from pathlib import Path
 
 from kvpo_min.compare.arena import HERE, UNTRAINED, read_rows
 from kvpo_min.compare.baselines import EXPLORATIONS, METHODS, POLICIES, REFUSED
+from kvpo_min.pocket.world import DAYLIGHT
 from kvpo_min.viz import ANCHOR, BRANCHES
 
 SHOWN = {"reward": "reward", "vq": "VQ", "mq": "MQ", "ta": "TA", "judge_all": "judge: all", "judge_valid": "valid",
-         "judge_warm": "warm", "judge_distance": "distance", "sharpness": "sharpness", "motion_energy": "motion energy",
-         "diversity": "diversity"}  # fmt: skip
+         "judge_liked": "liked", "judge_liked_anew": "liked anew", "judge_coherent": "coherent",
+         "judge_journey": "journey", "judge_distance": "distance", "sharpness": "sharpness",
+         "motion_energy": "motion energy", "diversity": "diversity"}  # fmt: skip
 SMALL = ("sharpness", "motion_energy")  # whose changes need more digits
-COMMAND = "python benchmarks/arena_tables.py --csv docs/arena.csv --output docs/arena.md --figures figures/arena"
+COMMAND = (
+    "python benchmarks/arena_tables.py --csv benchmarks/data/arena.csv --output docs/arena.md --figures figures/arena"
+)
 SEEDS = 5  # of other settings that are drawn beside the methods as they are
 COLOURS = dict(zip((*METHODS, *UNTRAINED), (*BRANCHES, "black", ANCHOR, "black"), strict=True))  # in every figure
 STYLES = ("-", ":", "-.")  # of a method's further settings and rates
-PANELS = ("reward", "judge_all", "judge_distance", "sharpness", "motion_energy", "diversity")
+PANELS = ("reward", "judge_all", "judge_liked", "judge_coherent", "judge_distance", "diversity")
 
 
 def change(row: dict[str, str], name: str) -> float:
@@ -136,7 +140,8 @@ def grid_table(rows: list[dict]) -> str:
 def ablation_table(rows: list[dict], plain: list[dict]) -> str:
     """One line a setting, below the method as it is (plain). "against defaults": the difference of the two changes of
     the reward, over the seeds that both have."""
-    names = ("reward", "vq", "mq", "ta", "judge_all", "judge_valid", "judge_warm", "judge_distance", "diversity")
+    names = ("reward", "vq", "mq", "ta", "judge_all", "judge_valid", "judge_liked", "judge_liked_anew",
+             "judge_coherent", "judge_journey", "judge_distance", "diversity")  # fmt: skip
     lines = []
     for (method, rate), changed in by(rows, "method", "learning_rate").items():
         usual = [row for row in plain if (row["method"], row["learning_rate"]) == (method, rate) and not row["note"]]
@@ -220,15 +225,16 @@ def curves(rows: list[dict]):
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", nargs="+", default=["docs/arena.csv"])
+    parser.add_argument("--csv", nargs="+", default=["benchmarks/data/arena.csv"])
     parser.add_argument("--output", default="docs/arena.md", help="file of the tables")
     parser.add_argument("--figures", default="figures/arena", help="folder of the figures")
     args = parser.parse_args(argv)
     output, out = Path(args.output), [f"Made by `{COMMAND}`. What it says: [results.md](results.md)."]
     rows = [row for path in args.csv for row in read_rows(Path(path))]
     for here, group in by(rows, *(name for name in HERE if name != "set")).items():
-        model, mode, event, weights, prompts = here
+        model, mode, event, like, weights, prompts = here
         title = f"{mode} mode" + (f", '{event}'" if event else "") + (f", {model}" if model else "")
+        title += "" if {*like.split(",")} == {*DAYLIGHT} else f", likes {like}"
         results = by([row for row in group if row["purpose"] == "result"],
                      "method", "set", "learning_rate", "seed", "budget").values()  # fmt: skip
         results = [own[0] for own in results]  # of a shorter run and a longer one that passed by

@@ -1,9 +1,9 @@
 """Teacher against student: what the judge sees in held-out videos.
 
-    python benchmarks/distillation.py --json docs/distillation.json
+    python benchmarks/distillation.py --json benchmarks/data/distillation.json
 
 Teacher (50 steps, ODE), student (4 steps) and the undistilled teacher at 4 steps (the student's sampler), on 256
-held-out prompts: short (one prompt, 21 latent frames) and long (four segments, 147 latent frames). Each row is
+held-out prompts: short (one prompt, 39 latent frames) and long (four segments, 147 latent frames). Each row is
 written as soon as it is there, and rows that are in the file already are not computed again.
 """
 
@@ -21,7 +21,7 @@ MODELS = {
     "undistilled teacher, 4 steps": dict(name="teacher"),
     "teacher, 50 steps": dict(name="teacher", sigmas=schedule(50, world.SHIFT), eta=0.0),
 }
-MODES = {"short": dict(num_frames=21, n_segments=1, seed=11), "long": dict(num_frames=147, n_segments=4, seed=12)}
+MODES = {"short": dict(num_frames=39, n_segments=1, seed=11), "long": dict(num_frames=147, n_segments=4, seed=12)}
 
 
 def main() -> None:
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--json", required=True)
     args = parser.parse_args()
     path = Path(args.json)
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = json.loads(path.read_text()) if path.exists() else {}
     for mode in args.modes.split(","):
         how = MODES[mode]

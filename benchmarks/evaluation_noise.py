@@ -1,7 +1,7 @@
 """How much of a reward is the noise that it was measured with: the base model, the same prompts, other noise.
 
-    python benchmarks/evaluation_noise.py --event "changes colour"
-    python benchmarks/evaluation_noise.py --mode long --eval_prompts 32 --vq 0.25 --noises 3
+    python benchmarks/evaluation_noise.py
+    python benchmarks/evaluation_noise.py --mode long --eval_prompts 32 --noises 3
 
 Noise 0 is that of `kvpo-min arena`. Before and after training the noise is the same, which takes luck away as long as
 a video stays what it was; a model that draws its videos anew moves towards the mean of the other rows.
@@ -21,7 +21,7 @@ from kvpo_min.pocket.world import prompt_set
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mode", default="short", choices=MODES)
-    parser.add_argument("--event", default="")
+    parser.add_argument("--event", default=ArenaOptions.event)
     parser.add_argument("--eval_prompts", type=int, default=64)
     parser.add_argument("--vq", type=float, default=1.0)
     parser.add_argument("--noises", type=int, default=4, help="beside that of the arena")

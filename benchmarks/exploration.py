@@ -131,6 +131,7 @@ def main() -> None:
     if not args.json:
         parser.error("--json FILE is required")
     path, asked = Path(args.json), {key: value for key, value in vars(args).items() if key not in ("json", "figure")}
+    path.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(path.read_text()) if path.exists() else {"args": asked, "ways": {}}
     if found["args"] != asked:
         parser.error(f"{path} holds rows of {found['args']}, asked for {asked}: name another file")

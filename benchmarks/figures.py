@@ -20,17 +20,20 @@ from kvpo_min.pocket import load_pocket, world
 from kvpo_min.policies import load_adapter
 from kvpo_min.rollout import Sampler, draw_noise, fork
 
+NEAREST = 2  # past frames that every branch keeps, as in training
+
 
 @torch.no_grad()
 def forked(pipeline, script: str, seed: int, n_branches: int = 4):
     """One group: prefix [21, ...] and branches [5, 18, ...] as pixels, and what the branches read."""
     window, generator = routing.Window(), torch.Generator().manual_seed(seed)
-    pool = routing.pool(21, window, 1, 5)
-    plan = routing.Plan(21, pool, routing.uniform_routes(pool, 5, n_branches, generator), 5)
+    pool = routing.pool(21, window, NEAREST, 5)
+    plan = routing.Plan(21, pool, routing.uniform_routes(pool, window.past - NEAREST, n_branches, generator), 5)
     noise = draw_noise(13, len(pipeline.sigmas), (window.block, *pipeline.latent_shape), generator)
-    made = fork(pipeline.backbone, [pipeline.embed([script])], noise, plan, 39, 39, Sampler(pipeline.sigmas, window), 1)
+    sampler = Sampler(pipeline.sigmas, window)
+    made = fork(pipeline.backbone, [pipeline.embed([script])], noise, plan, 39, 39, sampler, NEAREST)
     pixels = pipeline.decode(made.videos)
-    return pixels[0, :21], pixels[:, 21:], routing.branch_frames(plan.routes, 21, window, 1)
+    return pixels[0, :21], pixels[:, 21:], routing.branch_frames(plan.routes, 21, window, NEAREST)
 
 
 def most_told(pipeline, scripts: list[str], seeds: int):
@@ -57,10 +60,11 @@ def main() -> None:
     out.mkdir(exist_ok=True)
 
     pipeline = load_pocket()
-    scripts = ["a disc changes colour", "a square turns and changes colour", "a triangle wanders and changes colour"]
+    scripts = [f"a {shape} travels from the {scene} and settles" for shape, scene in
+               (("red disc", "beach"), ("yellow square", "night"), ("blue cross", "dusk"))]  # fmt: skip
     script, prefix, branches, frames = most_told(pipeline, scripts, args.seeds)
     story = viz.story_figure(prefix, branches, frames, ["", "", "", "", script])
-    shown = world.prompt_set(4, 1, seed=1_000_000)
+    shown = world.prompt_set(4, 1, seed=1_000_000, event="settles")
     before = pipeline.decode(next(sample(pipeline, shown, 39)))
     load_adapter(pipeline, args.run)
     after = pipeline.decode(next(sample(pipeline, shown, 39)))

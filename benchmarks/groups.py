@@ -1,6 +1,6 @@
 """What each method of the arena learns from: its groups and gradients at the base model, without a step.
 
-    python benchmarks/groups.py --csv docs/groups.csv
+    python benchmarks/groups.py --csv benchmarks/data/groups.csv
 
 One line a method, mean over the groups that train: mean reward of the branches over that of the anchor, the reward's
 spread inside a group, norm of the gradient, and the share of its elements that are not 0 and yet below AdamW's epsilon
@@ -22,7 +22,7 @@ from kvpo_min.policies import adapter_weights, add_policies
 
 
 def measure(method: str, n_groups: int, seed: int = 0) -> dict[str, float | str]:
-    options = ArenaOptions(csv="unused", event="changes colour")
+    options = ArenaOptions(csv="unused")
     pipeline, config = load_pocket(), config_of(method, options, 1e-30, seed)  # a step that changes nothing
     policies = add_policies(pipeline, config)
     weights, rows = adapter_weights(policies, "default").values(), []
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(TRAINED))
     parser.add_argument("--csv", required=True)
     args = parser.parse_args()
+    Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for method in args.methods.split(","):
         rows.append(measure(method, args.groups))

@@ -33,7 +33,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=float, default=1.0)
     parser.add_argument("--output", required=True)
     args = parser.parse_args()
-    options = ArenaOptions(csv=os.devnull, event="changes colour")
+    options = ArenaOptions(csv=os.devnull)
     frames, segments = MODES[options.mode]
     pipeline, config = load_pocket(), config_of(args.method, options, args.learning_rate, args.seed)
     prompts = prompt_set(args.prompts, segments, EVAL_SEED, options.event)

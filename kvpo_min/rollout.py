@@ -34,8 +34,8 @@ AT_ONCE = 48
 
 
 class Backbone(Protocol):
-    """All that sampling, forking and replay ask of a model (`wan.py` is one). `start` is the block's first absolute
-    frame, an int or [B]. `text` [b, L, D] and `kv` serve the whole batch with b = 1.
+    """All that sampling, forking and replay ask of a model (`wan/backbone.py` is one). `start` is the block's first
+    absolute frame, an int or [B]. `text` [b, L, D] and `kv` serve the whole batch with b = 1.
 
     Training also moves tensors to `device` and, where it is not given `policies`, puts LoRA on the linear layers
     of `transformer` that `policies.LORA_TARGETS` names, which are diffusers' names."""

@@ -261,6 +261,11 @@ def test_a_malformed_config_ends_a_command_in_one_line(content, there):
     refused_by_main(["parity", "--config", str(there / "c.yaml")], "c.yaml")
 
 
+tastes = (  # that are none: unknown scenes, no scene, all of them
+    st.sampled_from(["", ",", " ", "beach,moon", "beach meadow", "Beach", ",".join(world.SCENES)])
+    | words.filter(lambda w: not {part.strip() for part in w.split(",")} <= {*world.SCENES, ""})
+)
+
 LIMITS = {  # option -> values that are out of its range
     TrainConfig: {
         **dict.fromkeys(
@@ -270,7 +275,7 @@ LIMITS = {  # option -> values that are out of its range
             ["learning_rate", "max_grad_norm", "adv_clip_max", "clip_range_low", "clip_range_high", "tau_target"],
             st.floats(max_value=0) | st.sampled_from([math.nan, math.inf])),
         **dict.fromkeys(
-            ["kl_coef", "tau", "unsafe_scale", "local_weight", "global_weight", "adam_weight_decay"],
+            ["kl_coef", "prefix_coef", "tau", "unsafe_scale", "local_weight", "global_weight", "adam_weight_decay"],
             st.floats(max_value=0, exclude_max=True) | st.sampled_from([math.nan, math.inf])),
         **dict.fromkeys(
             ["global_frames", "checkpointing_steps", "lr_warmup_steps", "nearest", "branch_batch", "replay_batch"],
@@ -284,13 +289,14 @@ LIMITS = {  # option -> values that are out of its range
         "seed": st.integers(min_value=2**63) | st.integers(max_value=-(2**63) - 1),
     },
     cli_options.RunOptions: {
-        "eval_prompts": st.integers(max_value=0), "report_to": words.filter(lambda w: w not in ("none", "tensorboard")),
+        "eval_prompts": st.integers(max_value=0), "eval_every": st.integers(max_value=-1), "like": tastes,
+        "report_to": words.filter(lambda w: w not in ("none", "tensorboard")),
         **dict.fromkeys(["vq", "mq", "ta"], st.floats(max_value=-1e-9) | st.sampled_from([math.nan, math.inf])),
     },
     arena_of.ArenaOptions: {
         "eval_prompts": st.integers(max_value=1), "mode": words.filter(lambda w: w not in ("short", "long")),
         "evaluations": st.integers(max_value=0) | st.integers(min_value=40001), "forwards": st.integers(max_value=2),
-        "sweep_seed": st.integers(min_value=2**63), "csv": st.just(""),
+        "sweep_seed": st.integers(min_value=2**63), "csv": st.just(""), "like": tastes,
     },
     WanOptions: {
         "dtype": words.filter(lambda w: w not in ("bfloat16", "float32")), "device": words.map(lambda w: w + "?"),
@@ -309,7 +315,8 @@ LIMITS = {  # option -> values that are out of its range
         "layout": words.filter(lambda w: w not in ("diffusers", "peft", "authors")), "adapter": st.just("")
     },
     cli_options.SampleOptions: {"seed": st.integers(min_value=2**63), "script": st.sampled_from(["", " ", "\n"])},
-    cli_options.EvalOptions: {"seed": st.integers(max_value=-(2**63) - 1), "json": st.just(""), "prompts": st.just("")},
+    cli_options.EvalOptions: {"seed": st.integers(max_value=-(2**63) - 1), "json": st.just(""), "prompts": st.just(""),
+                              "like": tastes},
 }  # fmt: skip
 NEEDED = {
     arena_of.ArenaOptions: {"csv": "x"},
@@ -675,6 +682,7 @@ def test_adapter_folders_that_are_damaged(keep, config, nan, adapted, there):
 
 N = 2
 VIDEOS = torch.zeros(N, 4, 3, 8, 8)
+liking_nothing = functools.partial(VisualQuality, like=())
 wrong_scores = (
     st.sampled_from(
         [None, "x", object(), {}, [[1], [1, 2]], ["a", "b"], 0.5, [], [1.0], torch.zeros(N, 1), torch.zeros(1, N),
@@ -698,7 +706,7 @@ def test_rewards_of_the_wrong_shape_or_kind_are_named(given_, name):
     shape=st.lists(st.integers(0, 4), max_size=6),
     dtype=st.sampled_from([torch.float32, torch.uint8, torch.int64, torch.bool, torch.complex64]),
     n_prompts=st.integers(0, 3),
-    reward=st.sampled_from([VisualQuality, MotionQuality, TextAlignment]),
+    reward=st.sampled_from([liking_nothing, MotionQuality, TextAlignment]),
 )
 def test_videos_of_the_wrong_shape_or_kind_are_refused(shape, dtype, n_prompts, reward):
     good = len(shape) == 5 and shape[2] == 3 and 0 not in shape and shape[0] == n_prompts
@@ -710,7 +718,7 @@ def test_videos_of_the_wrong_shape_or_kind_are_refused(shape, dtype, n_prompts, 
 @cases(30)
 @given(
     prompts=st.sampled_from(["ab", [1, 2], [None, "a"], ("a", 2), [["a"], ["b"]]]),
-    reward=st.sampled_from([VisualQuality, TextAlignment]),
+    reward=st.sampled_from([liking_nothing, TextAlignment]),
 )
 def test_prompts_of_the_wrong_kind_are_refused(prompts, reward):
     refused(lambda: reward(None)(VIDEOS, prompts), "a reward takes a list of prompts")

@@ -12,7 +12,7 @@ from kvpo_min import chr as routing
 from kvpo_min import cli, pocket
 from kvpo_min.checks import bench
 from kvpo_min.checks.bench import BenchOptions
-from kvpo_min.pocket import pocket_rewards
+from kvpo_min.pocket import pocket_rewards, world
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import Sampler, draw_noise, fork, replay
 
@@ -84,6 +84,28 @@ def test_a_wrong_context_is_seen(make_pipeline):
         bench.agree("the wrong context", found)
     with pytest.raises(bench.Disagreement):
         bench.agree("no gradient at all", {"loss": 0.0, "gradient": float("nan")})
+
+
+def test_both_score_the_same_clips_against_the_same_words(make_pipeline):
+    """What the words fix depends on the frames; the plain update scores the prefix as well."""
+    config = replace(bench.make_config(TWO_SEGMENTS), tau=0.1, rank=2, lora_alpha=2)
+    heard = []
+
+    def spied(videos, prompts):
+        heard.extend((videos.shape[1], prompt) for prompt in prompts)
+        return brightness(videos, prompts)
+
+    subject = bench.make_subject(make_pipeline(), Mixture({"it": spied}, {"it": 1.0}), config)
+    frames = routing.pool(21, routing.Window(), config.nearest, 2)
+    plan = routing.Plan(21, frames, routing.uniform_routes(frames, 4, G, torch.Generator().manual_seed(0)), 2)
+    script = "a red disc travels from the beach and settles | it turns blue"
+    task = replace(bench.make_task(subject.pipeline, config, plan), script=script)
+    before, chunk, after = ((len(r), world.resolve(script, r)) for r in (range(21), range(21, 39), range(39, 57)))
+    bench.ours(subject, config, task, bench.Meter())
+    assert heard == [clip for clip in (chunk, after) for _ in range(G + 1)] and len({before[1], *heard}) == 3
+    heard.clear()
+    bench.naive(subject, config, task, bench.Meter())
+    assert set(heard) == {before, chunk, after} and len(heard) == 3 * (G + 1)
 
 
 def test_every_update_starts_from_the_same_weights(make_pipeline):

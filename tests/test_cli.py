@@ -41,6 +41,8 @@ SMALL = [
     "2",
     "--checkpointing_steps",
     "2",
+    "--eval_every",
+    "2",
 ]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,7 +81,8 @@ def undrawn(monkeypatch):
 
 def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "step_time"} for line in lines]
+    times = ("step_time", "eval/seconds", "eval0/seconds")
+    return [{key: value for key, value in line.items() if key not in times} for line in lines]
 
 
 def contents(folder):
@@ -173,6 +176,9 @@ WRONG = {
     "bench below a file": (["bench", "--json", "{tmp}/one.txt/a.json"], "one.txt is a file, so"),
     "weights": (["train", "--vq", "0", "--mq", "0", "--ta", "0"], "not all 0"),
     "eval prompts": (["demo", "--eval_prompts", "0"], "eval_prompts must be at least 1"),
+    "taste": (["demo", "--like", "beach,moon"], "like names scenes, beach, night, meadow, dusk, forest, snow, with"),
+    "no taste": (["demo", "--like", "beach,night,meadow,dusk,forest,snow"], "like must name one to 5 of beach, night"),
+    "curve": (["demo", "--eval_every", "-1"], "eval_every 0 or more, got 64 and -1"),
     "report": (["train", "--report_to", "wandb"], "report_to must be none or tensorboard"),
     "length": (["train", "--num_frames", "40"], "num_frames must be a multiple of 3"),
     "too short to fork": (["train", "--num_frames", "21"], "no block can fork"),
@@ -203,7 +209,7 @@ WRONG = {
     "sample nothing": (["sample"], "give either a script in quotes, or --prompts FILE"),
     "sample both": (["sample", "a disc", "--prompts", "{tmp}/one.txt"], "give either a script"),
     "sample words": (["sample", "a blue disk"], "did you mean 'disc'?"),
-    "sample long": (["sample", "a disc | it turns | it turns | it turns | it turns"], "at most 4 segments, got 5"),
+    "sample long": (["sample", "a disc | it rests | it rests | it rests | it rests"], "at most 4 segments, got 5"),
     "sample folder": (["sample", "a disc", "--output_dir", "{tmp}"], "is not empty; name another --output_dir"),
     "eval without": (["eval", "--prompts", "{tmp}/one.txt"], "--json FILE is required"),
     "eval folder": (["eval", "--prompts", "{tmp}/one.txt", "--json", "{tmp}"], "is a folder"),
@@ -220,7 +226,7 @@ def test_wrong_input_is_one_line_and_writes_nothing(case, model, tmp_path, capsy
     (tmp_path / "no.yaml").write_text("a: [1\n")
     (tmp_path / "one.txt").write_text("a disc\n")
     (tmp_path / "bad.txt").write_text("# comment\na rde disc\n")
-    (tmp_path / "mixed.txt").write_text("a disc\na disc | it turns\n")
+    (tmp_path / "mixed.txt").write_text("a disc\na disc | it rests\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     elsewhere = tmp_path / "cwd"
     elsewhere.mkdir()
@@ -285,7 +291,9 @@ def test_run_leaves_what_is_promised(finished):
     }  # fmt: skip
     assert sum(name.startswith("videos/before_after_") and name.endswith(".mp4") for name in names) == 2
     assert not any(name.endswith(".aside") for name in names)
-    assert [line["step"] for line in metrics(finished)] == [0, 1, 2, 3]
+    lines = metrics(finished)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert ["eval/reward" in line for line in lines] == [False, True, False, True] and "eval0/reward" in lines[0]
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["updates"] == 4 and summary["seed"] == 0 and summary["seconds"] > 0
     card = (finished / "README.md").read_text()
@@ -299,8 +307,8 @@ def test_summary_is_what_a_stranger_measures_with_peft(finished, model):
     from peft import PeftModel
 
     summary = json.loads((finished / "summary.json").read_text())
-    held_out = world.prompt_set(2, 1, prompts_of.EVAL_SEED, "changes colour")
-    assert not set(held_out) <= set(world.prompt_set(2, 1, 0, "changes colour"))
+    held_out = world.prompt_set(2, 1, prompts_of.EVAL_SEED, "settles")
+    assert not set(held_out) <= set(world.prompt_set(2, 1, 0, "settles"))
     pipeline = load_pocket(folder=model)
     assert folders.finite(evaluate(pipeline, held_out, pocket_rewards(), 39)) == summary["before"]
     PeftModel.from_pretrained(pipeline.backbone.transformer, finished)
@@ -314,13 +322,15 @@ def test_config_of_a_run_is_the_run(finished, model):
     )
     config, options = cli_options.split_options(values, TrainConfig, cli_options.RunOptions)
     assert config == TrainConfig(
-        output_dir=str(finished), max_train_steps=4, num_generations=3, rank=2, tau_groups=1, checkpointing_steps=2
-    )
-    assert options == cli_options.RunOptions(model=str(model), eval_prompts=2, event="changes colour")
+        output_dir=str(finished), max_train_steps=4, num_generations=3, rank=2, tau_groups=1, checkpointing_steps=2,
+        prefix_coef=10.0,
+    )  # fmt: skip
+    assert options == cli_options.RunOptions(model=str(model), eval_prompts=2, eval_every=2, event="settles")
 
 
 def test_resumed_run_equals_an_uninterrupted_one(finished, model, tmp_path, capsys, undrawn):
-    argv = ["train", "--model", str(model), "--output_dir", str(tmp_path / "run"), *SMALL, "--event", "changes colour"]
+    argv = ["train", "--model", str(model), "--output_dir", str(tmp_path / "run"), *SMALL]
+    argv += ["--event", "settles", "--prefix_coef", "10"]
     assert cli.main([*argv, "--max_train_steps", "2"]) == 0
     with (tmp_path / "run" / "metrics.jsonl").open(
         "a"
@@ -333,9 +343,12 @@ def test_resumed_run_equals_an_uninterrupted_one(finished, model, tmp_path, caps
     assert cli.main([*resume, "--max_train_steps", "4", "--kl_coef", "9"]) == 2
     assert "was made with kl_coef 1.0, not 9.0" in capsys.readouterr().err
     assert cli.main([*resume, "--max_train_steps", "4", "--ta", "2"]) == 2
-    assert "was made with ta 1.0, not 2.0" in capsys.readouterr().err and contents(tmp_path) == before
+    assert "was made with ta 1.0, not 2.0" in capsys.readouterr().err
+    assert cli.main([*resume, "--max_train_steps", "4", "--like", "night"]) == 2
+    assert "was made with like 'beach,meadow,forest', not 'night'" in capsys.readouterr().err
+    assert contents(tmp_path) == before
     assert cli.main([*resume, "--max_train_steps", "4"]) == 0
-    assert metrics(tmp_path / "run") == metrics(finished)
+    assert metrics(tmp_path / "run") == metrics(finished)  # the held-out curve's numbers among them
     saved = "adapter_model.safetensors"
     assert (tmp_path / "run" / saved).read_bytes() == (finished / saved).read_bytes()
 
@@ -560,7 +573,7 @@ def test_doctor_finds_a_sound_model_and_run_sound(finished, model, capsys):
     argv = ["doctor", "--model", str(model), "--rank", "2", "--num_generations", "3", "--output_dir", str(finished)]
     code, out = cli.main(argv), capsys.readouterr().out
     assert code == 0, out
-    assert "24 of 24 checks passed" in out and out.count("PASS") == 24 and "FAIL" not in out
+    assert "25 of 25 checks passed" in out and out.count("PASS") == 25 and "FAIL" not in out
 
 
 def test_doctor_reports_an_update_that_cannot_run(model, capsys, monkeypatch):
@@ -616,6 +629,7 @@ def test_doctor_sees_what_is_broken(update):
     assert energies(broken(log_p=group.log_p + 0.01)) == [
         "a second replay of the old policy gives the same probabilities"
     ]
+    assert energies(broken(prefix_drift=1e-3)) == ["the shared prefix has not drifted at the start"]
     assert energies(broken(kl=1e-3)) == ["KL to the initial policy is 0 at the start"]
     assert energies(broken(energies=torch.zeros_like(group.energies)))[0].startswith(
         "the branches' energies are above 0"

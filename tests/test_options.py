@@ -72,6 +72,7 @@ CASES = {
         "tau_groups": of("log", {"tau": 0.0}, tau_groups=1),
         "tau_target": of("log", {"tau": 0.0}, tau_target=0.8),
         "kl_coef": of("log", kl_coef=50.0),
+        "prefix_coef": of("log", prefix_coef=3.0),
         "clip_range_low": of("log", clip_range_low=1e-7),
         "clip_range_high": of("log", clip_range_high=1e-7),
         "adv_clip_max": of("log", adv_clip_max=1.0),
@@ -91,6 +92,8 @@ CASES = {
         "prompts": of("scripts", prompts="{there}/p.txt"),
         "event": of("scripts", event="changes colour"),
         "eval_prompts": of("held_out", eval_prompts=3),
+        "eval_every": of("curve", eval_every=1),
+        "like": of("taste", like="night"),
         "vq": of("weights", vq=2.0),
         "mq": of("weights", mq=0.0),
         "ta": of("weights", ta=0.5),
@@ -114,6 +117,7 @@ CASES = {
         "adapter": of("adapter", adapter="a"),
         "num_frames": of("evaluated", num_frames=42),
         "seed": of("evaluated", seed=3),
+        "like": of("taste", like="night"),
         "vq": of("weights", vq=2.0),
         "mq": of("weights", mq=0.0),
         "ta": of("weights", ta=0.5),
@@ -137,6 +141,7 @@ CASES = {
         "event": of("prompts", event="changes colour"),
         "eval_prompts": of("prompts", eval_prompts=3),
         "set": of("config", set="nearest=1"),
+        "like": of("taste", like="night"),
         "vq": of("weights", vq=2.0),
         "mq": of("weights", mq=0.0),
         "ta": of("weights", ta=0.5),
@@ -182,21 +187,19 @@ CASES = {
         "seed": of("teacher", seed=1),
         "device": of("err", device="nowhere"),
         "autoencoder_steps": of("autoencoder", autoencoder_steps=7),
+        "autoencoder_batch": of("autoencoder", autoencoder_batch=3),
         "autoencoder_learning_rate": of("autoencoder", autoencoder_learning_rate=1e-3),
         "teacher_steps": of("teacher", teacher_steps=7),
         "teacher_learning_rate": of("teacher", teacher_learning_rate=1e-3),
         "teacher_batch": of("teacher", teacher_batch=2),
         "first_blocks": of("teacher", first_blocks=3),
-        "switch_blocks": of("teacher", switch_blocks=3),
-        "turned_blocks": of("teacher", turned_blocks=3),
+        "first_weight": of("teacher", first_weight=5.0),
         "text_dropout": of("teacher", text_dropout=1.0),
-        "history_dropout": of("teacher", history_dropout=0.0),
         "student_steps": of("student", student_steps=7),
         "student_learning_rate": of("student", student_learning_rate=1e-3),
         "fake_learning_rate": of("student", fake_learning_rate=1e-3),
         "fake_updates": of("student", fake_updates=1),
         "student_batch": of("student", student_batch=2),
-        "student_first_blocks": of("student", student_first_blocks=3),
         "guidance": of("student", guidance=1.0),
         "ema_decay": of("student", ema_decay=0.5),
         "stories": of("stories", stories=6),
@@ -339,7 +342,7 @@ class Anything:
 
 
 def stub_models(monkeypatch, make_pipeline, seen):
-    monkeypatch.setattr(pocket, "load_model", lambda model: seen.update(model=model) or make_pipeline())
+    monkeypatch.setattr(pocket, "load_model", lambda model, *like: seen.update(model=model) or make_pipeline())
     monkeypatch.setattr(adapters, "load_adapter", lambda pipeline, adapter: seen.update(adapter=adapter))
     monkeypatch.setattr("kvpo_min.viz.save_video", lambda path, *args: Path(path).write_text("video"))
     monkeypatch.setattr("kvpo_min.viz.contact_sheet", lambda *args, **kwargs: Anything())
@@ -350,11 +353,11 @@ def observe_run(options, make_pipeline, monkeypatch, folder):
     seen = stub_models(monkeypatch, make_pipeline, {})
 
     def measure(pipeline, scripts, rewards, *args):
-        seen.update(held_out=scripts, weights=dict(rewards.weights))
+        seen.update(held_out=scripts, weights=dict(rewards.weights), taste=rewards.rewards["vq"].like)
         return {"vq": 0.5, "reward": 0.5}, torch.zeros(1, 3, 3, 8, 8)
 
-    def train_loop(pipeline, scripts, rewards, config, policies, out, report):
-        seen.update(scripts=scripts, reported=report is not None)
+    def train_loop(pipeline, scripts, rewards, config, policies, out, report, curve):
+        seen.update(scripts=scripts, reported=report is not None, curve=curve is not None)
         return "", 0, [], 0, []
 
     monkeypatch.setattr(cli_run, "measure", measure)
@@ -385,6 +388,7 @@ def observe_eval(options, make_pipeline, monkeypatch, folder):
 
     def evaluate(pipeline, scripts, rewards, length, seed, *args, **kwargs):
         seen.update(evaluated=(scripts, length, seed), weights=dict(rewards.weights))
+        seen["taste"] = rewards.rewards["vq"].like
         return {"vq": 0.5}
 
     monkeypatch.setattr("kvpo_min.pipeline.evaluate", evaluate)
@@ -408,7 +412,7 @@ def observe_arena(options, make_pipeline, monkeypatch, folder):
         seen["runs"].append(run)
         seen["prompts"].append(prompts)
         seen["config"].append(arena.config_of(run.method, options, run.learning_rate, run.seed))
-        seen["weights"] = dict(rewards.weights)
+        seen.update(weights=dict(rewards.weights), taste=rewards.rewards["vq"].like)
         for budget in lacking:
             numbers = {f"{name}_{when}": 0.0 for name in arena.PAIRED for when in ("before", "after", "sem")}
             yield budget, numbers | dict(forwards=1, backwards=1, updates=1, seconds=0.0, note="", settings="{}")
@@ -495,7 +499,7 @@ def observe_wan(options, make_pipeline, monkeypatch, folder):
 
 @pytest.fixture(scope="module")
 def stories():
-    latents = torch.randn(98304, *distill.LATENT, generator=torch.Generator().manual_seed(0)).half()
+    latents = torch.randn(73728, 8, 4, 4, generator=torch.Generator().manual_seed(0)).half()
     return distill.tell_stories(6, latents, seed=3)
 
 
@@ -518,8 +522,7 @@ def observe_distill(options, make_pipeline, monkeypatch, folder, stories, make_t
         raise Stop
 
     small = dict(
-        output_dir="a", teacher_batch=1, first_blocks=2, switch_blocks=2, turned_blocks=2, student_batch=1,
-        student_first_blocks=2, stories=5,
+        output_dir="a", autoencoder_batch=2, teacher_batch=1, first_blocks=2, student_batch=1, stories=5,
     )  # fmt: skip
     monkeypatch.setattr(distill, "loop", loop)
     monkeypatch.setattr(distill, "new_transformer", lambda: make_transformer(layers=1).train().requires_grad_(True))

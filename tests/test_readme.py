@@ -13,6 +13,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from kvpo_min.pocket import world
 from kvpo_min.train import Step
 
 ROOT = Path(__file__).parent.parent
@@ -176,8 +177,10 @@ def test_every_logged_number_is_explained():
     group = SimpleNamespace(
         rewards={"vq": torch.tensor([0.1, 0.2])}, anchor={"vq": torch.tensor(0.1)}, energies=torch.rand(2, 3, 4),
         ratio=torch.ones(2), advantages=torch.ones(2), safe=True, loss=0.0, kl=0.0, entropy=0.6, clip_fraction=0.0,
+        prefix_drift=0.0,
     )  # fmt: skip
     keys = Step(0, [group], 0.01, 1.0, 1e-4, 1.0, {"vq": 1.0}).log()
+    keys |= world.correctness(world.judge(torch.zeros(1, 3, 3, 64, 64)), ["a disc"])
     explained = re.findall(r"`([^`]+)`", (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8"))
     for key in keys:
         assert key.replace("/vq/", "/{name}/") in explained, f"docs/metrics.md does not explain {key}"

@@ -240,7 +240,9 @@ def test_pipeline_of_a_folder(loaded, parts):
     pipeline = loaded()
     assert_close(pipeline.sigmas, torch.tensor([1.0, 0.9375, 5 / 6, 0.625]))
     assert pipeline.latent_shape == (16, 4, 4) and pipeline.switches == (39, 75, 111)
-    assert pipeline.segments("a | b | c") == pipeline.reward_prompts("a | b | c") == ["a", "b", "c"]
+    assert pipeline.segments("a | b | c") == ["a", "b", "c"]
+    clips = (range(21, 39), range(39, 75), range(75, 78))  # each lies in one segment
+    assert [pipeline.reward_prompts("a | b | c", frames) for frames in clips] == ["a", "b", "c"]
     x, text = draw(1, 3, 16, 4, 4), pipeline.embed(TEXTS[:1])
     v = pipeline.backbone.velocity(x, torch.tensor([0.625]), 0, text, None)
     with torch.no_grad():
@@ -600,6 +602,7 @@ REFUSED = {
     "flag": ({"hieght": 32}, "unknown flag --hieght (did you mean 'height'?)"),
     "model": ({"model": "{tmp}/absent"}, "there is no such file or folder"),
     "no model": ({"model": "{tmp}"}, "expected"),
+    "taste": ({"like": "night"}, "like names scenes of the pocket world"),
     "pocket": ({"model": ""}, "is an option of a real model, but the embedded one is a pocket model"),
 }
 

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIGMAS = schedule()
 SCRIPTS = ["a red disc moves left", "a cross changes colour", "a blue square rests"]
-LONG_SCRIPTS = ["a red disc moves left | it turns blue", "a cross | it moves up and changes colour"]
+LONG_SCRIPTS = ["a red disc moves left | it rests", "a cross | it moves up and changes colour"]
 
 
 def red(videos, prompts):
@@ -725,7 +725,7 @@ def test_long_mode_scores_the_chunk_of_the_fork_and_what_follows(make_pipeline):
     forks = [group.plan.fork for group in step.groups]
     assert any(fork < 39 for fork in forks) and any(fork >= 39 for fork in forks), forks
     resolved = {
-        "a red disc moves left | it turns blue": ["a red disc moves left", "a blue disc moves left"],
+        "a red disc moves left | it rests": ["a red disc moves left", "a red disc rests"],
         "a cross | it moves up and changes colour": ["a cross", "a cross moves up"],
     }
     for group in step.groups:
@@ -771,13 +771,13 @@ def test_segments_are_scored_with_their_own_words(make_pipeline):
         {"length": 1.0, "words": 1.0},
     )
     pipeline = make_pipeline()
-    scripts = ["a disc | it turns blue | it moves up", "a red disc moves left | it rests | it wanders"]
-    # in full: "a disc", "a blue disc", "a blue disc moves up"
+    scripts = ["a disc | it rests | it moves up", "a red disc moves left | it rests | it wanders"]
+    # in full: "a disc", "a disc rests", "a disc moves up"
     # and "a red disc moves left", "a red disc rests", "a red disc"
     video = torch.zeros(2, 57, 3, 4, 4)
     out = score(pipeline, rewards, video, scripts, 21)  # frames 21..77: clips of 18, 36 and 3 frames
     assert_close(out["length"], torch.full((2,), (18 + 36 + 3) / 3))
-    assert_close(out["words"], torch.tensor([(2 + 3 + 5) / 3, (5 + 4 + 3) / 3]))
+    assert_close(out["words"], torch.tensor([(2 + 3 + 4) / 3, (5 + 4 + 3) / 3]))
     out = score(pipeline, rewards, video[:, :55], scripts, 21)  # one frame of the last segment: too short for motion
     assert_close(out["length"], torch.full((2,), (18 + 36) / 2))
     out = score(pipeline, rewards, video[:, :18], scripts, 39)  # begins on the switch
@@ -997,7 +997,7 @@ def test_evaluation_is_the_mean_over_single_videos(make_pipeline, batch):
         noise = draw_noise(3, 4, (3, 8, 4, 4), torch.Generator().manual_seed(3 + 10000 * i))
         text = pipeline.embed([script])
         pixels = pipeline.decode(generate(pipeline.backbone, Stream(), [text], noise, 9, Sampler(SIGMAS)).latents)
-        (words,) = pipeline.reward_prompts(script)
+        words = pipeline.reward_prompts(script, range(9))
         rows.append([reward(pixels, [words]).item() for reward in rewards.rewards.values()])
         judged.append(pipeline.judge(pipeline.read(pixels), [script]))
     rows = torch.tensor(rows)

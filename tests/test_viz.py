@@ -111,16 +111,37 @@ LOGS = [
 def test_skipped_updates_are_left_out_of_the_curves():
     """Such a line holds its own numbers alone (docs/metrics.md)."""
     logs = [LOGS[0], {"step": 1, "skipped": 1.0}, LOGS[2]]
-    assert [line.get_xdata().tolist() for line in viz.reward_curve(logs).axes[0].lines] == [[0, 2], [0, 2]]
+    assert [bar.get_x() + bar.get_width() / 2 for bar in viz.reward_curve(logs).axes[0].patches] == [0, 2]
     assert [axes.lines[0].get_xdata().tolist() for axes in viz.diagnostics(logs).axes] == [[0, 2]] * 4
 
 
-def test_reward_curve_shows_the_logged_numbers():
-    axes = viz.reward_curve(LOGS).axes[0]
-    mean, anchor = (line.get_ydata() for line in axes.lines)
-    assert_close(list(mean), [0.0, 0.1, 0.2]) and assert_close(list(anchor), [0.3, 0.2, 0.1])
-    band = axes.collections[0].get_paths()[0].vertices
-    assert_close(float(band[:, 1].max()), 0.24) and assert_close(float(band[:, 1].min()), 0.0)
+def test_reward_curve_shows_the_training_groups_over_their_anchors():
+    (axes,) = viz.reward_curve(LOGS).axes
+    assert_close([bar.get_height() for bar in axes.patches], [-0.3, -0.1, 0.1])
+    assert colours(axes.patches) == [viz.ANCHOR.upper()] * 2 + [viz.BRANCHES[4]]  # who is better than the anchor
+
+
+def test_reward_curve_shows_the_held_out_curve():
+    """The measurement before the first update stands in line 0, others in the line of the update that they follow."""
+    points = [{"eval0/reward": 1.0, "eval0/reward_sem": 0.1, "eval0/liked": 0.25}, {},
+              {"eval/reward": 1.5, "eval/reward_sem": 0.2, "eval/liked": 0.75}]  # fmt: skip
+    logs = [line | more for line, more in zip(LOGS, points, strict=True)]
+    liked, reward, groups = viz.reward_curve(logs).axes
+    assert_close(liked.lines[0].get_xydata().tolist(), [[0.0, 0.25], [3.0, 0.75]])
+    assert_close(reward.lines[0].get_xydata().tolist(), [[0.0, 1.0], [3.0, 1.5]])
+    band = {tuple(round(x, 6) for x in vertex) for vertex in reward.collections[0].get_paths()[0].vertices.tolist()}
+    assert band == {(0, 0.9), (0, 1.1), (3, 1.3), (3, 1.7)}
+    assert len(groups.patches) == 3
+    without = [{key: value for key, value in line.items() if "liked" not in key} for line in logs]
+    assert len(viz.reward_curve(without).axes) == 2  # a real model has no judge
+
+
+def test_who_decides_draws_every_share():
+    bars = {"settles": {"routing": 0.9, "noise": 0.1}, "wanders": {"routing": 0.2, "noise": 0.8}}
+    axes = viz.who_decides(bars).axes[0]
+    heights = {(round(p.get_x() + p.get_width() / 2), round(p.get_height(), 3)) for p in axes.patches}
+    assert heights == {(0, 0.9), (0, 0.1), (1, 0.2), (1, 0.8)}
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["routing", "noise"]
 
 
 def test_diagnostics_show_the_logged_numbers():

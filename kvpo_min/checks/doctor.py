@@ -56,14 +56,14 @@ def doctor_config(options: DoctorOptions):
     return TrainConfig(
         output_dir="", seed=options.seed, max_train_steps=1, num_frames=options.num_frames, rank=options.rank,
         lora_alpha=options.rank, num_segments=options.num_segments, num_generations=options.num_generations,
-        perturb_num_blocks=options.perturb_num_blocks, tau_groups=2, unsafe_scale=1.0,
+        perturb_num_blocks=options.perturb_num_blocks, tau_groups=2, unsafe_scale=1.0, prefix_coef=10.0,
     )  # fmt: skip
 
 
 def check_update(options: DoctorOptions) -> list[Check]:
     """Runs one update on the model at hand and looks at everything that must hold in it."""
     config = doctor_config(options)
-    scripts, _ = run_prompts(config)
+    scripts, _ = run_prompts(config, event="settles")  # where memory decides, so that routes must show
     check_geometry(config)
     pipeline = pocket.load_model(options.model)
 
@@ -159,6 +159,11 @@ def check_energies(pipeline, policies, step, config) -> list[Check]:
         Check(
             "KL to the initial policy is 0 at the start", kl < 1e-6, f"{kl:.1e}",
             "LoRA's B matrices do not start at 0, or the initial policy is not the base with its adapter off",
+        ),
+        Check(
+            "the shared prefix has not drifted at the start", all(g.prefix_drift < 1e-12 for g in step.groups),
+            f"{max(g.prefix_drift for g in step.groups):.1e}",
+            "LoRA's B matrices do not start at 0, or prefix and policies do not belong together",
         ),
         Check(
             "tau matches the spread of the energies", 0.01 < spread / step.tau < 10,

@@ -15,6 +15,8 @@ It uses neither `kvpo_min.rollout` nor the loop of `kvpo_min.train`; of the pack
 frames (chr.py), the objective (grpo.py), the rewards and the adapters.
 """
 
+import functools
+
 import torch
 
 from kvpo_min.chr import Window, branch_frames, ordinary_frames
@@ -125,10 +127,10 @@ def update(pipeline, policies, rewards, config, task, meter, context="own"):
         with meter("decode"):
             pixels = pipeline.decode(video)
         with meter("reward"):
-            prompts = pipeline.reward_prompts(task.script)
-            before = score(rewards, pixels, prompts, switches, range(0, task.chunk.start))
-            local.append(mean(score(rewards, pixels, prompts, switches, task.chunk)))
-            after = score(rewards, pixels, prompts, switches, range(task.chunk.stop, task.stop))
+            told = functools.partial(pipeline.reward_prompts, task.script)
+            before = score(rewards, pixels, told, switches, range(0, task.chunk.start))
+            local.append(mean(score(rewards, pixels, told, switches, task.chunk)))
+            after = score(rewards, pixels, told, switches, range(task.chunk.stop, task.stop))
             if after:
                 rest.append(mean(before + after))  # what the prefix adds is the same for all videos: it cancels
     signals = [local, rest] if rest else [local]
@@ -180,13 +182,14 @@ def update(pipeline, policies, rewards, config, task, meter, context="own"):
     return loss.total.item()
 
 
-def score(rewards, pixels, prompts, switches, frames):
-    """Scores of some frames of one video [1, T, 3, H, W], a clip for each segment in view: [{component: [1]}, ...]"""
+def score(rewards, pixels, told, switches, frames):
+    """Scores of some frames of one video [1, T, 3, H, W], a clip for each segment in view: [{component: [1]}, ...].
+    told(frames): the text that frames of one segment are scored against"""
     borders = [frames.start, *[s for s in switches if frames.start < s < frames.stop], frames.stop]
     clips = []
     for begin, end in zip(borders, borders[1:], strict=False):
         if end - begin >= 3:  # motion needs three frames
-            clips.append(rewards.scores(pixels[:, begin:end], [prompts[sum(s <= begin for s in switches)]]))
+            clips.append(rewards.scores(pixels[:, begin:end], [told(range(begin, end))]))
     return clips
 
 

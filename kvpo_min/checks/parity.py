@@ -9,7 +9,7 @@ Where the recordings follow other conventions than this project, each in one pla
 2. Look-up: once their cache has rolled, routed frames are read up to one block late (`frames_read`).
 3. sigma: the weights of the scores use the level at int(timestep) (`sigma_at_int_timestep`).
 4. Replay: between blocks the replaying policy's own prediction is encoded (`replay(context="own")`).
-5. Key names: the original Wan names go through diffusers' own converter (`checkpoints.py`).
+5. Key names: the original Wan names go through diffusers' own converter (`wan/checkpoints.py`).
 """
 
 from __future__ import annotations

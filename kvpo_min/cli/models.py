@@ -71,6 +71,8 @@ def run_rewards(options, wan=None):
     """What the videos are scored with: formulas on the pocket world, or the models that `wan` names. `options`: the
     weights vq, mq and ta, and the taste `like`."""
     weights = {"vq": options.vq, "mq": options.mq, "ta": options.ta}
+    if wan and options.like != type(options).like:
+        raise ValueError(f"like names scenes of the pocket world, and {options.model} is no pocket model: leave it out")
     if wan:
         return real.load_rewards(wan, **weights)
     return pocket.pocket_rewards(**weights, like=liked_scenes(options.like))

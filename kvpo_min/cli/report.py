@@ -14,6 +14,7 @@ from kvpo_min import viz
 from kvpo_min.chr import Window, branch_frames, chunk_of
 from kvpo_min.cli.options import RunOptions
 from kvpo_min.pipeline import table
+from kvpo_min.pocket import world
 
 
 def draw_curves(folder: Path, logs: list[dict], last) -> None:
@@ -53,24 +54,20 @@ def draw_before_after(folder: Path, before, after, scripts: list[str], fps: floa
     viz.before_after(smaller(before), smaller(after), shown).save(folder / "videos" / "before_after.png")
 
 
-def in_words(before: dict, after: dict, n: int) -> str:
-    """The result in a sentence. before, after: from `evaluate` on `n` prompts."""
-
-    def count(result: dict, name: str) -> str:
-        share = result["judge"][name]
-        whole = abs(share * n - round(share * n)) < 1e-4
-        return f"{share * n:.0f} of {n}" if whole else f"{share:.0%}"
-
-    if math.isfinite(after.get("judge", {}).get("liked", math.nan)):
-        first, last, anew = count(before, "liked"), count(after, "liked"), after["judge"]["liked anew"]
-        text = f"The hero settles in a scene you like: {first} before, {last} after"
-        if math.isfinite(anew):
-            text += f" ({anew:.0%} of those that were elsewhere, {before['judge']['liked anew']:.0%} before)"
-        return (
-            text
-            + f"; its journey is in order in {before['judge']['journey']:.0%}, then {after['judge']['journey']:.0%}."
-        )
-    return f"The reward went from {before['reward']:.3f} to {after['reward']:.3f}."
+def in_words(before: dict, after: dict, scripts: Sequence[str], num_frames: int) -> str:
+    """The result in a sentence. before, after: from `evaluate` on these scripts."""
+    was, now = before.get("judge", {}), after.get("judge", {})
+    if not all(math.isfinite(judge.get("liked", math.nan)) for judge in (was, now)):
+        return f"The reward went from {before['reward']:.3f} to {after['reward']:.3f}."
+    n = sum(
+        segment.settles and world.event_frame(k) + 3 <= num_frames
+        for script in scripts
+        for k, segment in enumerate(world.parse(script))
+    )
+    text = f"The hero settles in a scene you like: {was['liked'] * n:.0f} of {n} before, {now['liked'] * n:.0f} after"
+    if all(math.isfinite(judge["liked anew"]) for judge in (was, now)):
+        text += f" ({now['liked anew']:.0%} of those that were elsewhere, {was['liked anew']:.0%} before)"
+    return text + f"; its journey is in order in {was['journey']:.0%}, then {now['journey']:.0%}."
 
 
 def smaller(pixels):

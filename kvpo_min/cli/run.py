@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -72,7 +72,7 @@ def run(config, options: RunOptions, wan=None) -> int:
         (folder / name).mkdir(parents=True, exist_ok=True)
     folders.write_config(folder, config, options, wan)
     policies = adapters.add_policies(pipeline, config)
-    curve = held_out_curve(pipeline, held_out, rewards, config, options.eval_every)
+    curve = held_out_curve(pipeline, held_out, rewards, config, options.eval_every, batch)
     stopped, code, logs, ended, steps = train_loop(pipeline, scripts, rewards, config, policies, folder, log_to, curve)
 
     updates = [line for line in logs if "skipped" not in line]
@@ -88,7 +88,7 @@ def run(config, options: RunOptions, wan=None) -> int:
     if len(updates) < len(logs):
         result["skipped"] = len(logs) - len(updates)
     folders.write_json(folder / "summary.json", result)  # should what follows be interrupted
-    report.draw_curves(folder, updates, steps[-1] if steps else None)
+    report.draw_curves(folder, logs if updates else [], steps[-1] if steps else None)
     report.draw_groups(pipeline, folder, config, steps, fps)
     if not stopped:
         say("held-out prompts after training")
@@ -103,7 +103,7 @@ def run(config, options: RunOptions, wan=None) -> int:
     folders.write_json(folder / "summary.json", result)  # last: whoever has it has all (`is_complete`)
     if result["after"]:
         print(generator.table({"before": before, "after": result["after"]}))
-        print(report.in_words(before, result["after"], len(held_out)))
+        print(report.in_words(before, result["after"], held_out, config.num_frames))
     print(f"\n{folder}/ holds the adapter, metrics.jsonl, summary.json and a model card (README.md);")
     print(f"videos are in {folder}/videos, curves in {folder}/figures.")
     return code
@@ -112,7 +112,9 @@ def run(config, options: RunOptions, wan=None) -> int:
 CURVE = 16  # held-out prompts of a point of the curve
 
 
-def held_out_curve(pipeline, scripts: list[str], rewards, config, every: int) -> Callable[[int], dict] | None:
+def held_out_curve(
+    pipeline, scripts: list[str], rewards, config, every: int, batch: int = 32
+) -> Callable[[int], dict] | None:
     """-> a function of the number of updates done that measures, every so many of them, the policy that acts on the
     first held-out prompts, always with the same noise: {"eval/reward": ..., "eval/seconds": ...}, else {}."""
     if not every:
@@ -122,7 +124,7 @@ def held_out_curve(pipeline, scripts: list[str], rewards, config, every: int) ->
         if done % every:
             return {}
         begun = time.perf_counter()
-        found = generator.evaluate(pipeline, scripts[:CURVE], rewards, config.num_frames)
+        found = generator.evaluate(pipeline, scripts[:CURVE], rewards, config.num_frames, batch=batch)
         found |= found.pop("judge", {})
         seconds = time.perf_counter() - begun
         return {f"eval/{name}": x for name, x in found.items() if math.isfinite(x)} | {"eval/seconds": seconds}
@@ -137,21 +139,21 @@ def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, repor
     and the last `Step` of this call that were not skipped, as `set_aside` leaves them)"""
     path, logs, steps = folder / "metrics.jsonl", [], []
 
-    def go_on_after(lines: list[dict]) -> list[dict]:
+    def go_on_after(checkpoint: Path) -> list[dict]:
         """A checkpoint's lines: those in the file may go further, or less far, or end in the middle. What was measured
-        on held-out prompts is in the file alone."""
+        on held-out prompts is in the file beside the checkpoint alone."""
+        known, lines = measured_before(checkpoint.parent / path.name), read_state(checkpoint)["logs"]
         for line in lines:
             line |= known.get(line["step"], {})
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         return lines
 
-    known = measured_before(path)
     if config.resume_from_checkpoint:
-        logs = go_on_after(read_state(find_checkpoint(config))["logs"])
+        logs = go_on_after(find_checkpoint(config))
     earlier, stopped, code = len(logs), "", 0
     updates = loop.train(pipeline, scripts, rewards, config, policies, True)
     begin = {k.replace("eval/", "eval0/"): v for k, v in curve(0).items()} if curve and not earlier else {}
-    shown = Progress(config.max_train_steps, earlier, begin or (logs[0] if logs else {}))
+    shown = Progress(config.max_train_steps, logs, begin)
     with shown:
         try:
             try:
@@ -182,7 +184,7 @@ def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, repor
             raise
     newest = checkpoints(folder)[-1:]
     if stopped and newest and newest[0] > len(logs):  # stopped between an update and its line
-        logs = go_on_after(read_state(folder / f"checkpoint-{newest[0]}")["logs"])
+        logs = go_on_after(folder / f"checkpoint-{newest[0]}")
     return stopped, code, logs, earlier, steps
 
 
@@ -190,7 +192,7 @@ def measured_before(path: Path) -> dict[int, dict]:
     """What the lines of metrics.jsonl hold of the held-out curve: {step: numbers}. A line cut short is left out."""
     found = {}
     for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             line = json.loads(line)
             found[line["step"]] = {key: value for key, value in line.items() if key.startswith("eval")}
     return found
@@ -198,11 +200,14 @@ def measured_before(path: Path) -> dict[int, dict]:
 
 class Progress:
     """What a person wants to know of a run: updates, time left, and how much better the held-out videos are. One line
-    that is redrawn, or, where stderr is no terminal, one line every ten updates."""
+    that is redrawn, or, where stderr is no terminal, one line every ten updates. `logs`: the lines of a run that goes
+    on; `begin`: what was measured before the first update of another."""
 
-    def __init__(self, total: int, done: int, first: dict):
+    def __init__(self, total: int, logs: Sequence[dict], begin: dict):
+        first, done = begin or (logs[0] if logs else {}), len(logs)
         self.key = next((key for key in ("liked", "reward") if f"eval0/{key}" in first), "")
-        self.before = self.now = first.get(f"eval0/{self.key}")
+        self.before = first.get(f"eval0/{self.key}")
+        self.now = next((line[key] for line in reversed(logs) if (key := f"eval/{self.key}") in line), self.before)
         self.bar = tqdm(total=total, initial=done, desc="train", unit="update", disable=not sys.stderr.isatty())
         self.begun, self.done, self.start, self.total = time.perf_counter(), done, done, total
 
@@ -224,7 +229,8 @@ class Progress:
         self.bar.update()
         if self.bar.disable and (self.done % 10 == 0 or self.done == self.total):
             left = (time.perf_counter() - self.begun) / (self.done - self.start) * (self.total - self.done)
-            say(f"update {self.done} of {self.total}, {left / 60:.1f} minutes left, {text}")
+            told = f"update {self.done} of {self.total}, {left / 60:.1f} minutes left"
+            say(f"{told}, {text}" if text else told)
 
 
 def set_aside(step):

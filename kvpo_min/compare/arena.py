@@ -9,7 +9,8 @@ The same for every method: base checkpoint, the 256 training scripts of a seed, 
 and the evaluation prompts, each with a noise of its own. Not the same:
 - AdamW's weight decay is 0, Astrolabe's its paper's 1e-4.
 - "kvpo" is `train.train`; it forks where `baselines.update` may fork, but draws its own forks, and sees the global
-  reward too. "astrolabe" is `astrolabe.train`; its active window stands for the fork.
+  reward too. It is the paper's, without prefix preservation; with --set prefix_coef=10 the passes of that count.
+- "astrolabe" is `astrolabe.train`; its active window stands for the fork.
 - all others and the cells of the grid ("exploration+policy") are `baselines.update`; there group k of a seed has the
   same script, fork and noise whatever the method. "routing+energy" is KVPO without anchor, safety rule and KL,
   "routing+distance" the same with a latent distance, "fresh+nft" the bare Astrolabe.
@@ -55,7 +56,7 @@ from kvpo_min.compare.baselines import (
 from kvpo_min.config import TrainConfig, check_seed, check_weights, nearest_known
 from kvpo_min.pipeline import Pipeline, sample, score
 from kvpo_min.pocket.prompts import EVAL_SEED, check_geometry
-from kvpo_min.pocket.world import SWITCHES, prompt_set
+from kvpo_min.pocket.world import SWITCHES, liked_scenes, prompt_set
 from kvpo_min.policies import adapter_weights, add_policies
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import Sampler, draw_noise, switch_reach
@@ -76,10 +77,11 @@ GIVEN = ("seed", "learning_rate", "num_frames", "num_segments", "max_train_steps
          "checkpoints_total_limit", "resume_from_checkpoint", "ema_decay")  # fmt: skip
 LOOP = ("num_generations", "perturb_num_blocks", "nearest", "max_grad_norm", "adam_weight_decay", "rank", "lora_alpha")
 
-HERE = ("model", "mode", "event", "weights", "set", "eval_prompts")  # what all runs of one call share
+HERE = ("model", "mode", "event", "like", "weights", "set", "eval_prompts")  # what all runs of one call share
 KEY = ("method", *HERE, "purpose", "learning_rate", "seed", "asked", "budget")  # a row is known by these
 PAIRED = ("vq", "mq", "ta", "reward", "judge_all")  # sem: standard error over prompts of after - before
-PLAIN = ("judge_valid", "judge_colour", "judge_shape", "judge_motion", "judge_warm", "judge_distance", "sharpness",
+PLAIN = ("judge_valid", "judge_colour", "judge_shape", "judge_motion", "judge_scene", "judge_journey",
+         "judge_remembered", "judge_coherent", "judge_liked", "judge_liked_anew", "judge_distance", "sharpness",
          "motion_energy", "diversity")  # fmt: skip
 COLUMNS = (*KEY, "forwards", "backwards", "updates", "seconds", "passes_per_video",
            *(f"{name}_{when}" for name in PAIRED for when in ("before", "after", "sem")),
@@ -98,7 +100,7 @@ class ArenaOptions:
     forwards: int = 40000  # budget of a run: forward passes of the generator
     evaluations: int = 3  # of a run, evenly spaced, the last when the budget is spent
     mode: str = "short"  # short: 39 frames, one prompt; long: 147 frames, four prompts
-    event: str = ""  # words that every script must hold, such as 'settles'
+    event: str = "settles"  # words that every script must hold; settles: where memory decides what comes; "": none
     eval_prompts: int = 256  # held-out scripts; with 64 the noise they are drawn with is worth as much as a gain
     set: str = ""  # other settings of the methods, for ablations: name=value with commas between
     vq: float = 1.0  # weight of visual quality in the reward
@@ -118,6 +120,7 @@ class ArenaOptions:
         if not 1 <= self.evaluations <= self.forwards:
             raise ValueError(f"evaluations must be 1 to forwards, got {self.evaluations} and {self.forwards}")
         check_weights(self.vq, self.mq, self.ta)
+        liked_scenes(self.like)
         check_seed(self.sweep_seed, "sweep_seed")
 
 
@@ -229,8 +232,8 @@ def motion_energy(pixels: Tensor) -> Tensor:
 
 
 def diversity(reading, n: int, again: int) -> float:
-    """Share of frames in which the judge reads another colour, shape or motion in video n + i than in video i < again:
-    the same words, other noise."""
+    """Share of frames in which the judge reads another colour, shape, scene or motion in video n + i than in video
+    i < again: the same words, other noise."""
     named = [getattr(reading, f.name) for f in fields(reading)]
     named = [r for r in named if r.ndim == 2 and not r.is_floating_point()]  # [N, T] what is shown, not how well
     return torch.stack([r[:again] != r[n : n + again] for r in named]).any(0).float().mean().item()
@@ -267,7 +270,7 @@ def measure(pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, videos
         parts = zip(*([getattr(r, f.name) for f in fields(r)] for r in readings), strict=True)
         reading = type(readings[0])(*map(torch.cat, parts))
         judged = pipeline.judge(rows_of(reading, slice(n)), list(scripts))
-        out |= {f"judge_{name}": value for name, value in judged.items() if name != "all"}
+        out |= {f"judge_{name.replace(' ', '_')}": value for name, value in judged.items() if name != "all"}
         alone = [pipeline.judge(rows_of(reading, slice(i, i + 1)), [scripts[i]])["all"] for i in range(n)]
         each["judge_all"] = torch.tensor(alone, dtype=torch.double)
         out["diversity"] = diversity(reading, n, len(told) - n)
@@ -344,7 +347,8 @@ def numbers(text: str, kind: type, flag: str) -> list:
 def shared_key(options: ArenaOptions, rewards: Mixture) -> dict[str, str]:
     weights = " ".join(f"{name}={weight:g}" for name, weight in rewards.weights.items())
     canonical = ",".join(f"{name}={value}" for name, value in sorted(changes(options.set).items()))
-    return {"model": options.model, "mode": options.mode, "event": options.event, "weights": weights, "set": canonical,
+    return {"model": options.model, "mode": options.mode, "event": options.event,
+            "like": ",".join(sorted(liked_scenes(options.like))), "weights": weights, "set": canonical,
             "eval_prompts": str(options.eval_prompts)}  # fmt: skip
 
 
