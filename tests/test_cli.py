@@ -208,7 +208,7 @@ WRONG = {
     "no checkpoint": (["train", "--resume_from_checkpoint", "{tmp}"], "is not a checkpoint"),
     "sample nothing": (["sample"], "give either a script in quotes, or --prompts FILE"),
     "sample both": (["sample", "a disc", "--prompts", "{tmp}/one.txt"], "give either a script"),
-    "sample words": (["sample", "a blue disk"], "did you mean 'disc'?"),
+    "sample words": (["sample", "a blue sqare"], "did you mean 'square'?"),
     "sample long": (["sample", "a disc | it rests | it rests | it rests | it rests"], "at most 4 segments, got 5"),
     "sample folder": (["sample", "a disc", "--output_dir", "{tmp}"], "is not empty; name another --output_dir"),
     "eval without": (["eval", "--prompts", "{tmp}/one.txt"], "--json FILE is required"),
