@@ -40,9 +40,18 @@ def draw_groups(pipeline, folder: Path, config, steps: Sequence, fps: float) -> 
         frames = branch_frames(group.plan.routes, fork, Window(), config.nearest)
         routes = viz.route_grid(frames, fork, Window(), config.nearest)
         routes.savefig(folder / "figures" / f"routes_{step.step:04d}.png", dpi=120)
-        prefix = smaller(pipeline.decode(group.rollout.videos[:, :fork]))[0]
-        story = viz.story_figure(prefix, videos[:, fork - first :], frames, [*gained, ""])
-        story.savefig(folder / "figures" / f"story_{step.step:04d}.png", dpi=120)
+        prefix = smaller(pipeline.decode(group.rollout.videos[:1, :fork]))[0]
+        ends = zip(places(pipeline, group.videos), [*gained, ""], strict=True)
+        ends = [f"{place}\n{text}".strip() for place, text in ends]
+        story = viz.film_fork(prefix, frames, videos[:, fork - first :], ends)
+        story.save(folder / "figures" / f"story_{step.step:04d}.png")
+
+
+def places(pipeline, videos) -> list[str]:
+    """The scene in which each of the pocket world's videos ends; of a real model's: nothing."""
+    if pipeline.read is not world.judge:
+        return [""] * len(videos)
+    return [world.SCENES[scene] for scene in world.most(world.judge(videos[:, -3:]).scene).tolist()]
 
 
 def draw_before_after(folder: Path, before, after, scripts: list[str], fps: float) -> None:
