@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpo_min.chr import DROPPED, NEAREST, SINK, Window, branch_frames, ordinary_frames, route_mask
+from kvpo_min.viz.film import TAGS, branch_letter
 from kvpo_min.viz.run import _column, _draw_routes, _film, _route_legend
 from kvpo_min.viz.style import ANCHOR, BRANCHES, HATCHES, _bytes, _figure, _plain, branch_colour
 
@@ -97,6 +98,11 @@ def energy_map(energies: Tensor, sigma: Tensor, start: int = 0, block: int = 3):
     return figure
 
 
+def _tag_colour(branch: int) -> str:
+    """The colour of a branch's letter in the film strips; no hero has one of the first four."""
+    return TAGS[branch] if branch < len(TAGS) else branch_colour(branch)
+
+
 def branch_bars(panels: Mapping[str, Tensor], ylabel: str = "", line: float | None = None, xlabel: str = "branch"):
     """One bar a branch in each panel, in the branches' colours, all panels on one scale. -> Figure
 
@@ -108,8 +114,8 @@ def branch_bars(panels: Mapping[str, Tensor], ylabel: str = "", line: float | No
     figure = _figure(max(4.0, (0.28 * g + 0.9) * len(panels)), 2.9)
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, (title, values) in zip(grid, panels.items(), strict=True):
-        colours = [branch_colour(k) for k in range(g)]
-        axes.bar([str(k) for k in range(g)], values.tolist(), color=colours, edgecolor="#555555", linewidth=0.5)
+        colours = [_tag_colour(k) for k in range(g)]
+        axes.bar([branch_letter(k) for k in range(g)], values.tolist(), color=colours, edgecolor="#555555")
         if line is not None:
             axes.axhline(line, color=ANCHOR, linestyle="--", linewidth=1)
         _plain(axes, title, xlabel)
@@ -358,6 +364,40 @@ def frame_bars(frames: Tensor, values: Tensor, start: int, window: Window, title
     return figure
 
 
+def match_densities(panels: Mapping[str, float], teacher: float, pull, n: int = 9):
+    """A student N(b, 1) on its way to a teacher N(teacher, 1), one panel a moment. -> Figure
+
+    panels: title -> b; `pull`: (points [n], b) -> where descent moves each of them, drawn as arrows."""
+    figure = _figure(3.2 * len(panels), 3)
+    x = torch.linspace(min(0.0, *panels.values()) - 3, max(teacher, *panels.values()) + 3, 200)
+    for axes, (title, b) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for centre, colour, name in ((teacher, ANCHOR, "teacher"), (b, BRANCHES[4], "student")):
+            height = (-0.5 * (x - centre).square()).exp()
+            axes.fill_between(x, height, color=colour, alpha=0.3, linewidth=0)
+            axes.plot(x, height, color=colour, linewidth=2, label=name)
+        points = b + torch.linspace(-1.6, 1.6, n)
+        for at, move in zip(points.tolist(), pull(points, b).tolist(), strict=True):
+            axes.annotate("", (at + move, -0.15), (at, -0.15),
+                          arrowprops=dict(arrowstyle="-|>", color=BRANCHES[5], linewidth=1.5))  # fmt: skip
+        _plain(axes, title)
+        axes.title.set_fontsize(11)
+        axes.set(ylim=(-0.3, 1.1), yticks=[])
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=10)
+    return figure
+
+
+def colour_counts(counts: Mapping[str, Mapping[str, int]], inks: Mapping[str, tuple[float, float, float]]):
+    """How often each colour was seen, a panel a model, in the colours themselves. counts: model -> {colour: n}. ->
+    Figure"""
+    figure = _figure(4 * len(counts), 2.6)
+    for axes, (name, seen) in zip(figure.subplots(1, len(counts), squeeze=False, sharey=True)[0], counts.items(),
+                                  strict=True):  # fmt: skip
+        axes.bar(list(inks), [seen.get(ink, 0) for ink in inks], color=list(inks.values()), edgecolor="#555555")
+        _plain(axes, name)
+        axes.title.set_fontsize(11)
+    return figure
+
+
 # -------------------------------------------------------------------------------- training: by hand, live and recorded
 
 
@@ -542,3 +582,34 @@ def memory_bars(plans: Mapping[str, Mapping[str, float]], limits: Sequence[float
     _plain(axes, "", "GiB at the largest moment of one update")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, fontsize=7)
     return figure
+
+
+# ------------------------------------------------------------------------------------------- films that play in a loop
+
+
+def loop(pixels: Tensor, labels: Sequence[str], fps: float = 6, scale: int = 2):
+    """Films side by side, in step and for ever, each under its label. pixels [N, T, 3, H, W] -> an IPython HTML object
+
+    One small WebP inside the notebook, so that it also plays where no kernel runs."""
+    import base64
+    import io
+
+    from IPython.display import HTML
+    from PIL import Image, ImageDraw
+
+    from kvpo_min.viz.film import PAPER, _font, _pictures
+
+    films = [_pictures(film, scale * pixels.shape[-2]) for film in pixels]
+    width, height = films[0][0].size
+    pages = []
+    for frames in zip(*films, strict=True):
+        page = Image.new("RGB", (len(films) * (width + 8), height + 26), PAPER)
+        draw = ImageDraw.Draw(page)
+        for k, (frame, label) in enumerate(zip(frames, labels, strict=True)):
+            draw.text((k * (width + 8) + width / 2, 13), label, "black", _font(15), anchor="mm")
+            page.paste(frame, (k * (width + 8), 26))
+        pages.append(page)
+    out, times = io.BytesIO(), [round(1000 / fps)] * (len(pages) - 1) + [1200]  # the end stays for a while
+    pages[0].save(out, "WEBP", save_all=True, append_images=pages[1:], duration=times, loop=0, quality=70, method=4)
+    data = base64.b64encode(out.getvalue()).decode()
+    return HTML(f'<img alt="{", ".join(labels)}" src="data:image/webp;base64,{data}">')
