@@ -38,27 +38,6 @@ def test_images_holds_the_pictures():
         viz.images(pixels, ["a"])
 
 
-@pytest.mark.parametrize("branch", [None, 1])
-def test_branch_card_draws_what_is_read(branch):
-    start, nearest = 21, 2
-    frames = ordinary_frames(start, WINDOW) if branch is None else torch.tensor([0, 1, 2, 5, 8, 9, 12, 19, 20])
-    figure = viz.branch_card(branch, torch.rand(18, 3, 8, 8), frames, start, WINDOW, nearest)
-    cells = figure.axes[0].patches
-    assert len(cells) == start
-    read = [x for x, cell in enumerate(cells) if to_hex(cell.get_facecolor()) != "#ffffff"]
-    assert read == frames.tolist()
-    dots = [x for x, cell in enumerate(cells) if cell.get_hatch() == "..."]
-    assert dots == (list(range(15, 21)) if branch is None else [19, 20])
-    assert [x for x, cell in enumerate(cells) if cell.get_hatch() == "////"] == [0, 1, 2]
-
-
-def test_reward_bars_stand_on_the_anchor():
-    rewards = {"vq": torch.tensor([0.5, 0.7]), "ta": torch.tensor([1.0, 0.9])}
-    figure = viz.reward_bars(rewards, {"vq": torch.tensor(0.6), "ta": torch.tensor(0.9)})
-    assert heights(figure.axes[0]) == [-0.1, 0.1] and heights(figure.axes[1]) == [0.1, 0.0]
-    assert [to_hex(bar.get_facecolor()).upper() for bar in figure.axes[0].patches] == list(viz.BRANCHES[:2])
-
-
 def test_probability_change_shows_both():
     figure = viz.probability_change(torch.tensor([0.25, 0.75]), torch.tensor([0.5, 0.5]))
     assert heights(figure.axes[0]) == [0.25, 0.75, 0.5, 0.5]

@@ -210,48 +210,6 @@ def images(pixels: Tensor, titles: Sequence[str], columns: int = 0, inches: floa
     return figure
 
 
-def branch_card(branch: int | None, pixels: Tensor, frames: Tensor, start: int, window: Window, nearest: int):
-    """What one branch reads at its fork, and what it then shows. -> Figure
-
-    branch: its number, None for the anchor; pixels [T, 3, H, W] from frame `start` on; frames [L] that it reads."""
-    from matplotlib.patches import Rectangle
-
-    mask = route_mask(frames[None], start, window, window.past if branch is None else nearest)[0].tolist()
-    colour = ANCHOR if branch is None else branch_colour(branch)
-    film, index = _film(pixels, 9)
-    figure = _figure(8, 1.9)
-    top, bottom = figure.subplots(2, 1, height_ratios=[1, 4])
-    for x, kind in enumerate(mask):
-        face = "white" if kind == DROPPED else "#dddddd" if kind == SINK else colour
-        cell = Rectangle((x, 0), 1, 1, facecolor=face, edgecolor="white" if kind == NEAREST else "#999999")
-        cell.set_hatch(HATCHES.get(kind, ""))
-        top.add_patch(cell)
-    top.set(xlim=(0, start), ylim=(0, 1), yticks=[])
-    top.set_xticks([x + 0.5 for x in range(0, start, 3)], [str(x) for x in range(0, start, 3)], fontsize=7)
-    top.set_title(f"{'anchor' if branch is None else f'branch {branch}'}: past frames it reads", fontsize=9, loc="left")
-    bottom.imshow(film, interpolation="nearest")
-    step = film.shape[1] / len(index)
-    bottom.set_xticks([(k + 0.5) * step for k in range(len(index))], [str(start + i) for i in index], fontsize=7)
-    bottom.set_yticks([])
-    bottom.spines[:].set(color=colour, linewidth=2)
-    for axes in (top, bottom):
-        axes.tick_params(length=0)
-    return figure
-
-
-def reward_bars(rewards: Mapping[str, Tensor], anchor: Mapping[str, Tensor]):
-    """How far each branch is above or below the anchor, component by component. rewards name -> [G]. -> Figure"""
-    figure = _figure(2.4 * len(rewards), 2.4)
-    for axes, (name, values) in zip(figure.subplots(1, len(rewards), squeeze=False)[0], rewards.items(), strict=True):
-        over = [v - float(anchor[name]) for v in values.tolist()]
-        axes.bar(range(len(over)), over, color=[branch_colour(g) for g in range(len(over))], edgecolor="#555555")
-        axes.axhline(0, color=ANCHOR, linewidth=2)
-        axes.set_xticks(range(len(over)))
-        _plain(axes, f"{name} (anchor {float(anchor[name]):.3f})", "branch", "above the anchor")
-        axes.title.set_fontsize(9)
-    return figure
-
-
 def probability_change(before: Tensor, after: Tensor, names: Sequence[str] = ("before", "after")):
     """Probabilities [G] of the branches, pale before and full after an update. -> Figure"""
     figure = _figure(4.5, 2.6)
