@@ -159,9 +159,9 @@ def branch_lines(values: Tensor, ylabel: str = "", xlabel: str = "update"):
     figure = _figure(6, 3)
     axes = figure.add_subplot()
     for g, line in enumerate(values.T.tolist()):
-        axes.plot(line, color=branch_colour(g), marker="o", markersize=3, label=f"branch {g}")
+        axes.plot(line, color=_tag_colour(g), marker="o", markersize=4, linewidth=2, label=branch_letter(g))
     _plain(axes, "", xlabel, ylabel)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(frameon=False, fontsize=10, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -201,12 +201,12 @@ def images(pixels: Tensor, titles: Sequence[str], columns: int = 0, inches: floa
     columns = columns or len(pixels)
     rows = math.ceil(len(pixels) / columns)
     lines = 1 + max(title.count("\n") for title in titles)
-    figure = _figure(inches * columns, (inches + 0.17 * lines) * rows)
+    figure = _figure(inches * columns, (inches + 0.22 * lines) * rows)
     for axes in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
         axes.set_axis_off()
     for axes, picture, title in zip(grid.flat, _bytes(pixels), titles, strict=False):
         axes.imshow(picture, interpolation="nearest")
-        axes.set_title(title, fontsize=8, pad=2)
+        axes.set_title(title, fontsize=11, pad=3)
     return figure
 
 
