@@ -29,21 +29,74 @@ class Verdict:
         return ("Right. " if self.right else "Not yet. ") + self.says
 
 
-# ------------------------------------------------------------------------------- 00 which branch gains probability?
+# ------------------------------------------------------------------------------- 00 where, who is better, who gains
 
 
-def check_00(answer, energies: Tensor, advantages: Tensor, tau: float) -> Verdict:
-    """answer: the branch whose probability grows most in a small step down the gradient of the objective.
-    energies, advantages [G] of one group."""
-    g = len(energies)
-    if answer is None:
-        return Verdict(False, f"Set the answer to a branch, a number from 0 to {g - 1}.")
+def _letter(answer, n: int) -> int:
+    """A branch's number, from its letter or its number; -1 for anything else."""
+    if isinstance(answer, str):
+        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:n]
+        return letters.find(answer.strip().upper()) if len(answer.strip()) == 1 else -1
     try:
         branch = -1 if isinstance(answer, bool) else operator.index(answer)  # also numpy's and torch's whole numbers
     except TypeError:
-        branch = -1
-    if not 0 <= branch < g:
-        return Verdict(False, f"Expected a branch, a whole number from 0 to {g - 1}, got {answer!r}.")
+        return -1
+    return branch if 0 <= branch < n else -1
+
+
+def check_00_scenes(answer, seen, reads, sink: int = 3) -> Verdict:
+    """answer: the scene that each branch settles in, by the world's rule. seen: the scene of every past frame, a name
+    each; reads [G, L]: the frames that each branch may read."""
+    rows = [[int(f) for f in row] for row in reads]
+
+    def most(row, least: int) -> str:
+        names = [seen[f] for f in row if f >= least]
+        return max(names, key=lambda name: (names.count(name), -names.index(name)))  # at a tie the one seen first
+
+    if answer is None:
+        return Verdict(False, f"Give {len(rows)} names of scenes, one a branch.")
+    given = [answer] if isinstance(answer, str) else list(answer) if isinstance(answer, (list, tuple)) else []
+    if len(given) != len(rows) or any(name not in seen for name in given):
+        known = ", ".join(dict.fromkeys(seen))
+        return Verdict(False, f"Expected {len(rows)} scenes of the past ({known}), got {answer!r}.")
+    right = [most(row, sink) for row in rows]
+    if given == right:
+        return Verdict(True, "That is what each of them remembers best.")
+    if given == [most(row, 0) for row in rows]:
+        return Verdict(False, "You counted the sink's frames too: the rule leaves them out.")
+    if given == [seen[row[-1]] for row in rows]:
+        return Verdict(False, "That is where the hero is now. Count all frames behind the sink that a branch may read.")
+    wrong = ["ABCDEFGH"[k] for k, (a, b) in enumerate(zip(given, right, strict=True)) if a != b]
+    return Verdict(False, f"Look at {', '.join(wrong)} again: count the scenes; at a tie the one seen first wins.")
+
+
+def check_00_signs(by_mean, by_anchor, rewards: Tensor, anchor: float) -> Verdict:
+    """by_mean, by_anchor: the signs of the advantages, such as "--++", if rewards [G] are compared with the group's
+    mean, and with the anchor's."""
+    if by_mean is None or by_anchor is None:
+        return Verdict(False, f"Give two texts of {len(rewards)} signs, such as '{'+-' * (len(rewards) // 2)}'.")
+
+    def signs(base: float) -> str:
+        return "".join("+" if r > base else "-" if r < base else "0" for r in rewards.tolist())
+
+    want = {"the group's mean": signs(sum(rewards.tolist()) / len(rewards)), "the anchor": signs(anchor)}
+    if (by_anchor, by_mean) == tuple(want.values()):
+        return Verdict(False, "You have the two the wrong way round.")
+    for (base, right), given in zip(want.items(), (by_mean, by_anchor), strict=True):
+        if given != right:
+            return Verdict(False, f"Compared with {base} it is not {given!r}: above is +, below is -, one a branch.")
+    return Verdict(True, "Being better than the others is not enough: a branch must beat what the model does anyway.")
+
+
+def check_00(answer, energies: Tensor, advantages: Tensor, tau: float) -> Verdict:
+    """answer: the branch (letter or number) whose probability grows most in a small step down the gradient of the
+    objective. energies, advantages [G] of one group."""
+    g = len(energies)
+    if answer is None:
+        return Verdict(False, f"Set the answer to a branch, a letter from A to {'ABCDEFGH'[g - 1]}.")
+    branch = _letter(answer, g)
+    if branch < 0:
+        return Verdict(False, f"Expected a branch, one of the first {g} letters, got {answer!r}.")
     # by differences, without the formula: the loss -sum(p * A) / G is followed a small way downhill in E
     E = energies.double()
     p = torch.softmax(-E / tau, 0)
@@ -56,15 +109,86 @@ def check_00(answer, energies: Tensor, advantages: Tensor, tau: float) -> Verdic
     change = torch.softmax(-(E - 0.1 * tau * slope / slope.abs().max().clamp(min=1e-30)) / tau, 0) - p
     best = int(change.argmax())
     if branch == best:
-        return Verdict(True, f"Branch {best} gains {change[best]:+.4f}, more than any other.")
+        return Verdict(True, f"{'ABCDEFGH'[best]} gains {change[best]:+.4f}, more than any other.")
     return Verdict(
         False,
-        f"Branch {branch} changes by {change[branch]:+.4f}, another one gains more. What a branch gains is its "
+        f"{'ABCDEFGH'[branch]} changes by {change[branch]:+.4f}, another one gains more. What a branch gains is its "
         "probability times its pull, A_g - p_g * sum(A), less the mean pull.",
     )
 
 
-# ---------------------------------------------------------------------------- 01 two velocities, two clean predictions
+# ------------------------------------------------------------- 01 one step, two velocities, what is random, who decides
+
+
+def check_01_one_step(answer, data: Tensor, shares: Tensor) -> Verdict:
+    """answer: where one step from sigma 1 lands, whatever the noise, for a perfectly trained velocity. data [N, D] is
+    drawn with probabilities `shares` [N]."""
+    if answer is None:
+        return Verdict(False, f"Give {data.shape[1]} numbers, a point.")
+    try:
+        given = torch.as_tensor(answer).double()
+    except (TypeError, ValueError, RuntimeError):
+        return Verdict(False, f"Expected {data.shape[1]} numbers, got {answer!r}.")
+    if given.shape != data.shape[1:]:
+        return Verdict(False, f"Expected a point of {data.shape[1]} numbers, got shape {list(given.shape)}.")
+    # at sigma 1 the input is noise alone: the best answer minimises the squared error to all that it may have been
+    best = torch.zeros(data.shape[1]).double()
+    for _ in range(200):
+        best = best - 0.2 * ((best - data.double()) * shares.double()[:, None]).sum(0)
+    if torch.allclose(given, best, atol=0.02):
+        return Verdict(True, "One step lands on the mean of all data, which need not be a place where data are.")
+    if torch.allclose(given, data.double().mean(0), atol=0.02):
+        return Verdict(False, "That is the mean of the places. How often is each of them drawn?")
+    if (data.double() - given).abs().amax(1).min() < 0.02:
+        return Verdict(False, "That is one of the places: the noise does not tell which of them it came from.")
+    return Verdict(False, "With least squares the best guess is the mean of all that it may have been.")
+
+
+def check_01_sources(answer) -> Verdict:
+    """answer: which of "initial noise", "step noise" and "history" still change the video at eta = 0."""
+    names = ("initial noise", "step noise", "history")
+    if answer is None:
+        return Verdict(False, f"Give a set of these: {', '.join(names)}.")
+    try:
+        given = {answer} if isinstance(answer, str) else set(answer)
+    except TypeError:
+        given = {None}
+    if not given <= set(names):
+        return Verdict(False, f"Expected a set of these: {', '.join(names)}; got {answer!r}.")
+    levels, weights = (1.0, 0.8, 0.5, 0.2), torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+    def made(initial: int, steps: int, history: int) -> Tensor:  # a sampler of four numbers, its seeds for each source
+        draw = [torch.Generator().manual_seed(seed) for seed in (initial, steps, history)]
+        past, x = torch.randn(4, generator=draw[2]), torch.randn(4, generator=draw[0])
+        for level, lower in zip(levels, (*levels[1:], 0.0), strict=True):
+            torch.randn(4, generator=draw[1])  # drawn and, at eta 0, mixed in with weight 0
+            x = x + (lower - level) * (weights[0] * x.tanh() + weights[1] * past + weights[2])
+        return x
+
+    changed = {"initial noise": (1, 0, 0), "step noise": (0, 1, 0), "history": (0, 0, 1)}
+    truth = {name for name, seeds in changed.items() if not torch.equal(made(*seeds), made(0, 0, 0))}
+    if given == truth:
+        return Verdict(True, "Without fresh noise between the steps the other two still decide everything.")
+    if "step noise" in given:
+        return Verdict(False, "At eta = 0 no fresh noise is mixed in between the steps.")
+    return Verdict(False, "One is missing: two things are still given to the sampler from outside.")
+
+
+def check_01_owner(answer, shares) -> Verdict:
+    """answer: {event: "routing", "noise" or "neither"}, what tells another story most often. shares: event -> {source:
+    share of branches that differ from the anchor}; sources that route are named so. Below 10% nothing does."""
+    if not isinstance(answer, dict) or set(answer) != set(shares):
+        return Verdict(False, f"Give a dict with the keys {', '.join(shares)}.")
+    kinds = ("routing", "noise", "neither")
+    if odd := [value for value in answer.values() if value not in kinds]:
+        return Verdict(False, f"Each is one of {', '.join(kinds)}; got {odd[0]!r}.")
+    truth = {}
+    for event, by in shares.items():
+        most = max(by, key=by.get)
+        truth[event] = "neither" if by[most] < 0.1 else "routing" if most.startswith("routing") else "noise"
+    if wrong := [event for event in shares if answer[event] != truth[event]]:
+        return Verdict(False, f"The measurement says otherwise about {', '.join(map(repr, wrong))}.")
+    return Verdict(True, "So it was measured, below.")
 
 
 def check_01(answer) -> Verdict:
@@ -139,6 +263,58 @@ def check_02(mask, differ) -> Verdict:
     return Verdict(False, "; ".join(says).capitalize())
 
 
+def check_02_kept(answer, sink: int = 3, size: int = 33, block: int = 3) -> Verdict:
+    """answer: a function, start -> the frames that are in the history when the block at `start` is made."""
+    if answer is None or not callable(answer):
+        return Verdict(False, "Write a function of `start` that returns a list of frames.")
+    kept: list[int] = []
+    for start in range(0, 150, block):
+        try:
+            given = answer(start)
+            given = None if given is None else [int(f) for f in given]
+        except Exception as error:  # an answer may be anything
+            return Verdict(False, f"At {start} your function raised {type(error).__name__}: {error}")
+        if given is None:
+            return Verdict(False, "The function returns nothing yet: return a list of frames.")
+        if sorted(given) != kept:
+            says = f"At {start} you keep {len(given)} frames, the history has {len(kept)}"
+            if len(set(given)) < len(given):
+                return Verdict(False, f"At {start} a frame stands in your list twice: {given}.")
+            if set(kept[:sink]) - set(given):
+                return Verdict(False, says + f": the sink, {kept[:sink]}, never goes.")
+            if max(given, default=0) >= start and start:
+                return Verdict(False, f"At {start} your list holds frame {max(given)}, which is not made yet.")
+            return Verdict(False, says + f"; in all there are at most {size}, the sink among them.")
+        kept = [*kept, *range(start, start + block)]
+        while len(kept) > size:  # the oldest behind the sink goes
+            del kept[sink]
+    return Verdict(True, f"Never more than {size} frames, however long the video is.")
+
+
+def check_02_most(answer, frames: Tensor, change: Tensor) -> Verdict:
+    """answer: the past frame without which a block changes most. frames, change [L]."""
+    if isinstance(answer, bool) or not isinstance(answer, int) or answer not in frames.tolist():
+        return Verdict(False, f"Give one of the frames that the block reads: {frames.tolist()}.")
+    best = int(frames[change.argmax()])
+    place = 1 + int((change > change[frames.tolist().index(answer)]).sum())
+    if answer == best:
+        return Verdict(True, f"Without frame {best} the block changes most.")
+    return Verdict(False, f"Frame {answer} comes in place {place} of {len(frames)}.")
+
+
+def check_02_drift(answer, accuracy, part: int = 3) -> Verdict:
+    """answer: the name of the curve that is higher in the last third. accuracy: name -> [T]."""
+    names = list(accuracy)
+    if answer not in names:
+        return Verdict(False, f"Give one of {', '.join(map(repr, names))}.")
+    ends = {name: float(curve[-(len(curve) // part) :].mean()) for name, curve in accuracy.items()}
+    says = ", ".join(f"{name}: {end:.2f}" for name, end in ends.items())
+    best = max(ends, key=ends.get)
+    if max(ends.values()) - min(ends.values()) < 0.02:
+        return Verdict(True, f"They end alike ({says}): a draw, every answer is right.")
+    return Verdict(answer == best, f"In the last third, {says}.")
+
+
 # ------------------------------------------------------------------------------------------ 03 which way does DMD pull?
 
 
@@ -181,6 +357,64 @@ def check_03(answer) -> Verdict:
             "the two estimates agree, and only then.",
         )
     return Verdict(True, f"In 100 steps the student's mean came from {before:.2f} to {after:.2f} of the teacher's.")
+
+
+def check_03_guided(answer) -> Verdict:
+    """answer: (mute, told, scale) -> the guided velocity: scale 0 is the one without words, 1 the one with them."""
+    generator = torch.Generator().manual_seed(0)
+    mute, told = torch.randn(2, 3, 4, generator=generator)
+    for scale in (0.0, 1.0, 3.0, -0.5):
+        try:
+            got = answer(mute, told, scale) if callable(answer) else answer
+            got = None if got is None else torch.as_tensor(got, dtype=torch.float32)
+        except Exception as error:  # an answer may be anything
+            return Verdict(False, f"Your function raised {type(error).__name__}: {error}")
+        if got is None:
+            return Verdict(False, "Return the guided velocity, from mute, told and scale.")
+        if got.shape != mute.shape:
+            return Verdict(False, f"Expected a velocity of shape {list(mute.shape)}, got {list(got.shape)}.")
+        # the point on the line through both that is `scale` times as far from mute as told is, on the same side
+        want = torch.stack([torch.lerp(a, b, scale) for a, b in zip(mute.flatten(), told.flatten(), strict=True)])
+        if not torch.allclose(got.flatten(), want, atol=1e-5):
+            says = f"With scale {scale:g} it is off."
+            return Verdict(False, says + " Scale 0 gives `mute`, 1 gives `told`, 2 goes as far again.")
+    return Verdict(True, "Above 1 it goes further than the words alone would.")
+
+
+def check_03_ends(answer, teacher: float = 2.0, student: float = 0.0) -> Verdict:
+    """answer: the gradient fake - real of two Gaussians N(teacher, 1) and N(student, 1), at sigma 0 and at sigma 1."""
+    try:
+        none, all_ = (float(x) for x in answer)
+    except (TypeError, ValueError):
+        return Verdict(False, "Give two numbers, the gradient at sigma 0 and at sigma 1.")
+    x = torch.linspace(-12, 12, 20_001, dtype=torch.float64)
+
+    def estimate(centre: float, sigma: float, z: float) -> float:  # E[x0 | z] by a sum over all x0
+        log = -0.5 * (x - centre) ** 2 - 0.5 * ((z - (1 - sigma) * x) / max(sigma, 1e-2)) ** 2
+        return float((log.softmax(0) * x).sum())
+
+    right = [estimate(student, sigma, 0.7 * (1 - sigma)) - estimate(teacher, sigma, 0.7 * (1 - sigma))
+             for sigma in (0.0, 1.0)]  # fmt: skip
+    if abs(none - right[0]) < 0.02 and abs(all_ - right[1]) < 0.02:
+        return Verdict(True, "Without noise both models see the sample itself; in noise alone each says its own mean.")
+    if abs(none - right[1]) < 0.02 and abs(all_ - right[0]) < 0.02:
+        return Verdict(False, "The two ends are the other way round: sigma 0 is no noise.")
+    if abs(all_ + right[1]) < 0.02:
+        return Verdict(False, "Look at the sign: fake minus real.")
+    return Verdict(False, "At sigma 0 the input is the sample; at sigma 1 it says nothing, and each gives its mean.")
+
+
+def check_03_order(answer, distances) -> Verdict:
+    """answer: the names, from the cleanest frames to the worst. distances: name -> distance from clean frames."""
+    names = list(distances)
+    if not isinstance(answer, (list, tuple)) or sorted(map(str, answer)) != sorted(names):
+        return Verdict(False, f"Give a list of these names, the cleanest first: {names}.")
+    best = sorted(names, key=distances.get)
+    says = ", ".join(f"{name} {distances[name]:.2f}" for name in best)
+    slack = all(distances[a] <= distances[b] + 0.02 for a, b in zip(answer, answer[1:], strict=False))
+    if slack:
+        return Verdict(True, f"Distances from clean frames: {says}.")
+    return Verdict(False, f"The cleanest is {best[0]!r}, the worst {best[-1]!r}.")
 
 
 # ---------------------------------------------------------------------------------------- 04 routes that overlap less

@@ -38,27 +38,6 @@ def test_images_holds_the_pictures():
         viz.images(pixels, ["a"])
 
 
-@pytest.mark.parametrize("branch", [None, 1])
-def test_branch_card_draws_what_is_read(branch):
-    start, nearest = 21, 2
-    frames = ordinary_frames(start, WINDOW) if branch is None else torch.tensor([0, 1, 2, 5, 8, 9, 12, 19, 20])
-    figure = viz.branch_card(branch, torch.rand(18, 3, 8, 8), frames, start, WINDOW, nearest)
-    cells = figure.axes[0].patches
-    assert len(cells) == start
-    read = [x for x, cell in enumerate(cells) if to_hex(cell.get_facecolor()) != "#ffffff"]
-    assert read == frames.tolist()
-    dots = [x for x, cell in enumerate(cells) if cell.get_hatch() == "..."]
-    assert dots == (list(range(15, 21)) if branch is None else [19, 20])
-    assert [x for x, cell in enumerate(cells) if cell.get_hatch() == "////"] == [0, 1, 2]
-
-
-def test_reward_bars_stand_on_the_anchor():
-    rewards = {"vq": torch.tensor([0.5, 0.7]), "ta": torch.tensor([1.0, 0.9])}
-    figure = viz.reward_bars(rewards, {"vq": torch.tensor(0.6), "ta": torch.tensor(0.9)})
-    assert heights(figure.axes[0]) == [-0.1, 0.1] and heights(figure.axes[1]) == [0.1, 0.0]
-    assert [to_hex(bar.get_facecolor()).upper() for bar in figure.axes[0].patches] == list(viz.BRANCHES[:2])
-
-
 def test_probability_change_shows_both():
     figure = viz.probability_change(torch.tensor([0.25, 0.75]), torch.tensor([0.5, 0.5]))
     assert heights(figure.axes[0]) == [0.25, 0.75, 0.5, 0.5]
@@ -106,3 +85,21 @@ def test_frame_bars():
     assert [round(p.get_x() + 0.4) for p in bars] == frames.tolist()
     assert [p.get_height() for p in bars] == list(range(1, 10))
     assert [p.get_hatch() for p in bars] == ["////"] * 3 + ["..."] * 6
+
+
+def test_densities_and_arrows():
+    figure = viz.match_densities({"before": 0.0, "after": 2.0}, 2.0, lambda x, b: torch.full_like(x, 2.0 - b), n=5)
+    assert [axes.get_title() for axes in figure.axes] == ["before", "after"]
+    for axes, b in zip(figure.axes, (0.0, 2.0), strict=True):
+        teacher, student = axes.lines
+        assert abs(teacher.get_xdata()[teacher.get_ydata().argmax()] - 2) < 0.1
+        assert abs(student.get_xdata()[student.get_ydata().argmax()] - b) < 0.1
+        moves = [text.xy[0] - text.xyann[0] for text in axes.texts]
+        assert len(moves) == 5 and all(abs(move - (2 - b)) < 1e-5 for move in moves)
+
+
+def test_colour_counts():
+    inks = {"red": (1.0, 0.0, 0.0), "blue": (0.0, 0.0, 1.0)}
+    figure = viz.colour_counts({"teacher": {"red": 2, "blue": 1}, "student": {"red": 3}}, inks)
+    assert heights(figure.axes[0]) == [2, 1] and heights(figure.axes[1]) == [3, 0]
+    assert [to_hex(bar.get_facecolor()) for bar in figure.axes[0].patches] == ["#ff0000", "#0000ff"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvpo_min.chr import Window, ordinary_frames
 from kvpo_min.viz.style import ANCHOR, _bytes, _check_labels, _small_png
+from kvpo_min.viz.video import _enlarged, tile
 
 PAPER, CARD, INK, GREY = "#fbfaf6", "#f0ede5", "#1f1d1a", "#6b675f"
 LIT = "#ffd84d"  # around frames that may be read

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpo_min.chr import DROPPED, NEAREST, SINK, Window, branch_frames, ordinary_frames, route_mask
+from kvpo_min.viz.film import TAGS, branch_letter
 from kvpo_min.viz.run import _column, _draw_routes, _film, _route_legend
 from kvpo_min.viz.style import ANCHOR, BRANCHES, HATCHES, _bytes, _figure, _plain, branch_colour
 
@@ -97,6 +98,11 @@ def energy_map(energies: Tensor, sigma: Tensor, start: int = 0, block: int = 3):
     return figure
 
 
+def _tag_colour(branch: int) -> str:
+    """The colour of a branch's letter in the film strips; no hero has one of the first four."""
+    return TAGS[branch] if branch < len(TAGS) else branch_colour(branch)
+
+
 def branch_bars(panels: Mapping[str, Tensor], ylabel: str = "", line: float | None = None, xlabel: str = "branch"):
     """One bar a branch in each panel, in the branches' colours, all panels on one scale. -> Figure
 
@@ -108,8 +114,8 @@ def branch_bars(panels: Mapping[str, Tensor], ylabel: str = "", line: float | No
     figure = _figure(max(4.0, (0.28 * g + 0.9) * len(panels)), 2.9)
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, (title, values) in zip(grid, panels.items(), strict=True):
-        colours = [branch_colour(k) for k in range(g)]
-        axes.bar([str(k) for k in range(g)], values.tolist(), color=colours, edgecolor="#555555", linewidth=0.5)
+        colours = [_tag_colour(k) for k in range(g)]
+        axes.bar([branch_letter(k) for k in range(g)], values.tolist(), color=colours, edgecolor="#555555")
         if line is not None:
             axes.axhline(line, color=ANCHOR, linestyle="--", linewidth=1)
         _plain(axes, title, xlabel)
@@ -153,9 +159,9 @@ def branch_lines(values: Tensor, ylabel: str = "", xlabel: str = "update"):
     figure = _figure(6, 3)
     axes = figure.add_subplot()
     for g, line in enumerate(values.T.tolist()):
-        axes.plot(line, color=branch_colour(g), marker="o", markersize=3, label=f"branch {g}")
+        axes.plot(line, color=_tag_colour(g), marker="o", markersize=4, linewidth=2, label=branch_letter(g))
     _plain(axes, "", xlabel, ylabel)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(frameon=False, fontsize=10, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -195,54 +201,12 @@ def images(pixels: Tensor, titles: Sequence[str], columns: int = 0, inches: floa
     columns = columns or len(pixels)
     rows = math.ceil(len(pixels) / columns)
     lines = 1 + max(title.count("\n") for title in titles)
-    figure = _figure(inches * columns, (inches + 0.17 * lines) * rows)
+    figure = _figure(inches * columns, (inches + 0.22 * lines) * rows)
     for axes in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
         axes.set_axis_off()
     for axes, picture, title in zip(grid.flat, _bytes(pixels), titles, strict=False):
         axes.imshow(picture, interpolation="nearest")
-        axes.set_title(title, fontsize=8, pad=2)
-    return figure
-
-
-def branch_card(branch: int | None, pixels: Tensor, frames: Tensor, start: int, window: Window, nearest: int):
-    """What one branch reads at its fork, and what it then shows. -> Figure
-
-    branch: its number, None for the anchor; pixels [T, 3, H, W] from frame `start` on; frames [L] that it reads."""
-    from matplotlib.patches import Rectangle
-
-    mask = route_mask(frames[None], start, window, window.past if branch is None else nearest)[0].tolist()
-    colour = ANCHOR if branch is None else branch_colour(branch)
-    film, index = _film(pixels, 9)
-    figure = _figure(8, 1.9)
-    top, bottom = figure.subplots(2, 1, height_ratios=[1, 4])
-    for x, kind in enumerate(mask):
-        face = "white" if kind == DROPPED else "#dddddd" if kind == SINK else colour
-        cell = Rectangle((x, 0), 1, 1, facecolor=face, edgecolor="white" if kind == NEAREST else "#999999")
-        cell.set_hatch(HATCHES.get(kind, ""))
-        top.add_patch(cell)
-    top.set(xlim=(0, start), ylim=(0, 1), yticks=[])
-    top.set_xticks([x + 0.5 for x in range(0, start, 3)], [str(x) for x in range(0, start, 3)], fontsize=7)
-    top.set_title(f"{'anchor' if branch is None else f'branch {branch}'}: past frames it reads", fontsize=9, loc="left")
-    bottom.imshow(film, interpolation="nearest")
-    step = film.shape[1] / len(index)
-    bottom.set_xticks([(k + 0.5) * step for k in range(len(index))], [str(start + i) for i in index], fontsize=7)
-    bottom.set_yticks([])
-    bottom.spines[:].set(color=colour, linewidth=2)
-    for axes in (top, bottom):
-        axes.tick_params(length=0)
-    return figure
-
-
-def reward_bars(rewards: Mapping[str, Tensor], anchor: Mapping[str, Tensor]):
-    """How far each branch is above or below the anchor, component by component. rewards name -> [G]. -> Figure"""
-    figure = _figure(2.4 * len(rewards), 2.4)
-    for axes, (name, values) in zip(figure.subplots(1, len(rewards), squeeze=False)[0], rewards.items(), strict=True):
-        over = [v - float(anchor[name]) for v in values.tolist()]
-        axes.bar(range(len(over)), over, color=[branch_colour(g) for g in range(len(over))], edgecolor="#555555")
-        axes.axhline(0, color=ANCHOR, linewidth=2)
-        axes.set_xticks(range(len(over)))
-        _plain(axes, f"{name} (anchor {float(anchor[name]):.3f})", "branch", "above the anchor")
-        axes.title.set_fontsize(9)
+        axes.set_title(title, fontsize=11, pad=3)
     return figure
 
 
@@ -355,6 +319,40 @@ def frame_bars(frames: Tensor, values: Tensor, start: int, window: Window, title
     axes.set_yscale("log")
     _plain(axes, title, "frame (blue: the block that is made)", ylabel)
     axes.title.set_fontsize(10)
+    return figure
+
+
+def match_densities(panels: Mapping[str, float], teacher: float, pull, n: int = 9):
+    """A student N(b, 1) on its way to a teacher N(teacher, 1), one panel a moment. -> Figure
+
+    panels: title -> b; `pull`: (points [n], b) -> where descent moves each of them, drawn as arrows."""
+    figure = _figure(3.2 * len(panels), 3)
+    x = torch.linspace(min(0.0, *panels.values()) - 3, max(teacher, *panels.values()) + 3, 200)
+    for axes, (title, b) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for centre, colour, name in ((teacher, ANCHOR, "teacher"), (b, BRANCHES[4], "student")):
+            height = (-0.5 * (x - centre).square()).exp()
+            axes.fill_between(x, height, color=colour, alpha=0.3, linewidth=0)
+            axes.plot(x, height, color=colour, linewidth=2, label=name)
+        points = b + torch.linspace(-1.6, 1.6, n)
+        for at, move in zip(points.tolist(), pull(points, b).tolist(), strict=True):
+            axes.annotate("", (at + move, -0.15), (at, -0.15),
+                          arrowprops=dict(arrowstyle="-|>", color=BRANCHES[5], linewidth=1.5))  # fmt: skip
+        _plain(axes, title)
+        axes.title.set_fontsize(11)
+        axes.set(ylim=(-0.3, 1.1), yticks=[])
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=10)
+    return figure
+
+
+def colour_counts(counts: Mapping[str, Mapping[str, int]], inks: Mapping[str, tuple[float, float, float]]):
+    """How often each colour was seen, a panel a model, in the colours themselves. counts: model -> {colour: n}. ->
+    Figure"""
+    figure = _figure(4 * len(counts), 2.6)
+    for axes, (name, seen) in zip(figure.subplots(1, len(counts), squeeze=False, sharey=True)[0], counts.items(),
+                                  strict=True):  # fmt: skip
+        axes.bar(list(inks), [seen.get(ink, 0) for ink in inks], color=list(inks.values()), edgecolor="#555555")
+        _plain(axes, name)
+        axes.title.set_fontsize(11)
     return figure
 
 
@@ -542,3 +540,34 @@ def memory_bars(plans: Mapping[str, Mapping[str, float]], limits: Sequence[float
     _plain(axes, "", "GiB at the largest moment of one update")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, fontsize=7)
     return figure
+
+
+# ------------------------------------------------------------------------------------------- films that play in a loop
+
+
+def loop(pixels: Tensor, labels: Sequence[str], fps: float = 6, scale: int = 2):
+    """Films side by side, in step and for ever, each under its label. pixels [N, T, 3, H, W] -> an IPython HTML object
+
+    One small WebP inside the notebook, so that it also plays where no kernel runs."""
+    import base64
+    import io
+
+    from IPython.display import HTML
+    from PIL import Image, ImageDraw
+
+    from kvpo_min.viz.film import PAPER, _font, _pictures
+
+    films = [_pictures(film, scale * pixels.shape[-2]) for film in pixels]
+    width, height = films[0][0].size
+    pages = []
+    for frames in zip(*films, strict=True):
+        page = Image.new("RGB", (len(films) * (width + 8), height + 26), PAPER)
+        draw = ImageDraw.Draw(page)
+        for k, (frame, label) in enumerate(zip(frames, labels, strict=True)):
+            draw.text((k * (width + 8) + width / 2, 13), label, "black", _font(15), anchor="mm")
+            page.paste(frame, (k * (width + 8), 26))
+        pages.append(page)
+    out, times = io.BytesIO(), [round(1000 / fps)] * (len(pages) - 1) + [1200]  # the end stays for a while
+    pages[0].save(out, "WEBP", save_all=True, append_images=pages[1:], duration=times, loop=0, quality=50, method=6)
+    data = base64.b64encode(out.getvalue()).decode()
+    return HTML(f'<img alt="{", ".join(labels)}" src="data:image/webp;base64,{data}">')

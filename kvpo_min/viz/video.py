@@ -14,18 +14,18 @@ from kvpo_min.viz.style import ANCHOR, _bytes, _check_labels, _small_png
 # --------------------------------------------------------------------------------------------------------------- videos
 
 
-def contact_sheet(pixels: Tensor, labels: Sequence[str], every: int = 0, first: int = 0):
+def contact_sheet(pixels: Tensor, labels: Sequence[str], every: int = 0, first: int = 0, scale: int = 1):
     """Every `every`-th frame of each video in a row under its label; 0: so that about 14 are shown. -> Pillow image
 
-    pixels [N, T, 3, H, W]; `first`: the number of the first frame, for the header. Frames keep their size.
+    pixels [N, T, 3, H, W]; `first`: the number of the first frame, for the header; `scale`: pixels a pixel.
     Raises ValueError when there is not one label a video."""
     from PIL import Image, ImageDraw, ImageFont
 
     _check_labels(pixels, labels)
     every = every or max(1, math.ceil(pixels.shape[1] / 14))
-    shown = _bytes(pixels[:, ::every])  # [N, columns, H, W, 3]
+    shown = _bytes(pixels[:, ::every]).repeat(scale, 2).repeat(scale, 3)  # [N, columns, H, W, 3]
     n, columns, height, width = shown.shape[:4]
-    font, line, gap = ImageFont.load_default(size=12), 18, 2
+    font, line, gap = ImageFont.load_default(size=12 if scale == 1 else 16), 18 if scale == 1 else 24, 2 * scale
     row = line + height + gap
     text = max(font.getlength(label) for label in labels)
     sheet = Image.new("RGB", (max(columns * (width + gap), math.ceil(text) + 8), line + n * row), "white")
