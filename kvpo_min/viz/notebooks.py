@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpo_min.chr import DROPPED, NEAREST, SINK, Window, branch_frames, ordinary_frames, route_mask
+from kvpo_min.viz.film import TAGS, branch_letter
 from kvpo_min.viz.run import _column, _draw_routes, _film, _route_legend
 from kvpo_min.viz.style import ANCHOR, BRANCHES, HATCHES, _bytes, _figure, _plain, branch_colour
 
@@ -50,9 +51,9 @@ def overlap_matrices(panels: Mapping[str, Tensor]):
 
 
 def exploration_plot(ways: Mapping[str, tuple[Sequence[float], Sequence[float]]]):
-    """How different the stories are against how far the frames are from clean ones, one point a way. -> Figure
+    """How often branches end in another scene, and how far their frames are from clean ones; a point a way. -> Figure
 
-    ways: name -> (share of branches with another story, distance over the anchor's), one number a fork; bars are
+    ways: name -> (share of branches that end in another scene, distance over the anchor's), one number a fork; bars are
     standard errors over forks. Names that begin with "noise" are drawn as squares."""
     figure = _figure(7, 4)
     axes = figure.add_subplot()
@@ -64,15 +65,16 @@ def exploration_plot(ways: Mapping[str, tuple[Sequence[float], Sequence[float]]]
                       markeredgecolor="#555555", markersize=9, capsize=2, label=name)  # fmt: skip
     axes.axvline(1, color=ANCHOR, linestyle="--", linewidth=1, label="anchor")
     axes.set_ylim(-0.05, 1.05)
-    _plain(axes, "", "distance from clean frames, over the anchor's", "share of branches with another story")
+    _plain(axes, "", "distance from clean frames, over the anchor's", "branches in another scene")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
-def energy_map(energies: Tensor, sigma: Tensor, start: int = 0, block: int = 3):
+def energy_map(energies: Tensor, sigma: Tensor, start: int = 0, block: int = 3, names: Sequence[str] = ()):
     """Energy of every branch (row), block (group of columns) and denoising step (column). -> Figure
 
-    energies [G, B, S] from `tve.step_energies`, sigma [S]; `start`: first frame of the first block."""
+    energies [G, B, S] from `tve.step_energies`, sigma [S]; `start`: first frame of the first block; `names` of the
+    rows, where they are not A, B, ..."""
     g, n_blocks, n_steps = energies.shape
     if sigma.shape != (n_steps,):
         raise ValueError(f"expected sigma [{n_steps}], one a step, got {list(sigma.shape)}")
@@ -83,18 +85,25 @@ def energy_map(energies: Tensor, sigma: Tensor, start: int = 0, block: int = 3):
         axes.axvline(b * n_steps - 0.5, color="white", linewidth=4)
     steps = [f"{s:.2f}".lstrip("0") for s in sigma.tolist()]
     axes.set_xticks(range(n_blocks * n_steps), steps * n_blocks, fontsize=7)
-    axes.set_yticks(range(g), [f"branch {k}" for k in range(g)])
-    for label, k in zip(axes.get_yticklabels(), range(g), strict=True):
-        label.set_bbox({"facecolor": branch_colour(k), "alpha": 0.5, "edgecolor": "none", "pad": 1.5})
+    names = names or [branch_letter(k) for k in range(g)]
+    axes.set_yticks(range(g), names, color="white", fontsize=10)
+    for label, k, name in zip(axes.get_yticklabels(), range(g), names, strict=True):
+        colour = ANCHOR if name == "anchor" else _tag_colour(k)
+        label.set_bbox({"facecolor": colour, "edgecolor": "none", "pad": 2.5})
     for b in range(n_blocks):
         first = start + b * block
         where = (b * n_steps + (n_steps - 1) / 2, -0.6)
-        axes.text(*where, f"frames {first} to {first + block - 1}", ha="center", va="bottom", fontsize=8)
+        axes.text(*where, f"frames {first} to {first + block - 1}", ha="center", va="bottom", fontsize=10)
     axes.set_xlabel("noise level sigma of the step")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label="mean squared velocity difference", pad=0.01)
     return figure
+
+
+def _tag_colour(branch: int) -> str:
+    """The colour of a branch's letter in the film strips; no hero has one of the first four."""
+    return TAGS[branch] if branch < len(TAGS) else branch_colour(branch)
 
 
 def branch_bars(panels: Mapping[str, Tensor], ylabel: str = "", line: float | None = None, xlabel: str = "branch"):
@@ -108,8 +117,8 @@ def branch_bars(panels: Mapping[str, Tensor], ylabel: str = "", line: float | No
     figure = _figure(max(4.0, (0.28 * g + 0.9) * len(panels)), 2.9)
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, (title, values) in zip(grid, panels.items(), strict=True):
-        colours = [branch_colour(k) for k in range(g)]
-        axes.bar([str(k) for k in range(g)], values.tolist(), color=colours, edgecolor="#555555", linewidth=0.5)
+        colours = [_tag_colour(k) for k in range(g)]
+        axes.bar([branch_letter(k) for k in range(g)], values.tolist(), color=colours, edgecolor="#555555")
         if line is not None:
             axes.axhline(line, color=ANCHOR, linestyle="--", linewidth=1)
         _plain(axes, title, xlabel)
@@ -153,9 +162,9 @@ def branch_lines(values: Tensor, ylabel: str = "", xlabel: str = "update"):
     figure = _figure(6, 3)
     axes = figure.add_subplot()
     for g, line in enumerate(values.T.tolist()):
-        axes.plot(line, color=branch_colour(g), marker="o", markersize=3, label=f"branch {g}")
+        axes.plot(line, color=_tag_colour(g), marker="o", markersize=4, linewidth=2, label=branch_letter(g))
     _plain(axes, "", xlabel, ylabel)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(frameon=False, fontsize=10, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -541,4 +550,49 @@ def memory_bars(plans: Mapping[str, Mapping[str, float]], limits: Sequence[float
     axes.set_ylim(len(plans) - 0.5, -0.9)
     _plain(axes, "", "GiB at the largest moment of one update")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, fontsize=7)
+    return figure
+
+
+# ------------------------------------------------------------------------------------------- films that play in a loop
+
+
+def loop(pixels: Tensor, labels: Sequence[str], fps: float = 6, scale: int = 2):
+    """Films side by side, in step and for ever, each under its label. pixels [N, T, 3, H, W] -> an IPython HTML object
+
+    One small WebP inside the notebook, so that it also plays where no kernel runs."""
+    import base64
+    import io
+
+    from IPython.display import HTML
+    from PIL import Image, ImageDraw
+
+    from kvpo_min.viz.film import PAPER, _font, _pictures
+
+    films = [_pictures(film, scale * pixels.shape[-2]) for film in pixels]
+    width, height = films[0][0].size
+    pages = []
+    for frames in zip(*films, strict=True):
+        page = Image.new("RGB", (len(films) * (width + 8), height + 26), PAPER)
+        draw = ImageDraw.Draw(page)
+        for k, (frame, label) in enumerate(zip(frames, labels, strict=True)):
+            draw.text((k * (width + 8) + width / 2, 13), label, "black", _font(15), anchor="mm")
+            page.paste(frame, (k * (width + 8), 26))
+        pages.append(page)
+    out, times = io.BytesIO(), [round(1000 / fps)] * (len(pages) - 1) + [1200]  # the end stays for a while
+    pages[0].save(out, "WEBP", save_all=True, append_images=pages[1:], duration=times, loop=0, quality=70, method=4)
+    data = base64.b64encode(out.getvalue()).decode()
+    return HTML(f'<img alt="{", ".join(labels)}" src="data:image/webp;base64,{data}">')
+
+
+def wish(rows: Mapping[str, Tensor], sigma: Tensor):
+    """What is predicted at each noise level, a row each: name -> pictures [S, 3, H, W], sigma [S]. -> Figure"""
+    figure = _figure(1.35 * len(sigma) + 1.6, 1.3 * len(rows) + 0.3)
+    grid = figure.subplots(len(rows), len(sigma), squeeze=False)
+    for r, ((name, pictures), line) in enumerate(zip(rows.items(), grid, strict=True)):
+        for axes, picture, level in zip(line, _bytes(pictures), sigma.tolist(), strict=True):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            if not r:
+                axes.set_title(f"noise {level:.2f}", fontsize=10)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11)
     return figure
