@@ -36,7 +36,7 @@ def overlap_matrices(panels: Mapping[str, Tensor]):
     """How alike the windows of every two branches are, one matrix a way to draw. -> Figure
 
     panels: title -> Jaccard indices [G, G] from `chr.overlap`; the title gets the mean over pairs of branches."""
-    figure = _figure(3.2 * len(panels), 3.2)
+    figure = _figure(4 * len(panels), 4)
     for axes, (title, matrix) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         g = len(matrix)
         mean = (matrix.sum() - matrix.trace()) / (g * (g - 1))
@@ -45,8 +45,8 @@ def overlap_matrices(panels: Mapping[str, Tensor]):
         axes.set(xlabel="branch", ylabel="branch", xticks=range(g), yticks=range(g))
         for y in range(g):
             for x in range(g):
-                dark = matrix[y, x] > 0.6
-                axes.text(x, y, f"{matrix[y, x]:.1f}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
+                colour = "w" if matrix[y, x] > 0.6 else "k"
+                axes.text(x, y, f"{matrix[y, x]:.1f}", ha="center", va="center", fontsize=10, color=colour)
     return figure
 
 
@@ -62,11 +62,11 @@ def exploration_plot(ways: Mapping[str, tuple[Sequence[float], Sequence[float]]]
         sem = [t.std().item() / len(t) ** 0.5 if len(t) > 1 else 0.0 for t in (told, distance)]
         marker, colour = ("s" if name.startswith("noise") else "o"), branch_colour(k)
         axes.errorbar(distance.mean(), told.mean(), sem[0], sem[1], marker=marker, color=colour, linestyle="",
-                      markeredgecolor="#555555", markersize=9, capsize=2, label=name)  # fmt: skip
+                      markeredgecolor="#555555", markersize=13, capsize=2, label=name)  # fmt: skip
     axes.axvline(1, color=ANCHOR, linestyle="--", linewidth=1, label="anchor")
     axes.set_ylim(-0.05, 1.05)
     _plain(axes, "", "distance from clean frames, over the anchor's", "branches in another scene")
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(frameon=False, fontsize=11, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -209,7 +209,7 @@ def images(pixels: Tensor, titles: Sequence[str], columns: int = 0, inches: floa
         axes.set_axis_off()
     for axes, picture, title in zip(grid.flat, _bytes(pixels), titles, strict=False):
         axes.imshow(picture, interpolation="nearest")
-        axes.set_title(title, fontsize=8, pad=2)
+        axes.set_title(title, fontsize=10, pad=2)
     return figure
 
 
@@ -579,7 +579,7 @@ def loop(pixels: Tensor, labels: Sequence[str], fps: float = 6, scale: int = 2):
             page.paste(frame, (k * (width + 8), 26))
         pages.append(page)
     out, times = io.BytesIO(), [round(1000 / fps)] * (len(pages) - 1) + [1200]  # the end stays for a while
-    pages[0].save(out, "WEBP", save_all=True, append_images=pages[1:], duration=times, loop=0, quality=70, method=4)
+    pages[0].save(out, "WEBP", save_all=True, append_images=pages[1:], duration=times, loop=0, quality=50, method=6)
     data = base64.b64encode(out.getvalue()).decode()
     return HTML(f'<img alt="{", ".join(labels)}" src="data:image/webp;base64,{data}">')
 
