@@ -586,7 +586,7 @@ def loop(pixels: Tensor, labels: Sequence[str], fps: float = 6, scale: int = 2):
 
 def wish(rows: Mapping[str, Tensor], sigma: Tensor):
     """What is predicted at each noise level, a row each: name -> pictures [S, 3, H, W], sigma [S]. -> Figure"""
-    figure = _figure(1.35 * len(sigma) + 1.6, 1.3 * len(rows) + 0.3)
+    figure = _figure(1.05 * len(sigma) + 1.5, 1.05 * len(rows) + 0.3)
     grid = figure.subplots(len(rows), len(sigma), squeeze=False)
     for r, ((name, pictures), line) in enumerate(zip(rows.items(), grid, strict=True)):
         for axes, picture, level in zip(line, _bytes(pictures), sigma.tolist(), strict=True):
