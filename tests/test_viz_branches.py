@@ -22,23 +22,6 @@ def frames(*routes, nearest=1):
     return branch_frames(torch.tensor(routes), 21, WINDOW, nearest)
 
 
-def test_route_grids_show_each_setting_under_its_title():
-    panels = {
-        "one": (frames([4, 6, 8, 10, 12], [5, 7, 9, 11, 13]), 1),
-        "three": (frames([4, 9, 14], nearest=3), 3),
-        "no nearest": (frames([3, 5, 7, 9, 11, 13], nearest=0), 0),
-    }
-    figure = viz.route_grids(panels, 21, WINDOW)
-    shown = [axes for axes in figure.axes if axes.axison]
-    assert [axes.get_title() for axes in shown] == list(panels) and len(figure.axes) == 4  # the fourth is empty
-    for axes, (rows, _) in zip(shown, panels.values(), strict=True):
-        cells = [p for p in axes.patches if p.get_width() == 1]
-        assert len(cells) == 21 * (len(rows) + 1)  # the anchor's row as well
-        for g, row in enumerate(rows.tolist()):
-            coloured = {x for x, c in enumerate(colours(cells[21 * g : 21 * g + 21])) if c == viz.BRANCHES[g].upper()}
-            assert coloured == set(row) - {0, 1, 2}
-
-
 def test_overlap_matrices_name_the_mean_over_pairs():
     matrix = overlap(torch.tensor([[1, 2], [1, 3], [4, 5]]))  # 1 / 3 for the first two, else 0
     axes = viz.overlap_matrices({"drawn": matrix}).axes[0]

@@ -10,26 +10,10 @@ from torch import Tensor
 
 from kvpo_min.chr import DROPPED, NEAREST, SINK, Window, branch_frames, ordinary_frames, route_mask
 from kvpo_min.viz.film import TAGS, branch_letter
-from kvpo_min.viz.run import _column, _draw_routes, _film, _route_legend
+from kvpo_min.viz.run import _column, _draw_routes, _film
 from kvpo_min.viz.style import ANCHOR, BRANCHES, HATCHES, _bytes, _figure, _plain, branch_colour
 
 # ------------------------------------------------------------------------------- branches: routes, energies, rewards
-
-
-def route_grids(panels: Mapping[str, tuple[Tensor, int]], start: int, window: Window):
-    """`route_grid` at several settings, two in a row. panels: title -> (frames [G, L], nearest). -> Figure"""
-    rows, groups = math.ceil(len(panels) / 2), max(len(frames) for frames, _ in panels.values()) + 1
-    figure = _figure(0.36 * (start + window.block) + 3, rows * (0.17 * groups + 0.9) + 0.4)
-    grid = list(figure.subplots(rows, 2, squeeze=False).flat)
-    for axes, (title, (frames, nearest)) in zip(grid, panels.items(), strict=False):
-        _draw_routes(axes, frames, start, window, nearest)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("")
-        axes.tick_params(labelsize=7)
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
-    _route_legend(figure)
-    return figure
 
 
 def overlap_matrices(panels: Mapping[str, Tensor]):
