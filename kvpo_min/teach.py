@@ -878,8 +878,8 @@ def check_09_reward(answer) -> Verdict:
 
 
 def check_09_memory(answer) -> Verdict:
-    """answer: "branches", "window" and "pixels" in the order in which twice as much of each costs memory, least first:
-    16 branches for 8, 12 past frames for 6, 720 x 1280 pixels for 480 x 832."""
+    """answer: "branches", "window" and "pixels" in the order of what more of each costs, least first: 16 branches for
+    8, 12 past frames for 6, 720 x 1280 pixels for 480 x 832."""
     from kvpo_min.wan.real import memory_plan
 
     names = ("branches", "window", "pixels")
