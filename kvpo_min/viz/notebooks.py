@@ -10,33 +10,17 @@ from torch import Tensor
 
 from kvpo_min.chr import DROPPED, NEAREST, SINK, Window, branch_frames, ordinary_frames, route_mask
 from kvpo_min.viz.film import TAGS, branch_letter
-from kvpo_min.viz.run import _column, _draw_routes, _film, _route_legend
+from kvpo_min.viz.run import _column, _draw_routes, _film
 from kvpo_min.viz.style import ANCHOR, BRANCHES, HATCHES, _bytes, _figure, _plain, branch_colour
 
 # ------------------------------------------------------------------------------- branches: routes, energies, rewards
-
-
-def route_grids(panels: Mapping[str, tuple[Tensor, int]], start: int, window: Window):
-    """`route_grid` at several settings, two in a row. panels: title -> (frames [G, L], nearest). -> Figure"""
-    rows, groups = math.ceil(len(panels) / 2), max(len(frames) for frames, _ in panels.values()) + 1
-    figure = _figure(0.36 * (start + window.block) + 3, rows * (0.17 * groups + 0.9) + 0.4)
-    grid = list(figure.subplots(rows, 2, squeeze=False).flat)
-    for axes, (title, (frames, nearest)) in zip(grid, panels.items(), strict=False):
-        _draw_routes(axes, frames, start, window, nearest)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("")
-        axes.tick_params(labelsize=7)
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
-    _route_legend(figure)
-    return figure
 
 
 def overlap_matrices(panels: Mapping[str, Tensor]):
     """How alike the windows of every two branches are, one matrix a way to draw. -> Figure
 
     panels: title -> Jaccard indices [G, G] from `chr.overlap`; the title gets the mean over pairs of branches."""
-    figure = _figure(3.2 * len(panels), 3.2)
+    figure = _figure(4 * len(panels), 4)
     for axes, (title, matrix) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         g = len(matrix)
         mean = (matrix.sum() - matrix.trace()) / (g * (g - 1))
@@ -45,15 +29,15 @@ def overlap_matrices(panels: Mapping[str, Tensor]):
         axes.set(xlabel="branch", ylabel="branch", xticks=range(g), yticks=range(g))
         for y in range(g):
             for x in range(g):
-                dark = matrix[y, x] > 0.6
-                axes.text(x, y, f"{matrix[y, x]:.1f}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
+                colour = "w" if matrix[y, x] > 0.6 else "k"
+                axes.text(x, y, f"{matrix[y, x]:.1f}", ha="center", va="center", fontsize=10, color=colour)
     return figure
 
 
 def exploration_plot(ways: Mapping[str, tuple[Sequence[float], Sequence[float]]]):
-    """How different the stories are against how far the frames are from clean ones, one point a way. -> Figure
+    """How often branches end in another scene, and how far their frames are from clean ones; a point a way. -> Figure
 
-    ways: name -> (share of branches with another story, distance over the anchor's), one number a fork; bars are
+    ways: name -> (share of branches that end in another scene, distance over the anchor's), one number a fork; bars are
     standard errors over forks. Names that begin with "noise" are drawn as squares."""
     figure = _figure(7, 4)
     axes = figure.add_subplot()
@@ -62,18 +46,19 @@ def exploration_plot(ways: Mapping[str, tuple[Sequence[float], Sequence[float]]]
         sem = [t.std().item() / len(t) ** 0.5 if len(t) > 1 else 0.0 for t in (told, distance)]
         marker, colour = ("s" if name.startswith("noise") else "o"), branch_colour(k)
         axes.errorbar(distance.mean(), told.mean(), sem[0], sem[1], marker=marker, color=colour, linestyle="",
-                      markeredgecolor="#555555", markersize=9, capsize=2, label=name)  # fmt: skip
+                      markeredgecolor="#555555", markersize=13, capsize=2, label=name)  # fmt: skip
     axes.axvline(1, color=ANCHOR, linestyle="--", linewidth=1, label="anchor")
     axes.set_ylim(-0.05, 1.05)
-    _plain(axes, "", "distance from clean frames, over the anchor's", "share of branches with another story")
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _plain(axes, "", "distance from clean frames, over the anchor's", "branches in another scene")
+    axes.legend(frameon=False, fontsize=11, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
-def energy_map(energies: Tensor, sigma: Tensor, start: int = 0, block: int = 3):
+def energy_map(energies: Tensor, sigma: Tensor, start: int = 0, block: int = 3, names: Sequence[str] = ()):
     """Energy of every branch (row), block (group of columns) and denoising step (column). -> Figure
 
-    energies [G, B, S] from `tve.step_energies`, sigma [S]; `start`: first frame of the first block."""
+    energies [G, B, S] from `tve.step_energies`, sigma [S]; `start`: first frame of the first block; `names` of the
+    rows, where they are not A, B, ..."""
     g, n_blocks, n_steps = energies.shape
     if sigma.shape != (n_steps,):
         raise ValueError(f"expected sigma [{n_steps}], one a step, got {list(sigma.shape)}")
@@ -84,13 +69,15 @@ def energy_map(energies: Tensor, sigma: Tensor, start: int = 0, block: int = 3):
         axes.axvline(b * n_steps - 0.5, color="white", linewidth=4)
     steps = [f"{s:.2f}".lstrip("0") for s in sigma.tolist()]
     axes.set_xticks(range(n_blocks * n_steps), steps * n_blocks, fontsize=7)
-    axes.set_yticks(range(g), [f"branch {k}" for k in range(g)])
-    for label, k in zip(axes.get_yticklabels(), range(g), strict=True):
-        label.set_bbox({"facecolor": branch_colour(k), "alpha": 0.5, "edgecolor": "none", "pad": 1.5})
+    names = names or [branch_letter(k) for k in range(g)]
+    axes.set_yticks(range(g), names, color="white", fontsize=10)
+    for label, k, name in zip(axes.get_yticklabels(), range(g), names, strict=True):
+        colour = ANCHOR if name == "anchor" else _tag_colour(k)
+        label.set_bbox({"facecolor": colour, "edgecolor": "none", "pad": 2.5})
     for b in range(n_blocks):
         first = start + b * block
         where = (b * n_steps + (n_steps - 1) / 2, -0.6)
-        axes.text(*where, f"frames {first} to {first + block - 1}", ha="center", va="bottom", fontsize=8)
+        axes.text(*where, f"frames {first} to {first + block - 1}", ha="center", va="bottom", fontsize=10)
     axes.set_xlabel("noise level sigma of the step")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -571,3 +558,17 @@ def loop(pixels: Tensor, labels: Sequence[str], fps: float = 6, scale: int = 2):
     pages[0].save(out, "WEBP", save_all=True, append_images=pages[1:], duration=times, loop=0, quality=50, method=6)
     data = base64.b64encode(out.getvalue()).decode()
     return HTML(f'<img alt="{", ".join(labels)}" src="data:image/webp;base64,{data}">')
+
+
+def wish(rows: Mapping[str, Tensor], sigma: Tensor):
+    """What is predicted at each noise level, a row each: name -> pictures [S, 3, H, W], sigma [S]. -> Figure"""
+    figure = _figure(1.05 * len(sigma) + 1.5, 1.05 * len(rows) + 0.3)
+    grid = figure.subplots(len(rows), len(sigma), squeeze=False)
+    for r, ((name, pictures), line) in enumerate(zip(rows.items(), grid, strict=True)):
+        for axes, picture, level in zip(line, _bytes(pictures), sigma.tolist(), strict=True):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            if not r:
+                axes.set_title(f"noise {level:.2f}", fontsize=10)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11)
+    return figure
