@@ -238,6 +238,132 @@ def _fewer_shared(answer, frames: range, n: int, g: int) -> Verdict:
     return Verdict(True, says)
 
 
+def _named_scenes(answer) -> tuple[list[str] | None, str]:
+    """Names of scenes, and what is wrong with them."""
+    from kvpo_min.pocket import world
+
+    try:
+        named = [answer] if isinstance(answer, str) else [str(name) for name in answer]
+    except TypeError:
+        return None, f"Expected names of scenes, got {answer!r}."
+    if unknown := [name for name in named if name not in world.SCENES]:
+        return None, f"The scenes are {', '.join(world.SCENES)}; got {unknown[0]!r}."
+    return named, ""
+
+
+def _settles(seen: list[int], route: list[int], nearest: int, sink: int = 3) -> int:
+    """Where a hero settles whose block begins after the scenes `seen`, by counting; `world.remembered` is tensors."""
+    read = sorted({*route, *range(len(seen) - nearest, len(seen))})
+    count = {scene: sum(seen[f] == scene for f in read if f >= sink) for scene in set(seen)}
+    return next(seen[f] for f in read if f >= sink and count[seen[f]] == max(count.values()))
+
+
+def check_04_reads(answer, route: Tensor, start: int, nearest: int) -> Verdict:
+    """answer: the past frames that a branch with these routed frames reads when its block at `start` is made."""
+    route = [int(f) for f in route]
+    if answer is None:
+        return Verdict(False, f"Name the {3 + len(route) + nearest} past frames that it reads, as a list or set.")
+    try:
+        named = {int(f) for f in answer}
+    except (TypeError, ValueError):
+        return Verdict(False, f"Expected frame numbers such as [0, 1, 2], got {answer!r}.")
+    sink, near = set(range(3)), set(range(start - nearest, start))
+    if named == sink | set(route) | near:
+        return Verdict(
+            True, f"Sink, route, and the {nearest} frames before {start}: the nearest ones have moved along."
+        )
+    if any(f >= start for f in named):
+        return Verdict(False, f"Frame {max(named)} is no past frame: the block at {start} is still being made.")
+    if not sink <= named:
+        return Verdict(False, "The sink is missing: every block reads the first three frames.")
+    if not set(route) <= named:
+        return Verdict(False, "Routed frames stay the same in every routed block; some of them are missing.")
+    return Verdict(False, f"Sink and route are there. Which {nearest} frames come right before frame {start}?")
+
+
+def check_04_settles(answer, scenes: Tensor, routes: Tensor, nearest: int) -> Verdict:
+    """answer: names of scenes, one a branch: where the rule lets each settle. scenes [T]: those of the frames before
+    the event; routes [G, n_routed]."""
+    from kvpo_min.pocket import world
+
+    if answer is None:
+        return Verdict(False, f"Give {len(routes)} names of scenes, one a branch.")
+    named, fault = _named_scenes(answer)
+    if fault:
+        return Verdict(False, fault)
+    if len(named) != len(routes):
+        return Verdict(False, f"Expected {len(routes)} names, one a branch, got {len(named)}.")
+    seen = scenes.tolist()
+    wanted = [world.SCENES[_settles(seen, route, nearest)] for route in routes.tolist()]
+    wrong = ["ABCDEFGH"[g % 8] for g, (a, b) in enumerate(zip(named, wanted, strict=True)) if a != b]
+    if not wrong:
+        return Verdict(True, f"The rule says {', '.join(wanted)}. Now see what the model does.")
+    says = f"Wrong for {', '.join(wrong)}."
+    if named == [world.SCENES[seen[-1]]] * len(named):
+        says += " That is where the hero is when it settles; what counts is what it may remember."
+    elif world.SCENES[seen[0]] in named and seen[0] not in seen[3:]:
+        says += " The sink does not count."
+    else:
+        says += (
+            f" Count, for each scene, the routed frames and the {nearest} nearest ones; at a tie the older scene wins."
+        )
+    return Verdict(False, says)
+
+
+def check_04_route(answer, wish: str, scenes: Tensor, pool: range, nearest: int, n_routed: int) -> Verdict:
+    """answer: `n_routed` frames of `pool` that make the hero settle in `wish`. scenes [T] before the event."""
+    from kvpo_min.pocket import world
+
+    if answer is None:
+        return Verdict(False, f"Give {n_routed} different frames from {pool[0]} to {pool[-1]}.")
+    try:
+        route = [int(f) for f in answer]
+    except (TypeError, ValueError):
+        return Verdict(False, f"Expected frame numbers, got {answer!r}.")
+    if len(route) != n_routed or len(set(route)) != n_routed:
+        return Verdict(False, f"Expected {n_routed} different frames, got {route}.")
+    if outside := [f for f in route if f not in pool]:
+        return Verdict(False, f"Frame {outside[0]} is not in the pool, {pool[0]} to {pool[-1]}.")
+    seen = scenes.tolist()
+    there = world.SCENES[_settles(seen, route, nearest)]
+    if there == wish:
+        return Verdict(True, f"With these frames the hero remembers the {wish} best.")
+    shown = sum(world.SCENES[seen[f]] == wish for f in route)
+    says = f"This route leads to the {there}: {shown} of its frames show the {wish}."
+    if shown:
+        says += f" The {nearest} nearest frames count as well, and at a tie the older scene wins."
+    return Verdict(False, says)
+
+
+def check_04_never(answer, scenes: Tensor, pool: range, nearest: int, n_routed: int) -> Verdict:
+    """answer: names of the scenes in which no route of `n_routed` frames can let the hero settle."""
+    import itertools
+
+    from kvpo_min.pocket import world
+
+    if answer is None:
+        return Verdict(False, "Name the scenes that no route can reach, as a set.")
+    named, fault = _named_scenes(answer)
+    if fault:
+        return Verdict(False, fault)
+    seen = scenes.tolist()
+    routes = itertools.combinations(pool, n_routed)  # all of them: some thousand
+    reached = {world.SCENES[_settles(seen, [*route], nearest)] for route in routes}
+    never = set(world.SCENES) - reached
+    if set(named) == never:
+        return Verdict(True, f"All routes tried: they reach {', '.join(sorted(reached))} and nothing else.")
+    if too_many := sorted(set(named) & reached):
+        return Verdict(False, f"A route can reach the {too_many[0]}.")
+    missing = never - set(named)
+    if world.SCENES[seen[-1]] in missing:
+        says = f"{n_routed} routed frames, how few scenes: can all have fewer than the {nearest} nearest frames show?"
+    elif any(world.SCENES[k] in missing for k in seen[:3]):
+        says = "Which scene is seen in the sink alone? The sink does not count."
+    else:
+        says = "Where has the hero never been?"
+    return Verdict(False, f"{len(missing)} more cannot be reached. {says}")
+
+
 # ------------------------------------------------------------------------------------- 05 weights of the x0 residual
 
 
@@ -282,6 +408,77 @@ def check_05(answer) -> Verdict:
         got, due = ([round(x, 3) for x in w] for w in (given.tolist(), wanted))
         return Verdict(False, f"For floor {floor} the weights should be {due}, got {got}.{hint}")
     return Verdict(True, "With floor 0 the sum is the velocity energy, with floor 1 the plain sum of x0 residuals.")
+
+
+def check_05_block(answer, energies: Tensor, start: int) -> Verdict:
+    """answer: first frame of the block that holds most of the branches' energy. energies [G, B, S], fork at `start`."""
+    blocks = [start + 3 * b for b in range(energies.shape[1])]
+    if answer is None:
+        return Verdict(False, f"Choose a block by its first frame: {blocks}.")
+    if isinstance(answer, bool) or answer not in blocks:
+        return Verdict(False, f"Expected one of the blocks' first frames, {blocks}, got {answer!r}.")
+    each = energies.sum((0, 2)).tolist()
+    best = blocks[max(range(len(each)), key=each.__getitem__)]
+    share = each[blocks.index(answer)] / sum(each)
+    if answer == best:
+        return Verdict(True, f"The block at {best} holds {share:.0%} of all energy.")
+    return Verdict(
+        False, f"The block at {answer} holds {share:.0%}. Where do the routes make the films differ for the first time?"
+    )
+
+
+def check_05_tau(answer, E: Tensor) -> Verdict:
+    """answer: a tau at which the entropy of the Gibbs policy over energies E [G] is half of log G, within 5%."""
+    if answer is None:
+        return Verdict(False, "Give a number.")
+    try:
+        tau = float(answer)
+    except (TypeError, ValueError):
+        return Verdict(False, f"Expected a number, got {answer!r}.")
+    if not 0 < tau < math.inf:
+        return Verdict(False, f"A temperature is above 0 and finite, got {tau}.")
+    low = min(E.tolist())
+    weights = [math.exp(-(e - low) / tau) for e in E.tolist()]
+    p = [w / sum(weights) for w in weights]
+    share = -sum(q * math.log(q) for q in p if q > 0) / math.log(len(p))
+    if abs(share - 0.5) < 0.05:
+        return Verdict(True, f"The entropy is {share:.0%} of log G, and the likeliest branch has {max(p):.2f}.")
+    which = "too large: the branches are nearly alike" if share > 0.5 else "too small: one branch takes all"
+    return Verdict(False, f"The entropy is {share:.0%} of log G, so tau is {which}.")
+
+
+def check_05_slope(answer) -> Verdict:
+    """answer: a function (p [G], k, tau) -> d log pi(k) / d E [G], with p the Gibbs probabilities."""
+    if answer is None:
+        return Verdict(False, "Write a function (p, k, tau) -> slopes [G].")
+    generator = torch.Generator().manual_seed(0)
+    for tau in (1.0, 0.3):
+        E = torch.rand(4, generator=generator, dtype=torch.float64)
+        p = torch.softmax(-E / tau, 0)
+        for k in (0, 2):
+            tiny, one = 1e-6, torch.eye(4, dtype=torch.float64)  # by differences
+            pairs = [[torch.log_softmax(-(E + sign * tiny * e) / tau, 0)[k] for sign in (1, -1)] for e in one]
+            wanted = torch.stack([(up - down) / (2 * tiny) for up, down in pairs])
+            try:
+                given = answer(p, k, tau)
+                if given is None:
+                    return Verdict(False, "The function returns nothing yet: return the slopes, one a branch.")
+                given = torch.as_tensor(given).double()
+            except Exception as error:  # an answer may be anything
+                return Verdict(False, f"It raised {error!r}.")
+            if given.shape != p.shape:
+                return Verdict(False, f"Expected one slope a branch, shape [4], got {list(given.shape)}.")
+            if torch.allclose(given, wanted, atol=1e-5):
+                continue
+            hint = "Compare with small differences of E."
+            if torch.allclose(given, -wanted, atol=1e-5):
+                hint = "The sign: more energy makes a branch less likely."
+            elif torch.allclose(given, tau * wanted, atol=1e-5):
+                hint = "The temperature is missing: scores are -E / tau."
+            elif torch.allclose(given, -one[k] / tau, atol=1e-5):
+                hint = "The other energies matter too: they are in the sum below the fraction."
+            return Verdict(False, f"Not the slope of log pi({k}). {hint}")
+    return Verdict(True, "It agrees with small differences: down with its own energy, up with the others'.")
 
 
 # --------------------------------------------------------------------------------- 06 rewards by hand, and a hack
@@ -878,3 +1075,78 @@ def check_09(answer) -> Verdict:
                 "frames, and `encode` must remember the frames at `start`.",
             )
     return Verdict(True, "Velocities agree with the model's own conventions, and an unrouted replay has energy 0.")
+
+
+def check_09_shape(answer, kv: Tensor) -> Verdict:
+    """answer: the shape [layers, 2, B, F, tokens a frame, heads, D] of the keys and values of a block."""
+    if answer is None:
+        return Verdict(False, "Give seven numbers: layers, 2, B, frames, tokens a frame, heads, head width.")
+    try:
+        named = [int(n) for n in answer]
+    except (TypeError, ValueError):
+        return Verdict(False, f"Expected seven numbers, got {answer!r}.")
+    names = ("layers", "keys and values", "videos", "frames", "tokens a frame", "heads", "head width")
+    if len(named) != len(names):
+        return Verdict(False, f"Expected seven numbers ({', '.join(names)}), got {len(named)}.")
+    if wrong := [name for name, a, b in zip(names, named, kv.shape, strict=True) if a != b]:
+        hint = " A token is a patch of 2 x 2 latents." if "tokens a frame" in wrong else ""
+        return Verdict(False, f"Not right: {', '.join(wrong)}.{hint}")
+    return Verdict(True, f"{kv.numel():,} numbers for {kv.shape[3]} frames.")
+
+
+def check_09_reward(answer) -> Verdict:
+    """answer: a reward (videos [N, F, 3, H, W], prompts) -> [N] that is higher the less neighbouring frames differ."""
+    if answer is None:
+        return Verdict(False, "Write a function (videos, prompts) -> one number a video.")
+    generator = torch.Generator().manual_seed(0)
+    still = torch.rand(3, 1, 3, 8, 8, generator=generator).expand(-1, 6, -1, -1, -1)
+    noise = torch.randn(3, 6, 3, 8, 8, generator=generator)
+    levels = [(still + size * noise).clamp(0, 1) for size in (0.0, 0.05, 0.2)]
+    drift = torch.linspace(0.2, 0.8, 6).view(1, 6, 1, 1, 1).expand(3, -1, 3, 8, 8)
+    blink = drift[:, [0, 5, 1, 4, 2, 3]]  # the same frames in another order
+    scores = []
+    try:
+        for videos in (*levels, drift, blink):
+            given = answer(videos, ["a disc"] * 3)
+            if given is None:
+                return Verdict(False, "The function returns nothing yet: return one number a video.")
+            given = torch.as_tensor(given).float()
+            if given.shape != (3,) or not bool(given.isfinite().all()):
+                return Verdict(False, f"Expected 3 finite numbers, one a video, got {given!r}.")
+            scores.append(given)
+        alone = torch.as_tensor(answer(levels[1][:1], ["a disc"])).float()
+    except Exception as error:  # an answer may be anything
+        return Verdict(False, f"It raised {error!r}.")
+    if not torch.allclose(alone, scores[1][:1], atol=1e-6):
+        return Verdict(False, "A video alone gets another score than among others: take the mean per video.")
+    if bool((scores[0] < scores[2]).all()):
+        return Verdict(False, "Flicker is rewarded: higher is better, so the sign is wrong.")
+    if not bool((scores[0] > scores[1]).all() and (scores[1] > scores[2]).all()):
+        return Verdict(False, "Still, a little noise, much noise: the score must fall in this order.")
+    if not bool((scores[3] > scores[4]).all()):
+        return Verdict(False, "The same frames in a jumpy order must score less: look at neighbouring frames.")
+    return Verdict(True, "Still videos score best, flicker worst, and every video is scored on its own.")
+
+
+def check_09_memory(answer) -> Verdict:
+    """answer: "branches", "window" and "pixels" in the order in which twice as much of each costs memory, least first:
+    16 branches for 8, 12 past frames for 6, 720 x 1280 pixels for 480 x 832."""
+    from kvpo_min.wan.real import memory_plan
+
+    names = ("branches", "window", "pixels")
+    if answer is None:
+        return Verdict(False, f"Put {', '.join(names)} in order, the one that costs least first.")
+    try:
+        named = [str(name) for name in answer]
+    except TypeError:
+        named = []
+    if sorted(named) != sorted(names):
+        return Verdict(False, f"Expected each of {', '.join(names)} once, got {answer!r}.")
+    changes = ({"n_branches": 16}, {"past": 12}, {"height": 720, "width": 1280})
+    cost = {name: sum(memory_plan(**change).values()) for name, change in zip(names, changes, strict=True)}
+    if named == sorted(names, key=cost.get):
+        return Verdict(True, ", ".join(f"{name} {cost[name]:.1f} GiB" for name in named) + ".")
+    hint = "Branches are made one at a time and share their past." if named[0] != "branches" else (
+        "Twice the pixels make every kept frame larger, not only the ones that are read."
+    )  # fmt: skip
+    return Verdict(False, hint)

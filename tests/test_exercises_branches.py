@@ -1,11 +1,25 @@
-"""Checks of notebooks 04 to 06: a right answer passes, plausible wrong ones are told what is wrong."""
+"""Checks of notebooks 04 to 06 and 09: a right answer passes, plausible wrong ones are told what is wrong."""
 
 import pytest
 import torch
 
 from kvpo_min import chr as routing
 from kvpo_min.pocket import world
-from kvpo_min.teach import check_04, check_05, check_06
+from kvpo_min.teach import (
+    check_04,
+    check_04_never,
+    check_04_reads,
+    check_04_route,
+    check_04_settles,
+    check_05,
+    check_05_block,
+    check_05_slope,
+    check_05_tau,
+    check_06,
+    check_09_memory,
+    check_09_reward,
+    check_09_shape,
+)
 
 
 def even(frames, n, g, generator):
@@ -64,6 +78,198 @@ def test_04_wrong_answers_are_told(answer, says):
 @pytest.mark.parametrize("form", [list, torch.Tensor.tolist, torch.Tensor.numpy, tuple])
 def test_04_takes_routes_in_any_form(form):
     assert check_04(lambda frames, n, g, generator: form(even(frames, n, g, generator)))
+
+
+# night in the sink alone, then meadow, dusk, forest, and the snow where it is when it settles
+SEEN = torch.tensor([1] * 3 + [2] * 6 + [3] * 6 + [4] * 6 + [5] * 6)
+POOL = range(3, 19)
+
+
+def test_04_the_frames_of_a_later_block():
+    route = torch.tensor([3, 7, 12, 18])
+    assert check_04_reads([0, 1, 2, 3, 7, 12, 18, 25, 26], route, 27, 2)
+
+
+@pytest.mark.parametrize(
+    "answer, says",
+    [
+        (None, "Name the 9 past frames"),
+        (27, "Expected frame numbers"),
+        ([0, 1, 2, 3, 7, 12, 18, 19, 20], "come right before"),  # the nearest frames of the fork
+        ([3, 7, 12, 18, 25, 26], "sink is missing"),
+        ([0, 1, 2, 21, 22, 23, 24, 25, 26], "stay the same"),  # what the anchor reads
+        ([0, 1, 2, 3, 7, 12, 18, 26, 27], "no past frame"),
+        ([0, 1, 2, 3, 7, 12, 18, 24, 25, 26], "come right before"),  # three nearest
+    ],
+)
+def test_04_wrong_frames_are_told(answer, says):
+    verdict = check_04_reads(answer, torch.tensor([3, 7, 12, 18]), 27, 2)
+    assert not verdict and says in verdict.says
+
+
+ROUTES = torch.tensor([[3, 4, 9, 15], [9, 10, 15, 16], [3, 9, 15, 16], [15, 16, 17, 18]])
+
+
+def test_04_where_the_rule_lets_them_settle():
+    right = [world.SCENES[int(world.remembered(SEEN, torch.tensor([0, 1, 2, *r, 25, 26])))] for r in ROUTES.tolist()]
+    assert right == ["meadow", "dusk", "forest", "forest"]  # by hand: ties go to the older scene
+    assert check_04_settles(right, SEEN, ROUTES, 2)
+
+
+@pytest.mark.parametrize(
+    "answer, says",
+    [
+        (None, "Give 4 names"),
+        (["snow"] * 4, "where the hero is"),
+        (["night", "dusk", "forest", "forest"], "sink does not count"),
+        (["meadow", "forest", "forest", "forest"], "Wrong for B."),  # the newer scene at a tie
+        (["meadow", "dusk", "snow", "forest"], "Wrong for C."),
+        (["meadow", "dusk"], "Expected 4 names"),
+        (["meadow", "dusk", "city", "forest"], "got 'city'"),
+        (3, "Expected names"),
+    ],
+)
+def test_04_wrong_scenes_are_told(answer, says):
+    verdict = check_04_settles(answer, SEEN, ROUTES, 2)
+    assert not verdict and says in verdict.says
+
+
+def test_04_routes_to_a_scene():
+    assert check_04_route([15, 16, 17, 18], "forest", SEEN, POOL, 2, 4)
+    assert check_04_route((3, 9, 15, 16), "forest", SEEN, POOL, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "answer, says",
+    [
+        (None, "4 different frames"),
+        ([15, 16, 17], "4 different frames"),
+        ([15, 15, 16, 17], "4 different frames"),
+        ([15, 16, 17, 19], "not in the pool"),
+        ([3, 4, 15, 16], "at a tie"),
+        ([3, 4, 5, 6], "to the meadow: 0 of"),
+        (["a"], "Expected frame numbers"),
+    ],
+)
+def test_04_wrong_routes_are_told(answer, says):
+    verdict = check_04_route(answer, "forest", SEEN, POOL, 2, 4)
+    assert not verdict and says in verdict.says
+
+
+def test_04_scenes_that_no_route_reaches():
+    assert check_04_never({"beach", "night", "snow"}, SEEN, POOL, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "answer, says",
+    [
+        (None, "Name the scenes"),
+        ("beach", "2 more"),
+        ({"beach", "night"}, "fewer than the 2 nearest"),
+        ({"beach", "snow"}, "The sink does not count"),
+        ({"night", "snow"}, "never been"),
+        ({"beach", "night", "snow", "forest"}, "can reach the forest"),
+        ({"city"}, "got 'city'"),
+    ],
+)
+def test_04_wrong_never_is_told(answer, says):
+    verdict = check_04_never(answer, SEEN, POOL, 2, 4)
+    assert not verdict and says in verdict.says
+
+
+def test_05_the_block_with_the_energy():
+    energies = torch.ones(4, 6, 4)
+    energies[:, 2] = 5.0
+    assert "50%" in check_05_block(27, energies, 21).says and check_05_block(27, energies, 21)
+    for answer, says in ((None, "Choose"), (21, "first time"), (2, "Expected one"), (True, "Expected one")):
+        verdict = check_05_block(answer, energies, 21)
+        assert not verdict and says in verdict.says
+
+
+def test_05_a_temperature_of_half_the_entropy():
+    E = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    low, high = 0.01, 100.0
+    for _ in range(60):  # the entropy rises with tau
+        tau = (low * high) ** 0.5
+        p = torch.softmax(-E / tau, 0)
+        low, high = (low, tau) if -(p * p.log()).sum() > 0.5 * torch.tensor(4.0).log() else (tau, high)
+    assert check_05_tau(tau, E)
+    for answer, says in (
+        (None, "Give a number"), (100, "too large"), (0.01, "too small"), (0, "above 0"), ("x", "Expected a number"),
+        (E.std(correction=0).item(), "too large"),  # the calibrated one
+    ):  # fmt: skip
+        verdict = check_05_tau(answer, E)
+        assert not verdict and says in verdict.says
+
+
+def test_05_the_slope_of_a_log_probability():
+    assert check_05_slope(lambda p, k, tau: (p - torch.eye(4)[k]) / tau)
+
+
+@pytest.mark.parametrize(
+    "answer, says",
+    [
+        (None, "Write a function"),
+        (lambda p, k, tau: None, "returns nothing yet"),
+        (lambda p, k, tau: (torch.eye(4)[k] - p) / tau, "The sign"),
+        (lambda p, k, tau: p - torch.eye(4)[k], "temperature is missing"),
+        (lambda p, k, tau: -torch.eye(4)[k] / tau, "other energies"),
+        (lambda p, k, tau: -1 / tau, "one slope a branch"),
+        (lambda p, k, tau: p / tau, "Compare with small differences"),
+        (lambda p: p, "TypeError"),
+    ],
+)
+def test_05_wrong_slopes_are_told(answer, says):
+    verdict = check_05_slope(answer)
+    assert not verdict and says in verdict.says
+
+
+def test_09_the_shape_of_keys_and_values():
+    kv = torch.zeros(2, 2, 1, 3, 16, 2, 12)
+    assert check_09_shape(kv.shape, kv)
+    for answer, says in (
+        (None, "seven numbers"), ((2, 2, 1, 3, 64, 2, 12), "2 x 2"), ((2, 2, 1, 3, 16, 12, 2), "heads, head width"),
+        ((2, 2, 3, 16, 2, 12), "got 6"), (5, "seven numbers"),
+    ):  # fmt: skip
+        verdict = check_09_shape(answer, kv)
+        assert not verdict and says in verdict.says
+
+
+def flicker(videos):
+    return (videos[:, 1:] - videos[:, :-1]).square().mean((1, 2, 3, 4))
+
+
+def test_09_a_reward_against_flicker():
+    assert check_09_reward(lambda videos, prompts: -flicker(videos))
+    assert check_09_reward(lambda videos, prompts: [-x for x in flicker(videos).tolist()])
+
+
+@pytest.mark.parametrize(
+    "answer, says",
+    [
+        (None, "Write a function"),
+        (lambda videos, prompts: None, "returns nothing yet"),
+        (lambda videos, prompts: flicker(videos), "sign is wrong"),
+        (lambda videos, prompts: -flicker(videos).mean(), "3 finite numbers"),
+        (lambda videos, prompts: -flicker(videos).mean().expand(len(videos)), "A video alone"),
+        (lambda videos, prompts: -videos.var(1).mean((1, 2, 3)), "jumpy order"),
+        (lambda videos, prompts: videos.mean((1, 2, 3, 4)), "must fall in this order"),
+        (lambda videos: 0, "TypeError"),
+    ],
+)
+def test_09_wrong_rewards_are_told(answer, says):
+    verdict = check_09_reward(answer)
+    assert not verdict and says in verdict.says
+
+
+def test_09_what_costs_memory():
+    assert check_09_memory(("branches", "window", "pixels"))
+    for answer, says in (
+        (None, "in order"), (("window", "branches", "pixels"), "one at a time"), (("branches", "window"), "once"),
+        (("branches", "pixels", "window"), "every kept frame"), (3, "once"),
+    ):  # fmt: skip
+        verdict = check_09_memory(answer)
+        assert not verdict and says in verdict.says
 
 
 def test_05_the_inverse_square_is_right():

@@ -43,7 +43,7 @@ def test_objective_figure_shows_the_objective():
         by_hand = [-min(r * A[g].item(), min(max(r, 0.9), 1.2) * A[g].item()) for r in rho.tolist()]
         assert term.tolist() == pytest.approx(by_hand, abs=1e-6)
     assert ratio[0] > 1.2 and dots[0].get_markerfacecolor() == "white"  # clipped: pulls no more
-    assert wide.get_lines()[1].get_markerfacecolor() == viz.branch_colour(0)
+    assert wide.get_lines()[1].get_markerfacecolor() == viz.TAGS[0]
     pulls = [bar.get_height() for bar in right.patches]
     assert sum(pulls[:3]) == pytest.approx(0, abs=1e-6) and sum(pulls[3:]) == pytest.approx(0, abs=1e-6)
     assert pulls[3] < 0 < max(pulls[4:])  # the KL takes from the branch that gained

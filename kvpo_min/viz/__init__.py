@@ -8,6 +8,7 @@ anchor is the last. matplotlib, Pillow and mediapy are imported where they are u
 only.
 """
 
+from kvpo_min.viz.film import *  # noqa: F403
 from kvpo_min.viz.notebooks import *  # noqa: F403
 from kvpo_min.viz.run import *  # noqa: F403
 from kvpo_min.viz.style import *  # noqa: F403

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpo_min.chr import DROPPED, NEAREST, SINK, Window, ordinary_frames, route_mask
+from kvpo_min.viz.film import TAGS, branch_letter
 from kvpo_min.viz.run import _column, _draw_routes, _film, _route_legend, held_out_points
 from kvpo_min.viz.style import (
     ANCHOR,
@@ -60,9 +61,9 @@ def overlap_matrices(panels: Mapping[str, Tensor]):
 
 
 def exploration_plot(ways: Mapping[str, tuple[Sequence[float], Sequence[float]]]):
-    """How different the stories are against how far the frames are from clean ones, one point a way. -> Figure
+    """How often branches end in another scene, and how far their frames are from clean ones; a point a way. -> Figure
 
-    ways: name -> (share of branches with another story, distance over the anchor's), one number a fork; bars are
+    ways: name -> (share of branches that end in another scene, distance over the anchor's), one number a fork; bars are
     standard errors over forks. Names that begin with "noise" are drawn as squares."""
     figure = _figure(7, 4)
     axes = figure.add_subplot()
@@ -74,15 +75,16 @@ def exploration_plot(ways: Mapping[str, tuple[Sequence[float], Sequence[float]]]
                       markeredgecolor="#555555", markersize=9, capsize=2, label=name)  # fmt: skip
     axes.axvline(1, color=ANCHOR, linestyle="--", linewidth=1, label="anchor")
     axes.set_ylim(-0.05, 1.05)
-    _plain(axes, "", "distance from clean frames, over the anchor's", "share of branches with another story")
+    _plain(axes, "", "distance from clean frames, over the anchor's", "branches in another scene")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
-def energy_map(energies: Tensor, sigma: Tensor, start: int = 0, block: int = 3):
+def energy_map(energies: Tensor, sigma: Tensor, start: int = 0, block: int = 3, names: Sequence[str] = ()):
     """Energy of every branch (row), block (group of columns) and denoising step (column). -> Figure
 
-    energies [G, B, S] from `tve.step_energies`, sigma [S]; `start`: first frame of the first block."""
+    energies [G, B, S] from `tve.step_energies`, sigma [S]; `start`: first frame of the first block; `names` of the
+    rows, where they are not A, B, ..."""
     g, n_blocks, n_steps = energies.shape
     if sigma.shape != (n_steps,):
         raise ValueError(f"expected sigma [{n_steps}], one a step, got {list(sigma.shape)}")
@@ -93,18 +95,25 @@ def energy_map(energies: Tensor, sigma: Tensor, start: int = 0, block: int = 3):
         axes.axvline(b * n_steps - 0.5, color="white", linewidth=4)
     steps = [f"{s:.2f}".lstrip("0") for s in sigma.tolist()]
     axes.set_xticks(range(n_blocks * n_steps), steps * n_blocks, fontsize=7)
-    axes.set_yticks(range(g), [f"branch {k}" for k in range(g)])
-    for label, k in zip(axes.get_yticklabels(), range(g), strict=True):
-        label.set_bbox({"facecolor": branch_colour(k), "alpha": 0.5, "edgecolor": "none", "pad": 1.5})
+    names = names or [branch_letter(k) for k in range(g)]
+    axes.set_yticks(range(g), names, color="white", fontsize=10)
+    for label, k, name in zip(axes.get_yticklabels(), range(g), names, strict=True):
+        colour = ANCHOR if name == "anchor" else _tag_colour(k)
+        label.set_bbox({"facecolor": colour, "edgecolor": "none", "pad": 2.5})
     for b in range(n_blocks):
         first = start + b * block
         where = (b * n_steps + (n_steps - 1) / 2, -0.6)
-        axes.text(*where, f"frames {first} to {first + block - 1}", ha="center", va="bottom", fontsize=8)
+        axes.text(*where, f"frames {first} to {first + block - 1}", ha="center", va="bottom", fontsize=10)
     axes.set_xlabel("noise level sigma of the step")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label="mean squared velocity difference", pad=0.01)
     return figure
+
+
+def _tag_colour(branch: int) -> str:
+    """The colour of a branch's letter in the film strips; no hero has one of the first four."""
+    return TAGS[branch] if branch < len(TAGS) else branch_colour(branch)
 
 
 def branch_bars(panels: Mapping[str, Tensor], ylabel: str = "", line: float | None = None, xlabel: str = "branch"):
@@ -118,14 +127,8 @@ def branch_bars(panels: Mapping[str, Tensor], ylabel: str = "", line: float | No
     figure = _figure(max(4.0, (0.28 * g + 0.9) * len(panels)), 2.9)
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, (title, values) in zip(grid, panels.items(), strict=True):
-        colours = [branch_colour(k) for k in range(g)]
-        axes.bar(
-            list(names[:g]) or [str(k) for k in range(g)],
-            values.tolist(),
-            color=colours,
-            edgecolor="#555555",
-            linewidth=0.5,
-        )
+        colours = [_tag_colour(k) for k in range(g)]
+        axes.bar([branch_letter(k) for k in range(g)], values.tolist(), color=colours, edgecolor="#555555")
         if line is not None:
             axes.axhline(line, color=ANCHOR, linestyle="--", linewidth=1)
         _plain(axes, title, xlabel)
@@ -169,9 +172,9 @@ def branch_lines(values: Tensor, ylabel: str = "", xlabel: str = "update"):
     figure = _figure(6, 3)
     axes = figure.add_subplot()
     for g, line in enumerate(values.T.tolist()):
-        axes.plot(line, color=branch_colour(g), marker="o", markersize=3, label=f"branch {g}")
+        axes.plot(line, color=_tag_colour(g), marker="o", markersize=4, linewidth=2, label=branch_letter(g))
     _plain(axes, "", xlabel, ylabel)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(frameon=False, fontsize=10, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -254,7 +257,7 @@ def reward_bars(rewards: Mapping[str, Tensor], anchor: Mapping[str, Tensor]):
     figure = _figure(2.4 * len(rewards), 2.4)
     for axes, (name, values) in zip(figure.subplots(1, len(rewards), squeeze=False)[0], rewards.items(), strict=True):
         over = [v - float(anchor[name]) for v in values.tolist()]
-        axes.bar(range(len(over)), over, color=[branch_colour(g) for g in range(len(over))], edgecolor="#555555")
+        axes.bar(range(len(over)), over, color=[_tag_colour(g) for g in range(len(over))], edgecolor="#555555")
         axes.axhline(0, color=ANCHOR, linewidth=2)
         axes.set_xticks(range(len(over)))
         _plain(axes, f"{name} (anchor {float(anchor[name]):.3f})", "branch", "above the anchor")
@@ -266,11 +269,11 @@ def probability_change(before: Tensor, after: Tensor, names: Sequence[str] = ("b
     """Probabilities [G] of the branches, pale before and full after an update. -> Figure"""
     figure = _figure(4.5, 2.6)
     axes = figure.add_subplot()
-    colours = [branch_colour(g) for g in range(len(before))]
+    colours = [_tag_colour(g) for g in range(len(before))]
     for values, offset, alpha, name in ((before, -0.2, 0.4, names[0]), (after, 0.2, 1.0, names[1])):
         places = [g + offset for g in range(len(values))]
         axes.bar(places, values.tolist(), 0.38, color=colours, alpha=alpha, edgecolor="#555555", label=name)
-    axes.set_xticks(range(len(before)))
+    axes.set_xticks(range(len(before)), [branch_letter(g) for g in range(len(before))])
     _plain(axes, f"Gibbs probability: {names[0]} (pale) and {names[1]}", "branch", "probability")
     axes.title.set_fontsize(10)
     return figure
@@ -400,9 +403,9 @@ def objective_figure(log_p: Tensor, log_p_old: Tensor, log_p_init: Tensor, A: Te
                 return -torch.minimum(r * a, r.clamp(1 - low, 1 + high) * a)
 
             moves = bool((A[g] > 0 and ratio[g] <= 1 + high) or (A[g] < 0 and ratio[g] >= 1 - low))
-            left.plot(rho, term(rho), color=branch_colour(g), label=f"{branch_letter(g)}, A = {A[g].item():+.2f}")
-            left.plot(ratio[g], term(ratio[g]), "o", color=branch_colour(g), markeredgecolor="#555555",
-                      markerfacecolor=branch_colour(g) if moves else "white", markersize=8)  # fmt: skip
+            left.plot(rho, term(rho), color=_tag_colour(g), label=f"{branch_letter(g)}, A = {A[g].item():+.2f}")
+            left.plot(ratio[g], term(ratio[g]), "o", color=_tag_colour(g), markeredgecolor="#555555",
+                      markerfacecolor=_tag_colour(g) if moves else "white", markersize=8)  # fmt: skip
         _plain(left, f"clip {1 - low:g} to {1 + high:g}", "ratio", "loss of the branch")
         left.legend(frameon=False, fontsize=7)
         pulls = []
@@ -410,7 +413,7 @@ def objective_figure(log_p: Tensor, log_p_old: Tensor, log_p_init: Tensor, A: Te
                      lambda s: kl_coef * branch_kl(s, log_p_init)):  # noqa: B023  # fmt: skip
             score = log_p.detach().clone().requires_grad_()
             pulls.append((-torch.autograd.grad(loss(score.log_softmax(0)), score)[0]).tolist())
-        colours = [branch_colour(g) for g in range(n)]
+        colours = [_tag_colour(g) for g in range(n)]
         for k, (pull, name) in enumerate(zip(pulls, ("clipped objective", f"KL, weight {kl_coef:g}"), strict=True)):
             places, hatch = [g + 0.4 * k - 0.2 for g in range(n)], "" if k == 0 else "xxx"
             right.bar(places, pull, 0.36, edgecolor="#555555", linewidth=0.5, color=colours, hatch=hatch, label=name)
@@ -432,10 +435,10 @@ def push_pull(v: Tensor, u: Tensor, slope: Tensor):
     figure = _figure(5.5, 4.5)
     axes = figure.add_subplot()
     for g in range(len(u)):
-        axes.plot(*u[g].tolist(), "o", color=branch_colour(g), markersize=11, markeredgecolor="#555555",
+        axes.plot(*u[g].tolist(), "o", color=_tag_colour(g), markersize=11, markeredgecolor="#555555",
                   label=f"{branch_letter(g)} {'pulls' if slope[g] > 0 else 'pushes'}")  # fmt: skip
         axes.annotate("", (v + scale * asked[g]).tolist(), v.tolist(),
-                      arrowprops=dict(arrowstyle="-|>", color=branch_colour(g), linewidth=2.5))  # fmt: skip
+                      arrowprops=dict(arrowstyle="-|>", color=_tag_colour(g), linewidth=2.5))  # fmt: skip
     axes.annotate("", (v + scale * total).tolist(), v.tolist(),
                   arrowprops=dict(arrowstyle="-|>", color="black", linewidth=1.5, linestyle="--"))  # fmt: skip
     axes.plot(*v.tolist(), "s", color="white", markeredgecolor="black", markersize=9, label="the policy's velocity")
@@ -489,8 +492,10 @@ def training_board(logs: Sequence[Mapping], step=None, frames: int = 6):
             film, _ = _film(group.videos[g], frames)
             axes.imshow(film, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
-            gained = "" if name == "anchor" else f": branch {branch_letter(g)}, advantage {group.advantages[g].item():+.2f}"
-            axes.spines[:].set(color=ANCHOR if name == "anchor" else branch_colour(g), linewidth=2)
+            gained = (
+                "" if name == "anchor" else f": branch {branch_letter(g)}, advantage {group.advantages[g].item():+.2f}"
+            )
+            axes.spines[:].set(color=ANCHOR if name == "anchor" else _tag_colour(g), linewidth=2)
             axes.set_title(name + gained, fontsize=11, loc="left", pad=2)
         bottom.suptitle(f"update {step.step}: {group.script}", fontsize=11)
     return figure
@@ -551,6 +556,51 @@ def memory_bars(plans: Mapping[str, Mapping[str, float]], limits: Sequence[float
     axes.set_ylim(len(plans) - 0.5, -0.9)
     _plain(axes, "", "GiB at the largest moment of one update")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, fontsize=7)
+    return figure
+
+
+# ------------------------------------------------------------------------------------------- films that play in a loop
+
+
+def loop(pixels: Tensor, labels: Sequence[str], fps: float = 6, scale: int = 2):
+    """Films side by side, in step and for ever, each under its label. pixels [N, T, 3, H, W] -> an IPython HTML object
+
+    One small WebP inside the notebook, so that it also plays where no kernel runs."""
+    import base64
+    import io
+
+    from IPython.display import HTML
+    from PIL import Image, ImageDraw
+
+    from kvpo_min.viz.film import PAPER, _font, _pictures
+
+    films = [_pictures(film, scale * pixels.shape[-2]) for film in pixels]
+    width, height = films[0][0].size
+    pages = []
+    for frames in zip(*films, strict=True):
+        page = Image.new("RGB", (len(films) * (width + 8), height + 26), PAPER)
+        draw = ImageDraw.Draw(page)
+        for k, (frame, label) in enumerate(zip(frames, labels, strict=True)):
+            draw.text((k * (width + 8) + width / 2, 13), label, "black", _font(15), anchor="mm")
+            page.paste(frame, (k * (width + 8), 26))
+        pages.append(page)
+    out, times = io.BytesIO(), [round(1000 / fps)] * (len(pages) - 1) + [1200]  # the end stays for a while
+    pages[0].save(out, "WEBP", save_all=True, append_images=pages[1:], duration=times, loop=0, quality=70, method=4)
+    data = base64.b64encode(out.getvalue()).decode()
+    return HTML(f'<img alt="{", ".join(labels)}" src="data:image/webp;base64,{data}">')
+
+
+def wish(rows: Mapping[str, Tensor], sigma: Tensor):
+    """What is predicted at each noise level, a row each: name -> pictures [S, 3, H, W], sigma [S]. -> Figure"""
+    figure = _figure(1.35 * len(sigma) + 1.6, 1.3 * len(rows) + 0.3)
+    grid = figure.subplots(len(rows), len(sigma), squeeze=False)
+    for r, ((name, pictures), line) in enumerate(zip(rows.items(), grid, strict=True)):
+        for axes, picture, level in zip(line, _bytes(pictures), sigma.tolist(), strict=True):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            if not r:
+                axes.set_title(f"noise {level:.2f}", fontsize=10)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11)
     return figure
 
 
