@@ -120,6 +120,12 @@ def test_films_in_rows():
         viz.film_rows(torch.rand(5, 4, 3, 8, 8), ["one"])
 
 
+def test_log_lines():
+    figure = png(viz.log_lines({"a": {"one": [0.1, 0.9]}, "b": {"one": [0.5, 0.5]}}, torch.tensor([0.1, 1.0])))
+    assert [axes.get_title() for axes in figure.axes] == ["a", "b"] and figure.axes[0].get_xscale() == "log"
+    assert figure.axes[0].get_lines()[0].get_ydata().tolist() == [0.1, 0.9]
+
+
 def test_heat_writes_its_numbers_and_frames_a_cell():
     figure = png(viz.heat({"VQ": torch.tensor([[0.1, 0.2], [0.3, 0.9]])}, ["a", "b"], ["c", "d"], mark=(1, 0)))
     axes = figure.axes[0]

@@ -689,3 +689,18 @@ def run_column(logs: Sequence[Mapping], name: str) -> tuple[list[int], list[floa
     if not held:
         held = [(line["step"], line[name]) for line in logs if name in line]
     return [at for at, _ in held], [value for _, value in held]
+
+
+def log_lines(panels: Mapping[str, Mapping[str, Sequence[float]]], x: Sequence[float], xlabel="", ylabel=""):
+    """Shares from 0 to 1 over a logarithmic x, one panel a title: title -> {name: values}. -> Figure"""
+    figure = _figure(4 * len(panels) + 0.5, 3)
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (title, curves) in zip(grid, panels.items(), strict=True):
+        for k, (name, values) in enumerate(curves.items()):
+            axes.plot([float(at) for at in x], [float(v) for v in values], color=BRANCHES[4 + k], lw=2, label=name)
+        axes.set_xscale("log")
+        axes.set_ylim(-0.03, 1.03)
+        _plain(axes, title, xlabel)
+    grid[0].set_ylabel(ylabel)
+    grid[0].legend(frameon=False, fontsize=10)
+    return figure
