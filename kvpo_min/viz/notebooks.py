@@ -441,6 +441,7 @@ def push_pull(v: Tensor, u: Tensor, slope: Tensor):
                       arrowprops=dict(arrowstyle="-|>", color=_tag_colour(g), linewidth=2.5))  # fmt: skip
     axes.annotate("", (v + scale * total).tolist(), v.tolist(),
                   arrowprops=dict(arrowstyle="-|>", color="black", linewidth=1.5, linestyle="--"))  # fmt: skip
+    axes.scatter(*(v + scale * asked).T.tolist(), alpha=0)  # arrows alone would not widen the axes
     axes.plot(*v.tolist(), "s", color="white", markeredgecolor="black", markersize=9, label="the policy's velocity")
     axes.margins(0.25)
     axes.set_aspect("equal")
