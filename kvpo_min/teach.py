@@ -715,12 +715,81 @@ def check_05_slope(answer) -> Verdict:
     return Verdict(True, "It agrees with small differences: down with its own energy, up with the others'.")
 
 
-# ------------------------------------------------------------------------------------------- 06 a reward to be hacked
+# --------------------------------------------------------------------------------- 06 rewards by hand, and a hack
+
+
+def check_06_best(answer, values: Tensor, names) -> Verdict:
+    """answer: (where it waits, where it settles), the film that a reward likes best. values [waits, settles]."""
+    try:
+        y, x = (list(names).index(name) for name in answer)
+    except (TypeError, ValueError):
+        return Verdict(False, f"Give two scenes, (where it waits, where it settles), of {', '.join(names)}.")
+    got, best = values[y, x].item(), values.max().item()
+    if got > best - 0.1:  # liked scenes differ a little in how clean they look
+        return Verdict(True, f"It gets {got:.2f}, and no film more than {best:.2f}.")
+    return Verdict(False, f"It gets {got:.2f}, another film {best:.2f}. Does the reward know what the words say?")
+
+
+def check_06_advantage(answer, rewards: Tensor, anchor: float) -> Verdict:
+    """answer: the advantages [G] over the anchor of one component, before they are fused."""
+    r, n = rewards.tolist(), len(rewards)
+    if answer is None:
+        return Verdict(False, f"Give {n} numbers, one a branch.")
+    try:
+        given = torch.as_tensor(answer).double()
+    except (TypeError, ValueError):
+        return Verdict(False, f"Expected {n} numbers, got {answer!r}.")
+    if given.shape != (n,):
+        return Verdict(False, f"Expected {n} numbers, one a branch, got shape {list(given.shape)}.")
+
+    def over(base: float, numbers: list[float], less: int) -> Tensor:
+        mean = sum(numbers) / len(numbers)
+        std = math.sqrt(sum((x - mean) ** 2 for x in numbers) / (len(numbers) - less))
+        return torch.tensor([(x - base) / std for x in r]).double()
+
+    def same(other: Tensor) -> bool:
+        return torch.allclose(given, other, atol=0.01)
+
+    right = over(anchor, [*r, anchor], 1)
+    if same(right):
+        return Verdict(True, "Those above the anchor have a positive advantage, however the others do.")
+    for hint, wrong in (
+        ("These are measured from the group's mean; KVPO measures from the anchor.", over(sum(r) / n, r, 1)),
+        ("These are measured from the group's mean; KVPO measures from the anchor.", over(sum(r) / n, [*r, anchor], 1)),
+        ("The spread is that of the branches and the anchor together.", over(anchor, r, 1)),
+        ("The standard deviation is the unbiased one: divide by n - 1.", over(anchor, [*r, anchor], 0)),
+        ("Right differences; now divide by their spread.", torch.tensor([x - anchor for x in r]).double()),
+        ("The sign is wrong: better than the anchor is positive.", -right),
+    ):
+        if same(wrong):
+            return Verdict(False, hint)
+    return Verdict(False, "Subtract the anchor's reward, then divide by the standard deviation of all videos.")
+
+
+def check_06_weight(answer, vq: Tensor, ta: Tensor, told: int) -> Verdict:
+    """answer: the weight of TA, with VQ's at 1, from which on the best film waits where the words say, in row `told`.
+    vq, ta [waits, settles]."""
+    if isinstance(answer, bool) or not isinstance(answer, (int, float)):
+        return Verdict(False, "Give one number, the smallest weight of TA that stops the cheating.")
+
+    def cheats(weight: float) -> bool:
+        total = vq + weight * ta
+        return int(total.flatten().argmax()) // total.shape[1] != told
+
+    low, high = 0.0, 1e3
+    for _ in range(60):  # where it turns, by halving
+        middle = (low + high) / 2
+        low, high = (middle, high) if cheats(middle) else (low, middle)
+    if abs(answer - high) <= 0.1 * high:
+        return Verdict(True, f"It turns at {high:.2f}: below it the best film waits in a liked scene.")
+    if cheats(float(answer)):
+        return Verdict(False, f"With {answer:g} cheating still pays: find what a frame gains in VQ and loses in TA.")
+    return Verdict(False, f"With {answer:g} it is honest, but less would do.")
 
 
 def check_06(answer) -> Verdict:
-    """answer: (reward, video). The reward must like clean sprites better than empty frames, and the video, [F, 3, 64,
-    64] in [0, 1], must beat every clean sprite although the judge sees none in most of its frames."""
+    """answer: (reward, video). The reward must like clean heroes better than empty landscapes, and the video, [F, 3,
+    64, 64] in [0, 1], must beat every clean hero although the judge sees none in most of its frames."""
     from kvpo_min.pocket import world
 
     if not isinstance(answer, tuple) or len(answer) != 2 or any(part is None for part in answer):
@@ -731,12 +800,11 @@ def check_06(answer) -> Verdict:
         return Verdict(False, f"The video must be [F, 3, 64, 64] with 3 frames or more, got {got}.")
     if not 0 <= float(video.min()) <= float(video.max()) <= 1:  # also false for nan
         return Verdict(False, f"Pixels lie in [0, 1], got {float(video.min()):.2f} to {float(video.max()):.2f}.")
-    steps = 6 * torch.arange(len(video))  # every shape, size and colour on both backgrounds, moving right
-    states = torch.cartesian_prod(*(torch.arange(k) for k in (4, 2, 6, 2)))  # [96, 4]
-    states = states[:, None].expand(-1, len(video), -1)
-    place = torch.stack([torch.full_like(steps, 32), steps % 64], 1).expand(len(states), -1, -1)
-    clean = world.render(torch.cat([states, place], 2))  # [96, F, 3, 64, 64]
-    empty = torch.tensor(world.BACKGROUNDS)[:, None, :, None, None].expand(-1, len(video), -1, 64, 64)
+    t = 4 * torch.arange(3)  # every shape, size and colour in every landscape, moving right
+    states = torch.cartesian_prod(*(torch.arange(k) for k in (4, 2, 6, 6)))  # [288, 4]
+    place = torch.stack([torch.full_like(t, 32), (t + 28) % 64], 1).expand(len(states), -1, -1)
+    clean = world.render(torch.cat([states[:, None].expand(-1, 3, -1), place], 2))  # [288, 3, 3, 64, 64]
+    empty = world.scenes()[:, None].expand(-1, 3, -1, -1, -1)
     try:
         scores = []
         for videos in (clean, empty, video[None]):
@@ -750,19 +818,111 @@ def check_06(answer) -> Verdict:
     if not of_clean.min() > of_empty.max():
         return Verdict(
             False,
-            f"Nobody would train on this reward: an empty picture gets up to {of_empty.max():.3f}, the worst clean "
-            f"sprite {of_clean.min():.3f}. Reward something that sprites have.",
+            f"Nobody would train on this reward: an empty landscape gets up to {of_empty.max():.3f}, the worst clean "
+            f"hero {of_clean.min():.3f}. Reward something that heroes have.",
         )
     valid = world.judge(video[None]).valid.float().mean().item()
     if valid >= 0.5:
-        return Verdict(False, f"The judge sees a proper sprite in {valid:.0%} of the frames: that is no hack yet.")
-    says = f"The hack gets {of_hack.item():.3f}, the best of 96 clean sprites {of_clean.max():.3f}"
+        return Verdict(False, f"The judge sees a proper hero in {valid:.0%} of the frames: that is no hack yet.")
+    says = f"The hack gets {of_hack.item():.3f}, the best of 288 clean heroes {of_clean.max():.3f}"
     if not of_hack.item() > of_clean.max():
         return Verdict(False, says + ": what does your reward not look at?")
-    return Verdict(True, says + f", and the judge sees a sprite in {valid:.0%} of its frames.")
+    return Verdict(True, says + f", and the judge sees a hero in {valid:.0%} of its frames.")
 
 
-# ------------------------------------------------------------------------------------ 07 fill in the clipped objective
+# ------------------------------------------------------------------ 07 who gains, the slope, the objective, the KL
+
+
+def check_07_gain(answer, energies: Tensor, advantages: Tensor, tau: float) -> Verdict:
+    """answer: the letter of the branch whose probability grows most in a small step of the energies against the
+    objective's slope. energies, advantages [G]."""
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(energies)]
+    if not isinstance(answer, str) or len(answer) != 1 or answer.upper() not in letters:
+        return Verdict(False, f"Give a branch, one of the letters {letters}.")
+    E, g = energies.double(), letters.index(answer.upper())
+    p = torch.softmax(-E / tau, 0)
+    tiny = 1e-6 * tau
+
+    def loss(e: Tensor) -> Tensor:
+        return -(torch.softmax(-e / tau, 0) / p * advantages.double()).mean()
+
+    slope = torch.stack(
+        [(loss(E + tiny * one) - loss(E - tiny * one)) / (2 * tiny) for one in torch.eye(len(E)).double()]
+    )
+    change = torch.softmax(-(E - 0.1 * tau * slope / slope.abs().max().clamp(min=1e-30)) / tau, 0) - p
+    best = int(change.argmax())
+    if g == best:
+        return Verdict(True, f"{letters[g]} gains {change[g]:+.4f}, more than any other.")
+    says = f"{letters[g]} changes by {change[g]:+.4f}, another one gains more."
+    if g == int(energies.argmin()):
+        says += " Being likely is not enough: what is its advantage?"
+    return Verdict(False, says)
+
+
+def check_07_slope(answer) -> Verdict:
+    """answer: (A [G], p [G], tau) -> dL/dE [G] at ratio 1 and without KL."""
+    if answer is None:
+        return Verdict(False, "Write a function (A, p, tau) -> [G].")
+    generator = torch.Generator().manual_seed(0)
+    for G, tau in ((4, 0.5), (3, 2.0), (8, 0.1)):
+        E, A = torch.randn(2, G, generator=generator, dtype=torch.float64)
+        p, leaf = torch.softmax(-E / tau, 0), E.clone().requires_grad_()
+        (-(torch.softmax(-leaf / tau, 0) / p * A).mean()).backward()
+        try:
+            given = answer(A, p, tau)
+            given = None if given is None else torch.as_tensor(given).double()
+        except Exception as error:  # an answer may be anything
+            return Verdict(False, f"It raised {error!r}.")
+        if given is None:
+            return Verdict(False, "The function returns nothing yet: return [G] slopes.")
+        if given.shape != (G,):
+            return Verdict(False, f"Expected {G} slopes, one a branch, got shape {list(given.shape)}.")
+        want = leaf.grad
+        if torch.allclose(given, want, atol=1e-6):
+            continue
+        for hint, wrong in (
+            ("The sign is wrong: a good branch's slope is positive, so that descent lowers its energy.", -want),
+            ("The objective is a mean over branches: divide by G.", want * G),
+            ("The energies are divided by tau before the softmax: divide by tau.", want * tau),
+            ("That is the pull alone; what all branches share is missing, p times the sum of A.", A / (G * tau)),
+            ("Take the sum of A, not its mean.", (A - p * A.mean()) / (G * tau)),
+            ("Every branch is as likely as every other only at the start: p, not 1 / G.", (A - A.mean()) / (G * tau)),
+        ):
+            if torch.allclose(given, wrong, atol=1e-6):
+                return Verdict(False, hint)
+        got, due = ([round(x, 3) for x in w.tolist()] for w in (given, want))
+        return Verdict(False, f"For one group of {G} it gives {got}, autograd {due}.")
+    return Verdict(True, "It agrees with autograd in groups of 4, 3 and 8.")
+
+
+def check_07_kl(answer) -> Verdict:
+    """answer: (log_p [G], log_p_init [G]) -> KL(pi || pi_init), a number."""
+    if answer is None:
+        return Verdict(False, "Write a function (log_p, log_p_init) -> a number.")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        log_p, initial = torch.randn(2, 5, generator=generator, dtype=torch.float64).log_softmax(1)
+        want = sum(math.exp(a) * (a - b) for a, b in zip(log_p.tolist(), initial.tolist(), strict=True))
+        back = sum(math.exp(b) * (b - a) for a, b in zip(log_p.tolist(), initial.tolist(), strict=True))
+        try:
+            given = answer(log_p, initial)
+            given = None if given is None else float(given)
+        except Exception as error:  # an answer may be anything
+            return Verdict(False, f"It raised {error!r}.")
+        if given is None:
+            return Verdict(False, "The function returns nothing yet: return one number.")
+        if math.isclose(given, want, rel_tol=1e-4):
+            continue
+        for hint, wrong in (
+            ("That is the KL the other way round: weigh by the policy's own probabilities.", back),
+            ("The sign is wrong: a KL is never negative.", -want),
+            ("Sum over the branches, do not average.", want / 5),
+            ("Weigh each branch by its probability.", float((log_p - initial).sum())),
+        ):
+            if math.isclose(given, wrong, rel_tol=1e-4):
+                return Verdict(False, hint)
+        return Verdict(False, f"It gives {given:.4f}, a loop over branches {want:.4f}.")
+    return Verdict(True, "It agrees with a loop over branches, and is 0 only where nothing has moved.")
 
 
 def check_07(answer) -> Verdict:
@@ -841,22 +1001,113 @@ def check_07(answer) -> Verdict:
     return Verdict(False, f"For the first random group it gives {seen:.4f}, a loop over branches {by_hand(*args):.4f}.")
 
 
-# ----------------------------------------------------------------------------------- 08 stop when entropy collapses
+# ------------------------------------------------------- 08 a fair comparison, two diagnoses, two rules for stopping
+
+
+def check_08_paired(answer) -> Verdict:
+    """answer: (before [N], after [N]) -> standard error of the mean change, of the same N prompts and noise."""
+    if answer is None:
+        return Verdict(False, "Write a function (before, after) -> one number.")
+    generator = torch.Generator().manual_seed(0)
+    for n in (16, 64):
+        before = torch.rand(n, generator=generator, dtype=torch.float64)
+        after = before + 0.05 + 0.02 * torch.randn(n, generator=generator, dtype=torch.float64)
+        change = [b - a for a, b in zip(before.tolist(), after.tolist(), strict=True)]
+        mean = sum(change) / n
+        std = math.sqrt(sum((x - mean) ** 2 for x in change) / (n - 1))
+        try:
+            given = answer(before, after)
+            given = None if given is None else float(given)
+        except Exception as error:  # an answer may be anything
+            return Verdict(False, f"It raised {error!r}.")
+        if given is None:
+            return Verdict(False, "The function returns nothing yet: return one number.")
+        if math.isclose(given, std / math.sqrt(n), rel_tol=0.04):  # divided by n or by n - 1
+            continue
+        apart = math.sqrt(float(before.var() + after.var()) / n)
+        for hint, wrong in (
+            ("That is right for two sets of different prompts. These are the same: look at the changes.", apart),
+            ("That is the spread of the changes; the error of their mean is smaller by the root of N.", std),
+            ("Divide by the root of N, not by N.", std / n),
+            ("That is the mean change itself; asked is how sure it is.", mean),
+        ):
+            if math.isclose(given, wrong, rel_tol=0.04):
+                return Verdict(False, hint)
+        return Verdict(False, f"For {n} made-up prompts it gives {given:.4f}, expected {std / math.sqrt(n):.4f}.")
+    return Verdict(True, "Prompts differ far more than training changes them, and pairs take that out.")
+
+
+def check_08_diagnose(answer, runs: dict, n_branches: int) -> Verdict:
+    """answer: {run: "healthy", "hacked" or "dead"}; runs: {run: lines of metrics.jsonl, with a held-out curve}."""
+    kinds = ("healthy", "hacked", "dead")
+    named = isinstance(answer, dict) and set(answer) == set(runs)
+    if not named or any(kind not in kinds for kind in answer.values()):
+        return Verdict(False, f"Give every run of {', '.join(runs)} one of the words {', '.join(kinds)}.")
+
+    def change(logs: list, name: str) -> float:
+        return [line[f"eval/{name}"] for line in logs if f"eval/{name}" in line][-1] - logs[0][f"eval0/{name}"]
+
+    for run, logs in runs.items():
+        entropies = [line["entropy"] for line in logs if "entropy" in line]
+        if max(entropies[-5:]) < 0.12 * math.log(n_branches):
+            kind, sign = "dead", "its entropy is near 0, so one branch has all the probability"
+        elif change(logs, "reward") > 0 and min(change(logs, "coherent"), change(logs, "journey")) < -0.1:
+            kind, sign = "hacked", "its reward rises while what the judge sees falls"
+        else:
+            kind, sign = "healthy", "branches are compared to the end, and the judge's shares stay"
+        if answer[run] != kind:
+            return Verdict(False, f"Run {run} is not {answer[run]}: {sign}.")
+    return Verdict(True, "The judge unmasks the hacked run and the entropy the dead one; the reward shows neither.")
+
+
+def check_08_alarm(answer) -> Verdict:
+    """answer: (rewards, coherent), the held-out curves so far, one point every few updates -> bool: is the reward being
+    hacked?"""
+    if answer is None:
+        return Verdict(False, "Write a function (rewards, coherent) -> bool.")
+    runs = {  # name: (reward from, to; coherent from, to; whether it should ring)
+        "healthy": ((1.6, 1.9), (0.95, 0.95), False),
+        "hacked": ((1.6, 1.9), (0.95, 0.4), True),
+        "unlucky": ((1.6, 1.4), (0.95, 0.5), False),
+        "weak from the start": ((1.6, 1.9), (0.6, 0.62), False),
+    }
+    why = {
+        "healthy": "coherent only trembles there",
+        "unlucky": "there the reward falls as well: bad luck or a bad rate, but no hack",
+        "weak from the start": "coherent is low there, but it does not fall: compare with the first point",
+    }
+    for seed in range(5):
+        noise = torch.randn(2, 12, generator=torch.Generator().manual_seed(seed)).mul(0.015)
+        noise[:, [0, -1]] = 0
+        for name, (reward, coherent, due) in runs.items():
+            way = torch.linspace(0, 1, 12)
+            curves = [(a + (b - a) * way + e).tolist() for (a, b), e in zip((reward, coherent), noise, strict=True)]
+            try:
+                rang = [answer(*(curve[: t + 1] for curve in curves)) for t in range(12)]
+            except Exception as error:  # an answer may be anything
+                return Verdict(False, f"It raised {error!r}.")
+            if all(ring is None for ring in rang) and due:
+                return Verdict(False, "The function returns nothing yet, or never rings: return True for a hack.")
+            if due and not any(rang):
+                return Verdict(False, "It does not ring in a run whose reward rises by .3 while coherent falls to .4.")
+            if not due and any(rang):
+                return Verdict(False, f"It rings in the run {name!r}: {why[name]}.")
+    return Verdict(True, "It rings where the reward rises and coherent falls, and nowhere else.")
 
 
 def entropy_curves(n_branches: int, seed: int = 0) -> dict[str, list[float]]:
     """Made-up entropies of 60 updates, in nats: "healthy" (noisy, most of log G), "dips" (healthy, with two single
-    updates near 0, which happens when one group has a clear winner), "low but alive" (nearly half of log G), "collapse"
+    updates near 0, which happens when one group has a clear winner), "low but alive" (a quarter of log G), "collapse"
     (from update 30 on one branch has nearly everything), "slow collapse" (the same within 20 updates)."""
     generator = torch.Generator().manual_seed(seed)
     most, n = math.log(n_branches), 60
     noise = 0.08 * torch.randn(5, n, generator=generator)
     step = torch.arange(n)
     level = torch.stack([
-        torch.full((n,), 0.8), torch.full((n,), 0.8), torch.full((n,), 0.45),
-        torch.where(step < 30, 0.8, 0.02), 0.8 - 0.78 * ((step - 25) / 20).clamp(0, 1),
+        torch.full((n,), 0.8), torch.full((n,), 0.8), torch.full((n,), 0.25),
+        torch.where(step < 30, 0.8, 0.06), 0.8 - 0.74 * ((step - 25) / 20).clamp(0, 1),
     ])  # fmt: skip
-    noise = torch.where(level < 0.2, 0.1 * noise, noise)
+    noise = torch.where(level < 0.3, 0.1 * noise, noise)
     curves = (level + noise).clamp(0.005, 0.99)
     curves[1, [12, 40]] = 0.02
     names = ("healthy", "dips", "low but alive", "collapse", "slow collapse")
@@ -876,7 +1127,7 @@ def check_08(answer, recorded: list[float] | None = None, n_branches: int = 8) -
     try:
         if all(answer([2.0] * 10 + [0.0] * n, 8) is None for n in (0, 30)):  # None alone means "go on"
             return Verdict(False, "The function returns nothing yet: return True to stop, False to go on.")
-        for g in (3, 8, 32):
+        for g in (2, 8, 64):
             for seed in range(5):
                 curves = entropy_curves(g, seed)
                 for name, why in (

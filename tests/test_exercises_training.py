@@ -1,4 +1,4 @@
-"""The exercises of notebooks 07 to 09: right answers pass, plausible wrong ones are told what is wrong."""
+"""The exercises of notebooks 06 to 09: right answers pass, plausible wrong ones are told what is wrong."""
 
 import math
 
@@ -6,9 +6,131 @@ import pytest
 import torch
 
 from kvpo_min.grpo import clipped_objective
-from kvpo_min.teach import StubVideoModel, backbone_faults, check_07, check_08, check_09, entropy_curves
+from kvpo_min.teach import (
+    StubVideoModel,
+    backbone_faults,
+    check_06_advantage,
+    check_06_best,
+    check_06_weight,
+    check_07,
+    check_07_gain,
+    check_07_kl,
+    check_07_slope,
+    check_08,
+    check_08_alarm,
+    check_08_diagnose,
+    check_08_paired,
+    check_09,
+    entropy_curves,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+# ------------------------------------------------------------------------------------------- 06 rewards, and a hack
+
+VQ = torch.tensor([[0.9, 0.5, 0.4], [0.5, 0.1, 0.0], [0.7, 0.6, 0.0]])  # waits in, settles in
+TA = torch.tensor([[0.5, 0.6, 0.6], [0.6, 0.7, 0.7], [0.6, 0.9, 0.9]])
+
+
+def test_06_the_favourite():
+    names = ("beach", "night", "snow")
+    assert check_06_best(("beach", "beach"), VQ, names)
+    for answer, says in (
+        (("snow", "snow"), "another film 0.90"), (("snow", "beach"), "what the words say"),
+        (None, "Give two scenes"), (("beach", "moon"), "Give two scenes"), ("beach", "Give two scenes"),
+    ):  # fmt: skip
+        verdict = check_06_best(answer, VQ, names)
+        assert not verdict and says in verdict.says, answer
+
+
+def test_06_advantages_over_the_anchor():
+    r, anchor = torch.tensor([0.7, 0.2, 0.5]), 0.4
+    every = torch.tensor([*r, anchor])
+    assert check_06_advantage((r - anchor) / every.std(), r, anchor)
+    assert check_06_advantage([round(x, 2) for x in ((r - anchor) / every.std()).tolist()], r, anchor)
+    for answer, says in (
+        (None, "3 numbers"), ([1.0], "shape [1]"), ("much", "got 'much'"),
+        ((r - r.mean()) / r.std(), "measures from the anchor"), ((r - anchor) / r.std(), "and the anchor together"),
+        ((r - anchor) / every.std(correction=0), "unbiased"), (r - anchor, "divide by their spread"),
+        ((anchor - r) / every.std(), "sign"), (r, "Subtract"),
+    ):  # fmt: skip
+        verdict = check_06_advantage(answer, r, anchor)
+        assert not verdict and says in verdict.says, (answer, verdict)
+
+
+def test_06_the_weight_at_which_cheating_stops():
+    turns = (0.9 - 0.6) / (0.9 - 0.5)  # from row 0, where .9 is VQ's best, to row 2
+    assert check_06_weight(turns, VQ, TA, 2) and check_06_weight(0.8, VQ, TA, 2)
+    for answer, says in (
+        (0.5, "cheating still pays"), (2.0, "less would do"), (None, "one number"), ("all", "one number"),
+    ):  # fmt: skip
+        verdict = check_06_weight(answer, VQ, TA, 2)
+        assert not verdict and says in verdict.says, answer
+
+
+# -------------------------------------------------------------------------------------------- 07 gain, slope, KL
+
+
+def test_07_who_gains():
+    E, A = torch.tensor([1.0, 1.2, 1.4]), torch.tensor([-1.0, 2.0, 0.5])
+    assert check_07_gain("B", E, A, 0.3) and check_07_gain("b", E, A, 0.3)
+    for answer, says in (
+        ("A", "Being likely"),
+        ("C", "another one gains more"),
+        ("D", "ABC"),
+        (1, "ABC"),
+        (None, "ABC"),
+    ):
+        verdict = check_07_gain(answer, E, A, 0.3)
+        assert not verdict and says in verdict.says, answer
+
+
+def slope(A, p, tau):
+    return (A - p * A.sum()) / (len(A) * tau)
+
+
+WRONG_SLOPES = {
+    "sign is wrong": lambda A, p, tau: -slope(A, p, tau),
+    "divide by G": lambda A, p, tau: len(A) * slope(A, p, tau),
+    "divide by tau": lambda A, p, tau: tau * slope(A, p, tau),
+    "the pull alone": lambda A, p, tau: A / (len(A) * tau),
+    "not its mean": lambda A, p, tau: (A - p * A.mean()) / (len(A) * tau),
+    "p, not 1 / G": lambda A, p, tau: (A - A.mean()) / (len(A) * tau),
+    "shape []": lambda A, p, tau: slope(A, p, tau).sum(),
+    "returns nothing": lambda A, p, tau: None,
+    "raised": lambda A: A,
+    "autograd [": lambda A, p, tau: p,
+}
+
+
+@pytest.mark.parametrize("says", WRONG_SLOPES)
+def test_07_the_slope(says):
+    assert check_07_slope(slope)
+    verdict = check_07_slope(WRONG_SLOPES[says])
+    assert not verdict and says in verdict.says, verdict
+
+
+def kl(log_p, other):
+    return (log_p.exp() * (log_p - other)).sum()
+
+
+WRONG_KLS = {
+    "other way round": lambda a, b: kl(b, a),
+    "sign is wrong": lambda a, b: -kl(a, b),
+    "do not average": lambda a, b: kl(a, b) / len(a),
+    "by its probability": lambda a, b: (a - b).sum(),
+    "returns nothing": lambda a, b: None,
+    "raised": lambda a, b: a - b,
+    "a loop over branches": lambda a, b: 2 * kl(a, b),
+}
+
+
+@pytest.mark.parametrize("says", WRONG_KLS)
+def test_07_the_kl(says):
+    assert check_07_kl(kl) and check_07_kl(lambda a, b: kl(a, b).item())
+    verdict = check_07_kl(WRONG_KLS[says])
+    assert not verdict and says in verdict.says, verdict
+
 
 # ------------------------------------------------------------------------------------------------ 07 clipped objective
 
@@ -62,7 +184,7 @@ def test_07_says_what_is_wrong(says):
 # ------------------------------------------------------------------------------------------------------ 08 a stop rule
 
 
-def stop(entropies, n_branches, patience=5, share=0.1):
+def stop(entropies, n_branches, patience=5, share=0.12):
     last = entropies[-patience:]
     return len(last) == patience and max(last) < share * math.log(n_branches)
 
@@ -84,14 +206,19 @@ def test_08_accepts_right_answers():
 
 
 WRONG_08 = {
-    "'dips'": lambda e, g: e[-1] < 0.1 * math.log(g),  # one low value is no collapse
+    "'dips'": lambda e, g: e[-1] < 0.12 * math.log(g),  # one low value is no collapse
     "'low but alive'": lambda e, g: len(e) >= 5 and max(e[-5:]) < 0.7 * math.log(g),
     "'collapse' is dead": lambda e, g: False,
-    "only after update": lambda e, g: len(e) >= 15 and max(e[-15:]) < 0.1 * math.log(g),
-    "With 3 branches": lambda e, g: len(e) >= 5 and max(e[-5:]) < 0.65,  # nats, whatever the number of branches
+    "only after update": lambda e, g: len(e) >= 15 and max(e[-15:]) < 0.12 * math.log(g),
+    "With 2 branches": lambda e, g: len(e) >= 5 and max(e[-5:]) < 0.3,  # nats, whatever the number of branches
     "returns nothing": lambda e, g: None,
     "raised": lambda e: True,
 }
+
+
+@pytest.mark.parametrize("nats", [0.05 * k for k in range(1, 14)])
+def test_08_no_fixed_number_of_nats_passes(nats):
+    assert not check_08(lambda e, g: len(e) >= 5 and max(e[-5:]) < nats)
 
 
 @pytest.mark.parametrize("says", WRONG_08)
@@ -106,12 +233,92 @@ def test_08_looks_at_the_recorded_run():
 
 
 def test_made_up_entropies_are_entropies():
-    for g in (3, 8, 32):
+    for g in (2, 8, 64):
         for name, curve in entropy_curves(g).items():
             assert all(0 <= value <= math.log(g) for value in curve), name
         curves = entropy_curves(g)
-        assert max(curves["collapse"][30:]) < 0.1 * math.log(g) < min(curves["healthy"])
+        assert max(curves["collapse"][31:]) < 0.1 * math.log(g) < min(curves["healthy"])
         assert sum(value < 0.1 * math.log(g) for value in curves["dips"]) == 2
+
+
+# ----------------------------------------------------------------------------- 08 pairs, diagnoses, an alarm
+
+
+def error(before, after):
+    change = after - before
+    return change.std() / len(change) ** 0.5
+
+
+WRONG_ERRORS = {
+    "two sets of different prompts": lambda b, a: ((b.var() + a.var()) / len(a)) ** 0.5,
+    "smaller by the root": lambda b, a: (a - b).std(),
+    "root of N, not by N": lambda b, a: (a - b).std() / len(a),
+    "the mean change itself": lambda b, a: (a - b).mean(),
+    "returns nothing": lambda b, a: None,
+    "raised": lambda b: b,
+    "expected": lambda b, a: 1.0,
+}
+
+
+@pytest.mark.parametrize("says", WRONG_ERRORS)
+def test_08_a_fair_comparison(says):
+    assert check_08_paired(error) and check_08_paired(lambda b, a: (a - b).std(correction=0) / len(a) ** 0.5)
+    verdict = check_08_paired(WRONG_ERRORS[says])
+    assert not verdict and says in verdict.says, verdict
+
+
+def recorded_run(reward, coherent, entropy):
+    """Twelve updates whose numbers go from the first to the second of each pair, measured after every third."""
+
+    def at(pair, t):
+        return pair[0] + (pair[1] - pair[0]) * t / 12
+
+    def measured(t, key):
+        return {f"{key}/reward": at(reward, t), f"{key}/coherent": at(coherent, t), f"{key}/journey": 0.9}
+
+    lines = [{"step": t, "entropy": at(entropy, t)} for t in range(12)]
+    lines[0] |= measured(0, "eval0")
+    for t in (3, 6, 9, 12):
+        lines[t - 1] |= measured(t, "eval")
+    return lines
+
+
+def test_08_diagnoses():
+    runs = {
+        "P": recorded_run((1.5, 1.8), (0.9, 0.4), (1.8, 1.8)),
+        "Q": recorded_run((1.5, 1.5), (0.9, 0.9), (0.01, 0.01)),
+        "R": recorded_run((1.5, 1.8), (0.9, 0.88), (1.8, 1.7)),
+    }
+    right = {"P": "hacked", "Q": "dead", "R": "healthy"}
+    assert check_08_diagnose(right, runs, 8)
+    for run, wrong, says in (
+        ("P", "healthy", "the judge sees falls"), ("Q", "healthy", "near 0"), ("R", "hacked", "judge's shares stay"),
+    ):  # fmt: skip
+        verdict = check_08_diagnose(right | {run: wrong}, runs, 8)
+        assert not verdict and says in verdict.says
+    for answer in (None, {"P": "hacked"}, right | {"P": None}, right | {"P": ["dead"]}):
+        assert "Give every run" in check_08_diagnose(answer, runs, 8).says
+
+
+def alarm(rewards, coherent):
+    return rewards[-1] > rewards[0] + 0.05 and coherent[-1] < coherent[0] - 0.1
+
+
+WRONG_ALARMS = {
+    "'healthy'": lambda r, c: c[-1] < c[0],
+    "'unlucky'": lambda r, c: c[-1] < c[0] - 0.1,
+    "'weak from the start'": lambda r, c: r[-1] > r[0] and c[-1] < 0.7,
+    "does not ring": lambda r, c: r[-1] > r[0] + 1.0,
+    "or never rings": lambda r, c: None,
+    "raised": lambda r: True,
+}
+
+
+@pytest.mark.parametrize("says", WRONG_ALARMS)
+def test_08_an_alarm(says):
+    assert check_08_alarm(alarm)
+    verdict = check_08_alarm(WRONG_ALARMS[says])
+    assert not verdict and says in verdict.says, verdict
 
 
 # ------------------------------------------------------------------------------------------------------- 09 a Backbone
@@ -248,7 +455,9 @@ def test_the_stub_refuses_other_shapes():
 # ------------------------------------------------------------------------------------------------------- not tried yet
 
 
-@pytest.mark.parametrize("check", [check_07, check_08, check_09])
+@pytest.mark.parametrize(
+    "check", [check_07, check_07_slope, check_07_kl, check_08, check_08_paired, check_08_alarm, check_09]
+)
 def test_none_is_not_an_answer(check):
     verdict = check(None)
     assert not verdict and verdict.says.startswith("Write a")

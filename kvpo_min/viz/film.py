@@ -87,7 +87,7 @@ def _strip(tiles: Sequence, numbers: Sequence[int], read: set[int]):
     left = [gap + k * (width + gap) + 12 * sum(torn[: k + 1]) for k in range(len(numbers))]
     strip = Image.new("RGB", (left[-1] + width + gap, height + 2 * edge), "black")
     draw = ImageDraw.Draw(strip)
-    for k, (number, tile, x) in enumerate(zip(numbers, tiles, left, strict=True)):
+    for k, (number, picture, x) in enumerate(zip(numbers, tiles, left, strict=True)):
         if torn[k]:
             draw.rectangle((x - gap - 12, 0, x - gap - 1, strip.height), PAPER)
         lit = number in read
@@ -97,7 +97,7 @@ def _strip(tiles: Sequence, numbers: Sequence[int], read: set[int]):
             at = x + (2 * hole + 1) * width / 4 - 2
             for y in (2, height + edge + 2):
                 draw.rectangle((at, y, at + 4, y + 2), "#8a6d00" if lit else "white")
-        strip.paste(tile if lit else tile.point(lambda value: int(DARK * value)), (x, edge))
+        strip.paste(picture if lit else picture.point(lambda value: int(DARK * value)), (x, edge))
     return strip, left
 
 

@@ -8,10 +8,20 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kvpo_min.chr import DROPPED, NEAREST, SINK, Window, branch_frames, ordinary_frames, route_mask
+from kvpo_min.chr import DROPPED, NEAREST, SINK, Window, ordinary_frames, route_mask
 from kvpo_min.viz.film import TAGS, branch_letter
-from kvpo_min.viz.run import _column, _draw_routes, _film
-from kvpo_min.viz.style import ANCHOR, BRANCHES, HATCHES, _bytes, _figure, _plain, branch_colour
+from kvpo_min.viz.run import _column, _film, held_out_points
+from kvpo_min.viz.style import (
+    ANCHOR,
+    BRANCHES,
+    HATCHES,
+    _bytes,
+    _check_labels,
+    _figure,
+    _plain,
+    _small_png,
+    branch_colour,
+)
 
 # ------------------------------------------------------------------------------- branches: routes, energies, rewards
 
@@ -197,15 +207,28 @@ def images(pixels: Tensor, titles: Sequence[str], columns: int = 0, inches: floa
     return figure
 
 
+def reward_bars(rewards: Mapping[str, Tensor], anchor: Mapping[str, Tensor]):
+    """How far each branch is above or below the anchor, component by component. rewards name -> [G]. -> Figure"""
+    figure = _figure(2.4 * len(rewards), 2.4)
+    for axes, (name, values) in zip(figure.subplots(1, len(rewards), squeeze=False)[0], rewards.items(), strict=True):
+        over = [v - float(anchor[name]) for v in values.tolist()]
+        axes.bar(range(len(over)), over, color=[_tag_colour(g) for g in range(len(over))], edgecolor="#555555")
+        axes.axhline(0, color=ANCHOR, linewidth=2)
+        axes.set_xticks(range(len(over)))
+        _plain(axes, f"{name} (anchor {float(anchor[name]):.3f})", "branch", "above the anchor")
+        axes.title.set_fontsize(9)
+    return figure
+
+
 def probability_change(before: Tensor, after: Tensor, names: Sequence[str] = ("before", "after")):
     """Probabilities [G] of the branches, pale before and full after an update. -> Figure"""
     figure = _figure(4.5, 2.6)
     axes = figure.add_subplot()
-    colours = [branch_colour(g) for g in range(len(before))]
+    colours = [_tag_colour(g) for g in range(len(before))]
     for values, offset, alpha, name in ((before, -0.2, 0.4, names[0]), (after, 0.2, 1.0, names[1])):
         places = [g + offset for g in range(len(values))]
         axes.bar(places, values.tolist(), 0.38, color=colours, alpha=alpha, edgecolor="#555555", label=name)
-    axes.set_xticks(range(len(before)))
+    axes.set_xticks(range(len(before)), [branch_letter(g) for g in range(len(before))])
     _plain(axes, f"Gibbs probability: {names[0]} (pale) and {names[1]}", "branch", "probability")
     axes.title.set_fontsize(10)
     return figure
@@ -369,9 +392,9 @@ def objective_figure(log_p: Tensor, log_p_old: Tensor, log_p_init: Tensor, A: Te
                 return -torch.minimum(r * a, r.clamp(1 - low, 1 + high) * a)
 
             moves = bool((A[g] > 0 and ratio[g] <= 1 + high) or (A[g] < 0 and ratio[g] >= 1 - low))
-            left.plot(rho, term(rho), color=branch_colour(g), label=f"branch {g}, A = {A[g].item():+.2f}")
-            left.plot(ratio[g], term(ratio[g]), "o", color=branch_colour(g), markeredgecolor="#555555",
-                      markerfacecolor=branch_colour(g) if moves else "white", markersize=8)  # fmt: skip
+            left.plot(rho, term(rho), color=_tag_colour(g), label=f"{branch_letter(g)}, A = {A[g].item():+.2f}")
+            left.plot(ratio[g], term(ratio[g]), "o", color=_tag_colour(g), markeredgecolor="#555555",
+                      markerfacecolor=_tag_colour(g) if moves else "white", markersize=8)  # fmt: skip
         _plain(left, f"clip {1 - low:g} to {1 + high:g}", "ratio", "loss of the branch")
         left.legend(frameon=False, fontsize=7)
         pulls = []
@@ -379,12 +402,12 @@ def objective_figure(log_p: Tensor, log_p_old: Tensor, log_p_init: Tensor, A: Te
                      lambda s: kl_coef * branch_kl(s, log_p_init)):  # noqa: B023  # fmt: skip
             score = log_p.detach().clone().requires_grad_()
             pulls.append((-torch.autograd.grad(loss(score.log_softmax(0)), score)[0]).tolist())
-        colours = [branch_colour(g) for g in range(n)]
+        colours = [_tag_colour(g) for g in range(n)]
         for k, (pull, name) in enumerate(zip(pulls, ("clipped objective", f"KL, weight {kl_coef:g}"), strict=True)):
             places, hatch = [g + 0.4 * k - 0.2 for g in range(n)], "" if k == 0 else "xxx"
             right.bar(places, pull, 0.36, edgecolor="#555555", linewidth=0.5, color=colours, hatch=hatch, label=name)
         right.axhline(0, color="#555555", linewidth=0.8)
-        right.set_xticks(range(n), [f"branch {g}" for g in range(n)])
+        right.set_xticks(range(n), [branch_letter(g) for g in range(n)])
         _plain(right, "what moves the branch's score (up: likelier)", "", "-dL / dl")
         right.legend(frameon=False, fontsize=7)
     return figure
@@ -401,12 +424,13 @@ def push_pull(v: Tensor, u: Tensor, slope: Tensor):
     figure = _figure(5.5, 4.5)
     axes = figure.add_subplot()
     for g in range(len(u)):
-        axes.plot(*u[g].tolist(), "o", color=branch_colour(g), markersize=11, markeredgecolor="#555555",
-                  label=f"branch {g}: {'pulls' if slope[g] > 0 else 'pushes'}")  # fmt: skip
+        axes.plot(*u[g].tolist(), "o", color=_tag_colour(g), markersize=11, markeredgecolor="#555555",
+                  label=f"{branch_letter(g)} {'pulls' if slope[g] > 0 else 'pushes'}")  # fmt: skip
         axes.annotate("", (v + scale * asked[g]).tolist(), v.tolist(),
-                      arrowprops=dict(arrowstyle="-|>", color=branch_colour(g), linewidth=2.5))  # fmt: skip
+                      arrowprops=dict(arrowstyle="-|>", color=_tag_colour(g), linewidth=2.5))  # fmt: skip
     axes.annotate("", (v + scale * total).tolist(), v.tolist(),
                   arrowprops=dict(arrowstyle="-|>", color="black", linewidth=1.5, linestyle="--"))  # fmt: skip
+    axes.scatter(*(v + scale * asked).T.tolist(), alpha=0)  # arrows alone would not widen the axes
     axes.plot(*v.tolist(), "s", color="white", markeredgecolor="black", markersize=9, label="the policy's velocity")
     axes.margins(0.25)
     axes.set_aspect("equal")
@@ -416,24 +440,26 @@ def push_pull(v: Tensor, u: Tensor, slope: Tensor):
 
 
 def training_board(logs: Sequence[Mapping], step=None, frames: int = 6):
-    """One picture of a run that is under way: reward with spread, energies, entropy, KL and clipped ratios so far; with
-    `step`, a `train.Step`, also the frames that its first group read and films of its best and worst branch and of the
-    anchor. -> Figure. logs: as in `reward_curve`; `frames` a film."""
+    """One picture of a run that is under way: its held-out curve where the log has one, the groups' reward minus the
+    anchor's, entropy, KL and clipped ratios; with `step`, a `train.Step`, also films of its first group's best and
+    worst branch and of the anchor. -> Figure. logs: as in `reward_curve`; `frames` a film."""
     at, step = _column(logs, "step"), None if step is None or step.skipped else step
-    figure = _figure(10, 3.2 if step is None else 6.4)
-    top, bottom = (figure, None) if step is None else figure.subfigures(2, 1, height_ratios=(1, 1.1))
-    reward, energy, entropy, clip = top.subplots(1, 4)
-    for axes, key, spread, colour, title in (
-        (reward, "reward", "reward_std", BRANCHES[4], "reward (band: spread)"),
-        (energy, "energy/mean", "energy/std", BRANCHES[5], "energy (band: spread)"),
-    ):
-        mean, std = _column(logs, key), _column(logs, spread)
-        low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
-        axes.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
-        axes.plot(at, mean, color=colour, marker="o", markersize=3)
-        _plain(axes, title, "update")
-    reward.plot(at, _column(logs, "anchor_reward"), color=ANCHOR, linestyle="--", label="anchor")
-    reward.legend(frameon=False, fontsize=7)
+    points = held_out_points(logs)
+    figure = _figure(10, 2.6 if step is None else 7.2)
+    top, bottom = (figure, None) if step is None else figure.subfigures(2, 1, height_ratios=(1, 1.8))
+    held, over, entropy, clip = top.subplots(1, 4)
+    name = "liked" if "liked" in points else "reward"
+    if name in points:
+        held.plot(*points[name][:2], color=BRANCHES[4], marker="o", markersize=4)
+    else:
+        held.text(0.5, 0.5, "not measured", ha="center", transform=held.transAxes)
+    if name == "liked":
+        held.set_ylim(-0.03, 1.03)
+    _plain(held, f"held out: {name}", "updates")
+    gained = [line["reward"] - line["anchor_reward"] for line in logs if not line.get("skipped")]
+    over.bar(at, gained, color=[BRANCHES[4] if x > 0 else ANCHOR for x in gained])
+    over.axhline(0, color="#555555", linewidth=1)
+    _plain(over, "reward minus anchor", "update")
     entropy.plot(at, _column(logs, "entropy"), color=BRANCHES[6], marker="o", markersize=3)
     if step is not None:
         most = math.log(len(step.groups[0].advantages))
@@ -443,31 +469,25 @@ def training_board(logs: Sequence[Mapping], step=None, frames: int = 6):
     clip.plot(at, _column(logs, "clip_ratio/region_mean"), color=BRANCHES[7], marker="o", markersize=3, label="clipped")
     clip.plot(at, _column(logs, "kl"), color=BRANCHES[2], marker="s", markersize=3, label="KL (nats)")
     clip.set_ylim(bottom=0)
-    _plain(clip, "share of clipped ratios, KL", "update")
-    clip.legend(frameon=False, fontsize=7)
-    for axes in (reward, energy, entropy, clip):
-        axes.title.set_fontsize(9)
-        axes.tick_params(labelsize=7)
+    _plain(clip, "clipped ratios, KL", "update")
+    clip.legend(frameon=False, fontsize=10)
+    for axes in (held, over, entropy, clip):
+        axes.title.set_fontsize(11)
+        axes.tick_params(labelsize=10)
     if step is not None:
         group = step.groups[0]
         worst, *_, best = group.advantages.argsort().tolist()
-        rows = [best, worst, len(group.advantages)]
-        left, right = bottom.subfigures(1, 2, width_ratios=(1, 1.4))
-        window, routes, start = Window(), group.plan.routes, group.plan.fork
-        nearest = window.past - routes.shape[1]
-        axes = left.add_subplot()
-        _draw_routes(axes, branch_frames(routes, start, window, nearest), start, window, nearest)
-        axes.tick_params(labelsize=7)
-        axes.xaxis.label.set_fontsize(8)
-        for axes, g in zip(right.subplots(len(rows), 1), rows, strict=True):
+        names = ("best", "worst", "anchor")
+        for axes, g, name in zip(bottom.subplots(3, 1), (best, worst, len(group.advantages)), names, strict=True):
             film, _ = _film(group.videos[g], frames)
             axes.imshow(film, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
-            colour = ANCHOR if g == len(group.advantages) else branch_colour(g)
-            axes.spines[:].set(color=colour, linewidth=2)
-            gained = "" if g == len(group.advantages) else f", advantage {group.advantages[g].item():+.2f}"
-            axes.set_title(("anchor" if colour == ANCHOR else f"branch {g}") + gained, fontsize=8, loc="left", pad=2)
-        bottom.suptitle(f"update {step.step}: {group.script}", fontsize=9)
+            gained = (
+                "" if name == "anchor" else f": branch {branch_letter(g)}, advantage {group.advantages[g].item():+.2f}"
+            )
+            axes.spines[:].set(color=ANCHOR if name == "anchor" else _tag_colour(g), linewidth=2)
+            axes.set_title(name + gained, fontsize=11, loc="left", pad=2)
+        bottom.suptitle(f"update {step.step}: {group.script}", fontsize=11)
     return figure
 
 
@@ -571,4 +591,106 @@ def wish(rows: Mapping[str, Tensor], sigma: Tensor):
             if not r:
                 axes.set_title(f"noise {level:.2f}", fontsize=10)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11)
+    return figure
+
+
+# ------------------------------------------------------------- films in step, stories by hand, runs side by side
+
+
+def _label(draw, place: tuple[float, float], text: str, size: int = 16) -> None:
+    from PIL import ImageFont
+
+    draw.multiline_text(place, text, "black", ImageFont.load_default(size=size), spacing=4)
+
+
+def film_rows(pixels: Tensor, labels: Sequence[str], every: int = 3, first: int = 0, scale: int = 2):
+    """One video a row, its label on the left, every `every`-th frame enlarged, with wide gutters. -> Pillow image
+
+    pixels [N, T, 3, H, W]; `first`: the number of the first frame, for the header."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    _check_labels(pixels, labels)
+    films = _bytes(pixels[:, ::every].repeat_interleave(scale, -2).repeat_interleave(scale, -1))
+    n, columns, height, width = films.shape[:4]
+    font, gap, line = ImageFont.load_default(size=16), 10, 26
+    left = 16 + math.ceil(max(font.getlength(part) for label in labels for part in label.split("\n")))
+    sheet = Image.new("RGB", (left + columns * (width + gap), line + n * (height + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for c in range(columns):
+        _label(draw, (left + c * (width + gap), 2), f"{'frame ' if c == 0 else ''}{first + c * every}")
+    for r in range(n):
+        y = line + r * (height + gap)
+        _label(draw, (4, y + 8), labels[r])
+        for c in range(columns):
+            sheet.paste(Image.fromarray(films[r, c]), (left + c * (width + gap), y))
+    sheet._repr_png_ = lambda: _small_png(sheet)
+    sheet._repr_jpeg_ = lambda: None  # notebooks would store both
+    return sheet
+
+
+def heat(panels: Mapping[str, Tensor], rows: Sequence[str], columns: Sequence[str], ylabel="", xlabel="", mark=None):
+    """Tables of numbers as shades, one a panel, the numbers in their cells. panels: title -> [rows, columns];
+    `mark` (row, column): the cell that is framed. -> Figure"""
+    from matplotlib.patches import Rectangle
+
+    figure = _figure(4.6 * len(panels), 0.5 * len(rows) + 1.6)
+    for axes, (title, table) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        low, high = table.min().item(), table.max().item()
+        axes.imshow(table.tolist(), cmap="Greys", vmin=low, vmax=high + 0.3 * (high - low) + 1e-9)
+        for y, row in enumerate(table.tolist()):
+            for x, value in enumerate(row):
+                dark = value > low + 0.75 * (high - low)
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=10, color="w" if dark else "k")
+        if mark is not None:
+            axes.add_patch(Rectangle((mark[1] - 0.5, mark[0] - 0.5), 1, 1, fill=False, edgecolor=BRANCHES[5], lw=3))
+        axes.set_xticks(range(len(columns)), columns, fontsize=10, rotation=30)
+        axes.set_yticks(range(len(rows)), rows, fontsize=10)
+        axes.set_title(title, fontsize=12)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+    return figure
+
+
+RUN_ROWS = {"held-out reward": ("reward",), "held-out films": ("liked", "coherent", "journey"), "entropy": ("entropy",)}
+
+
+def run_curves(runs: Mapping[str, Sequence[Mapping]], rows: Mapping[str, Sequence[str]] | None = None):
+    """Recorded runs side by side, one a column. runs: title -> lines of metrics.jsonl; rows: label -> names of its
+    lines, each of the held-out curve or, where it has none of that name, of the training groups. -> Figure"""
+    rows = rows or RUN_ROWS
+    figure = _figure(3.4 * len(runs) + 0.6, 2.1 * len(rows) + 0.4)
+    grid = figure.subplots(len(rows), len(runs), squeeze=False, sharey="row", sharex="col")
+    for c, (title, logs) in enumerate(runs.items()):
+        for axes, (label, names) in zip(grid[:, c], rows.items(), strict=True):
+            for k, name in enumerate(names):
+                at, values = run_column(logs, name)
+                axes.plot(at, values, color=BRANCHES[(4, 5, 2)[k % 3]], marker="." if len(at) < 30 else "", label=name)
+            if len(names) > 1 and c == 0:
+                axes.legend(frameon=False, fontsize=10)
+            _plain(axes, title if axes is grid[0, c] else "", "updates" if axes is grid[-1, c] else "")
+            if c == 0:
+                axes.set_ylabel(label, fontsize=10)
+    return figure
+
+
+def run_column(logs: Sequence[Mapping], name: str) -> tuple[list[int], list[float]]:
+    """-> (updates done, values) of the held-out curve's `name`, or of the training groups' where it has none."""
+    held = [(0, logs[0][f"eval0/{name}"])] if f"eval0/{name}" in logs[0] else []
+    held += [(line["step"] + 1, line[f"eval/{name}"]) for line in logs if f"eval/{name}" in line]
+    if not held:
+        held = [(line["step"], line[name]) for line in logs if name in line]
+    return [at for at, _ in held], [value for _, value in held]
+
+
+def log_lines(panels: Mapping[str, Mapping[str, Sequence[float]]], x: Sequence[float], xlabel="", ylabel=""):
+    """Shares from 0 to 1 over a logarithmic x, one panel a title: title -> {name: values}. -> Figure"""
+    figure = _figure(4 * len(panels) + 0.5, 3)
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (title, curves) in zip(grid, panels.items(), strict=True):
+        for k, (name, values) in enumerate(curves.items()):
+            axes.plot([float(at) for at in x], [float(v) for v in values], color=BRANCHES[4 + k], lw=2, label=name)
+        axes.set_xscale("log")
+        axes.set_ylim(-0.03, 1.03)
+        _plain(axes, title, xlabel)
+    grid[0].set_ylabel(ylabel)
+    grid[0].legend(frameon=False, fontsize=10)
     return figure
