@@ -344,12 +344,14 @@ def match_densities(panels: Mapping[str, float], teacher: float, pull, n: int = 
             axes.fill_between(x, height, color=colour, alpha=0.3, linewidth=0)
             axes.plot(x, height, color=colour, linewidth=2, label=name)
         points = b + torch.linspace(-1.6, 1.6, n)
-        for at, move in zip(points.tolist(), pull(points, b).tolist(), strict=True):
-            axes.annotate("", (at + move, -0.15), (at, -0.15),
-                          arrowprops=dict(arrowstyle="-|>", color=BRANCHES[5], linewidth=1.5))  # fmt: skip
+        for k, (at, move) in enumerate(zip(points.tolist(), pull(points, b).tolist(), strict=True)):
+            if abs(move) > 0.1:  # below that an arrow would be nothing but its head
+                y = -0.1 - 0.08 * (k % 3)  # in three rows, so that they do not overlap
+                axes.annotate("", (at + move, y), (at, y),
+                              arrowprops=dict(arrowstyle="-|>", color=BRANCHES[5], linewidth=1.5))  # fmt: skip
         _plain(axes, title)
         axes.title.set_fontsize(11)
-        axes.set(ylim=(-0.3, 1.1), yticks=[])
+        axes.set(ylim=(-0.35, 1.1), yticks=[])
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=10)
     return figure
 
