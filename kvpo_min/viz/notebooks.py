@@ -435,7 +435,6 @@ def push_pull(v: Tensor, u: Tensor, slope: Tensor):
     axes.scatter(*(v + scale * asked).T.tolist(), alpha=0)  # arrows alone would not widen the axes
     axes.plot(*v.tolist(), "s", color="white", markeredgecolor="black", markersize=9, label="the policy's velocity")
     axes.margins(0.25)
-    axes.set_aspect("equal")
     _plain(axes, "Who pulls, who pushes (dashed: all together)", "first number of the velocity", "second number")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
