@@ -79,8 +79,14 @@ class MixedBackbone(WanBackbone):
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return super().forward(x.float(), sigma, frames, text, kv, mask, written).float()
 
-    def encode(self, x0: Tensor, start: int, text: Tensor, kv: Tensor | None) -> Tensor:
-        return super().encode(x0, start, text, kv).to(self.dtype)  # autocast leaves normalised keys in float32
+    def encode(
+        self, x0: Tensor, start: int, text: Tensor, kv: Tensor | None, mask: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        return super().encode(x0, start, text, kv, mask).to(self.dtype)  # autocast leaves normalised keys in float32
+
+    def text_keys(self, text: Tensor) -> Tensor:
+        with torch.autocast(text.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return super().text_keys(text.float())
 
 
 def load_wan(model: str, texts: Sequence[str], cache: str | Path, options: WanOptions | None = None) -> Pipeline:
