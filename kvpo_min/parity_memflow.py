@@ -19,7 +19,6 @@ from kvpo_min.rollout import KVHistory, Rollout, Sampler, Stream, fork, generate
 from kvpo_min.tve import step_energies, trajectory_energy
 from kvpo_min.wan import WanBackbone
 
-FILES = ("memflow_tiny.json", "memflow_tiny.safetensors", "memflow_tiny_io.safetensors")
 TAU = 2.0  # the authors' score is -energy / 2
 
 
@@ -63,10 +62,11 @@ def plan_pairs(case: dict) -> Pairs:
 
 
 @torch.no_grad()
-def call_pairs(backbone: WanBackbone, info: dict, tensors: dict[str, Tensor]) -> Pairs:
-    """All recorded calls in their order: velocities, and what the bank holds, ranks and lets attention read."""
+def call_pairs(backbone: WanBackbone, info: dict, tensors: dict[str, Tensor]) -> tuple[Pairs, Pairs, Pairs]:
+    """All recorded calls in their order. -> frames that the bank holds and attention reads, scores, velocities"""
     window, _, bank = settings(info)
-    history, pairs, phase, at_fork = KVHistory(), {}, "prefix", None
+    history, phase, at_fork = KVHistory(), "prefix", None
+    frames_held, scores, velocities = {}, {}, {}
     slots = torch.tensor([info["routed_slots"]])
     for call in info["calls"]:
         if call["phase"] != phase:  # branch and replay both begin with the keys and the bank of the fork
@@ -88,14 +88,15 @@ def call_pairs(backbone: WanBackbone, info: dict, tensors: dict[str, Tensor]) ->
             reads, own = frames.tolist(), [*range(start, stop)]
         for one in call.get("retrieval", ()):
             words = backbone.text_keys(text) * (not one["text_key_is_zero"])
-            pairs[f"scores of the entries/{where} {one['layer']}"] = (
+            scores[f"scores of the entries/{where} {one['layer']}"] = (
                 before.scores(words)[one["layer"], 0], torch.tensor(one["scores"])
             )  # fmt: skip
         held = [[]] * len(call["bank"]) if bank.frames is None else bank.frames[:, 0].tolist()
-        full = [row + [-1] * (bank.size - len(row)) for row in held]
-        pairs[f"frames in the bank/{where}"] = full, [[-1 if f is None else f for f in row] for row in call["bank"]]
+        full = [row + [-1] * (bank.size - len(row)) for row in held]  # -1: an empty slot
+        theirs = [[-1 if frame is None else frame for frame in row] for row in call["bank"]]
+        frames_held[f"frames in the bank/{where}"] = full, theirs
         read = [sorted([*reads, *row, *own]) for row in held]
-        pairs[f"frames read/{where}"] = read, [sorted(row) for row in call["frames_read"]]
+        frames_held[f"frames read/{where}"] = read, [sorted(row) for row in call["frames_read"]]
         kind = "velocities of the replay" if phase == "replay" else "velocities of routed blocks"
         if phase != "replay" and not call["routed"]:
             kind = "velocities with a full bank" if bank.recorded > bank.size else "velocities while the bank fills"
@@ -103,15 +104,15 @@ def call_pairs(backbone: WanBackbone, info: dict, tensors: dict[str, Tensor]) ->
             kind = "velocities of the pass at the switch"
         sigma = torch.tensor([call["timestep"] / 1000])
         v = backbone(x, sigma, torch.arange(first, stop), text, kv, mask)
-        pairs[f"{kind}/{where}"] = v, tensors[where]
+        velocities[f"{kind}/{where}"] = v, tensors[where]
         if call["writes_cache"]:
             own = backbone.encode(x, first, text, kv, mask)
             if call["kind"] == "context":
                 bank = bank.record(start, own, replaying=phase == "replay")
-            skip = max(0, window.sink - first) if start else 0
+            skip = max(0, window.sink - first) if call["kind"] == "recache" else 0  # the sink keeps its keys
             history = history.append(first + skip, own[:, :, :, skip:])
             history = history.keep(window.sink, window.history - window.sink)
-    return pairs
+    return frames_held, scores, velocities
 
 
 def recorded_noise(info: dict, tensors: dict[str, Tensor], sigmas: Tensor) -> Tensor:
@@ -150,31 +151,31 @@ def log_score(backbone: WanBackbone, rollout: Rollout, sampler: Sampler, grad_st
     return -trajectory_energy(energies, sampler.sigmas.square())[0] / TAU, v
 
 
-def rollout_pairs(config: dict, weights: dict, info: dict, tensors: dict[str, Tensor]) -> Pairs:
-    """The same through `generate`, `fork` and `replay`: prefix, routed branch, replay, its score and gradients."""
+def rollout_pairs(config: dict, weights: dict, info: dict, tensors: dict[str, Tensor]) -> tuple[Pairs, Pairs]:
+    """The same through `generate`, `fork` and `replay`. -> velocities; score of the branch and its gradients"""
     from kvpo_min.checkpoints import wan_from_original
 
     backbone = new_backbone(config, weights).requires_grad_(True)
     rollout, sampler, made = rollout_of(backbone, info, tensors, settings(info)[2])
-    pairs, block, start = {}, info["num_frame_per_block"], info["fork_frame"]
+    pairs, scored, block, start = {}, {}, info["num_frame_per_block"], info["fork_frame"]
     for first, (z, x0) in made.items():
         for s, sigma in enumerate(sampler.sigmas):
             name = f"{first // block}_{s}"
-            pairs[f"generate/{name}"] = (z[:, s] - x0[:, s]) / sigma, tensors[f"out_{name}"]
+            pairs[f"velocities of `generate`/{name}"] = (z[:, s] - x0[:, s]) / sigma, tensors[f"out_{name}"]
     score, v = log_score(backbone, rollout, sampler, info["replay"]["grad_steps"])
     branch = rollout.trajectory.velocity[:1]  # [1, B, S, F, C, H, W]
     for b in range(v.shape[1]):
         for s in range(v.shape[2]):
             name = f"{start // block + b}_{s}"
-            pairs[f"fork/{name}"] = branch[:, b, s], tensors[f"out_{name}"]
-            pairs[f"replay/{name}"] = v[:, b, s], tensors[f"replay_out_{name}"]
-    pairs["score of the branch"] = score, info["replay"]["log_score"]
+            pairs[f"velocities of `fork`/{name}"] = branch[:, b, s], tensors[f"out_{name}"]
+            pairs[f"velocities of `replay`/{name}"] = v[:, b, s], tensors[f"replay_out_{name}"]
+    scored["score of the branch"] = score, info["replay"]["log_score"]
     parameters = dict(backbone.transformer.named_parameters())
     for key in sorted(key for key in tensors if key.startswith("replay_grad/")):
         ((name, gradient),) = wan_from_original({key.removeprefix("replay_grad/"): tensors[key]}).items()
         (ours,) = torch.autograd.grad(score, parameters[name], retain_graph=True)
-        pairs[f"gradient of {key.removeprefix('replay_grad/')}"] = ours, gradient
-    return pairs
+        scored[f"gradient of {key.removeprefix('replay_grad/')}"] = ours, gradient
+    return pairs, scored
 
 
 def sparse_pairs(info: dict, tensors: dict[str, Tensor]) -> Pairs:
