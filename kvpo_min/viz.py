@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvpo_min.chr import DROPPED, NEAREST, ROUTED, SINK, Window, branch_frames, ordinary_frames, route_mask
+from kvpo_min.chr import BANK, DROPPED, NEAREST, ROUTED, SINK, Window, branch_frames, ordinary_frames, route_mask
 
 ANCHOR = "#7f7f7f"
 BRANCHES = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#882255")
-HATCHES = {SINK: "////", ROUTED: "", NEAREST: "..."}
-NAMES = {SINK: "sink", ROUTED: "routed", NEAREST: "nearest", DROPPED: "not read"}
+HATCHES = {SINK: "////", ROUTED: "", NEAREST: "...", BANK: "xxx"}
+NAMES = {SINK: "sink", ROUTED: "routed", NEAREST: "nearest", DROPPED: "not read", BANK: "bank"}
+FACES = {DROPPED: "white", SINK: "#dddddd", BANK: "#f4e3a1"}  # the others have the branch's colour
 
 
 def branch_colour(branch: int) -> str:
@@ -173,26 +174,27 @@ def show_videos(pixels: Tensor, labels: Sequence[str], fps: float = 8, columns: 
 # --------------------------------------------------------------------------------------------------------------- routes
 
 
-def route_grid(frames: Tensor, start: int, window: Window, nearest: int):
+def route_grid(frames: Tensor, start: int, window: Window, nearest: int, bank: Tensor | None = None):
     """Which past frames each branch reads when the block at `start` is made, the anchor in the last row. -> Figure
 
-    frames [G, L] from `chr.branch_frames`; every cell is sink, routed, nearest or not read (`chr.route_mask`)."""
+    frames [G, L] from `chr.routed_frames`; every cell is sink, routed, nearest or not read (`chr.route_mask`), or with
+    `bank` ([1, n], `Bank.held` of all rows) in a memory bank alone."""
     figure = _figure(min(16.0, max(5.0, 0.24 * (start + window.block) + 1.5)), 0.26 * (len(frames) + 1) + 1.3)
-    _draw_routes(figure.add_subplot(), frames, start, window, nearest)
-    _route_legend(figure)
+    _draw_routes(figure.add_subplot(), frames, start, window, nearest, bank)
+    _route_legend(figure, bank is not None)
     return figure
 
 
-def _draw_routes(axes, frames: Tensor, start: int, window: Window, nearest: int) -> None:
+def _draw_routes(axes, frames: Tensor, start: int, window: Window, nearest: int, bank: Tensor | None = None) -> None:
     from matplotlib.patches import Rectangle
 
-    mask = route_mask(frames, start, window, nearest)  # [G, start]
-    ordinary = route_mask(ordinary_frames(start, window)[None], start, window, window.past)
+    mask = route_mask(frames, start, window, nearest, bank)  # [G, start]
+    ordinary = route_mask(ordinary_frames(start, window)[None], start, window, window.past, bank)
     rows = [*mask.tolist(), *ordinary.tolist()]
     colours = [*(branch_colour(g) for g in range(len(frames))), ANCHOR]
     for y, (row, colour) in enumerate(zip(rows, colours, strict=True)):
         for x, kind in enumerate(row):
-            face = "white" if kind == DROPPED else "#dddddd" if kind == SINK else colour
+            face = FACES.get(kind, colour)
             edge = "white" if kind == NEAREST else "#999999"  # an edge's colour is its hatch's too
             cell = Rectangle((x, y + 0.08), 1, 0.84, facecolor=face, edgecolor=edge, linewidth=0.5)
             cell.set_hatch(HATCHES.get(kind, ""))
@@ -208,10 +210,11 @@ def _draw_routes(axes, frames: Tensor, start: int, window: Window, nearest: int)
     axes.set_xlabel(f"frame (outlined: the block at {start} that is made)")
 
 
-def _route_legend(figure) -> None:
+def _route_legend(figure, bank: bool = False) -> None:
     from matplotlib.patches import Patch
 
     kinds = {SINK: "#dddddd", ROUTED: "#888888", NEAREST: "#888888", DROPPED: "white"}
+    kinds |= {BANK: FACES[BANK]} if bank else {}
     handles = [
         Patch(
             facecolor=face,
@@ -221,7 +224,7 @@ def _route_legend(figure) -> None:
         )
         for kind, face in kinds.items()
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(kinds), frameon=False, fontsize=8)
 
 
 # --------------------------------------------------------------------------------------------------------------- curves
@@ -304,11 +307,15 @@ def _film(pixels: Tensor, count: int, columns: int = 0):
     return _bytes(tile(pixels[index][:, None], columns or len(index)))[0], index.tolist()
 
 
-def story_figure(prefix: Tensor, branches: Tensor, frames: Tensor, labels: Sequence[str], window: Window | None = None):
+def story_figure(
+    prefix: Tensor, branches: Tensor, frames: Tensor, labels: Sequence[str], window: Window | None = None,
+    bank: Tensor | None = None,
+):  # fmt: skip
     """One group as a picture: the shared prefix on the left, up to four branches and the anchor on the right. -> Figure
 
     prefix [Tp, 3, H, W] from frame 0 on; branches [G + 1, Tc, 3, H, W] from frame Tp on, anchor last; frames [G, L]
-    that the branches read at Tp, drawn as a strip above each film; labels: one a branch and the anchor's ("": none).
+    that the branches read at Tp, drawn as a strip above each film; labels: one a branch and the anchor's ("": none);
+    bank [1, n] (`Bank.held`): frames of a memory bank, hatched in the strips where nothing else shows them.
     Raises ValueError when these do not fit together."""
     _check_labels(branches, labels)
     start, n = len(prefix), len(branches) - 1
@@ -344,6 +351,9 @@ def story_figure(prefix: Tensor, branches: Tensor, frames: Tensor, labels: Seque
         strip = place(x, top + title, right_width, reads)
         strip.set(xlim=(0, start), ylim=(0, 1), facecolor="#eeeeee", xticks=[], yticks=[])
         strip.broken_barh([(f, 1.0) for f in read.tolist()], (0, 1), facecolor=colour, edgecolor="white", linewidth=0.5)
+        if held := sorted(set([] if bank is None else bank.flatten().tolist()) - set(read.tolist())):
+            strip.broken_barh([(f, 1.0) for f in held], (0, 1), facecolor=FACES[BANK], hatch=HATCHES[BANK],
+                              edgecolor="#999999", linewidth=0.5)  # fmt: skip
         strip.spines[:].set_visible(False)
         name = "anchor" if anchor else f"branch {g}"
         strip.set_title(f"{name}: {labels[g]}" if labels[g] else name, loc="left", fontsize=9, pad=2)
@@ -551,19 +561,23 @@ def images(pixels: Tensor, titles: Sequence[str], columns: int = 0, inches: floa
     return figure
 
 
-def branch_card(branch: int | None, pixels: Tensor, frames: Tensor, start: int, window: Window, nearest: int):
+def branch_card(
+    branch: int | None, pixels: Tensor, frames: Tensor, start: int, window: Window, nearest: int,
+    bank: Tensor | None = None,
+):  # fmt: skip
     """What one branch reads at its fork, and what it then shows. -> Figure
 
-    branch: its number, None for the anchor; pixels [T, 3, H, W] from frame `start` on; frames [L] that it reads."""
+    branch: its number, None for the anchor; pixels [T, 3, H, W] from frame `start` on; frames [L] that it reads; bank
+    [1, n]: frames of its memory bank."""
     from matplotlib.patches import Rectangle
 
-    mask = route_mask(frames[None], start, window, window.past if branch is None else nearest)[0].tolist()
+    mask = route_mask(frames[None], start, window, window.past if branch is None else nearest, bank)[0].tolist()
     colour = ANCHOR if branch is None else branch_colour(branch)
     film, index = _film(pixels, 9)
     figure = _figure(8, 1.9)
     top, bottom = figure.subplots(2, 1, height_ratios=[1, 4])
     for x, kind in enumerate(mask):
-        face = "white" if kind == DROPPED else "#dddddd" if kind == SINK else colour
+        face = FACES.get(kind, colour)
         cell = Rectangle((x, 0), 1, 1, facecolor=face, edgecolor="white" if kind == NEAREST else "#999999")
         cell.set_hatch(HATCHES.get(kind, ""))
         top.add_patch(cell)
@@ -858,7 +872,7 @@ def recorded(logs: Sequence[Mapping], at: int = -1):
 PARTS = {  # of real.memory_plan, in the order in which they are stacked: (colour, hatch)
     "transformer": ("#7f7f7f", ""), "VAE": ("#bbbbbb", ""), "adapters": (BRANCHES[4], ""),
     "optimizer": (BRANCHES[1], ""), "gradients": (BRANCHES[1], "xxx"), "shared past": (BRANCHES[2], ""),
-    "branches' own frames": (BRANCHES[0], ""), "what blocks read": (BRANCHES[3], "///"),
+    "bank": ("#d8b84a", "xx"), "branches' own frames": (BRANCHES[0], ""), "what blocks read": (BRANCHES[3], "///"),
     "videos": (BRANCHES[6], ""), "activations": (BRANCHES[5], "..."),
 }  # fmt: skip
 
@@ -875,6 +889,8 @@ def memory_bars(plans: Mapping[str, Mapping[str, float]], limits: Sequence[float
     begin = [0.0] * len(plans)
     for part, (colour, hatch) in PARTS.items():
         size = [plan.get(part, 0.0) for plan in plans.values()]
+        if part == "bank" and not any(size):
+            continue
         axes.barh(range(len(plans)), size, left=begin, color=colour, hatch=hatch, edgecolor="white", label=part)
         begin = [b + s for b, s in zip(begin, size, strict=True)]
     for y, total in enumerate(begin):
