@@ -222,6 +222,15 @@ def slot_frames(routes: Tensor, start: int, window: Window) -> Tensor:
     return torch.cat([frames, last], 1)
 
 
+def prefix_frames(plan: Plan, window: Window) -> set[int]:
+    """Frames before the fork that the routes of a plan need."""
+    if not plan.slots:
+        return set(plan.routes.flatten().tolist())
+    blocks = range(plan.fork, plan.fork + plan.n_blocks * window.block, window.block)
+    read = torch.cat([slot_frames(plan.routes, start, window) for start in blocks], 1)
+    return {f for f in read.flatten().tolist() if f < plan.fork}
+
+
 def routed_frames(plan: Plan, start: int, window: Window, nearest: int) -> Tensor:
     """Frames [G, L] that each branch of a plan reads, besides a bank, when the routed block at `start` is made."""
     return slot_frames(plan.routes, start, window) if plan.slots else branch_frames(plan.routes, start, window, nearest)

@@ -578,6 +578,8 @@ def run(config, options: RunOptions, wan=None) -> int:
     begun = time.perf_counter()
     from kvpo_min.train import add_policies, check_share, join_processes, processes, told_by_all, train, uninterrupted
 
+    if wan and wan.bank_size and config.compat:  # videos are evaluated with the bank that they are trained with
+        wan = dataclasses.replace(wan, bank_compat=config.compat)
     join_processes()
     rank, _ = processes()
     scripts, held_out = real_prompts(config, options) if wan else run_prompts(config, options)
@@ -916,7 +918,11 @@ def set_aside(step):
     """What the pictures need of an update: its first group, without what fills a GPU."""
     group = step.groups[0]
     videos = group.rollout.videos[-1:].cpu()
-    rollout = dataclasses.replace(group.rollout, prefix=None, trajectory=None, text=None, videos=videos)
+    bank = group.rollout.prefix.bank  # which frames it holds is drawn
+    prefix = bank and dataclasses.replace(
+        group.rollout.prefix, x0=(), history=None, bank=dataclasses.replace(bank, kv=None, pending=None)
+    )
+    rollout = dataclasses.replace(group.rollout, prefix=prefix, trajectory=None, text=None, videos=videos)
     return dataclasses.replace(step, groups=[dataclasses.replace(group, rollout=rollout)])
 
 
@@ -960,7 +966,7 @@ def draw_curves(folder: Path, logs: list[dict], last) -> None:
 def draw_groups(pipeline, folder: Path, config, steps: Sequence, fps: float) -> None:
     """The first group of the first and of the last update: branches and anchor as video, sheet, routes and story."""
     from kvpo_min import viz
-    from kvpo_min.chr import Window, branch_frames, chunk_of
+    from kvpo_min.chr import Window, chunk_of, routed_frames
 
     for step in {s.step: s for s in steps}.values():
         group = step.groups[0]
@@ -972,11 +978,12 @@ def draw_groups(pipeline, folder: Path, config, steps: Sequence, fps: float) -> 
         videos = smaller(group.videos)
         sheet = viz.contact_sheet(videos, labels, first=first)
         sheet.save(folder / "videos" / f"{name}.png")
-        frames = branch_frames(group.plan.routes, fork, Window(), config.nearest)
-        routes = viz.route_grid(frames, fork, Window(), config.nearest)
+        frames = routed_frames(group.plan, fork, Window(), config.nearest)
+        bank = group.rollout.prefix and group.rollout.prefix.bank.held().cpu()
+        routes = viz.route_grid(frames, fork, Window(), 0 if group.plan.slots else config.nearest, bank)
         routes.savefig(folder / "figures" / f"routes_{step.step:04d}.png", dpi=120)
         prefix = smaller(pipeline.decode(group.rollout.videos[:, :fork]))[0]
-        story = viz.story_figure(prefix, videos[:, fork - first :], frames, [*gained, ""])
+        story = viz.story_figure(prefix, videos[:, fork - first :], frames, [*gained, ""], bank=bank)
         story.savefig(folder / "figures" / f"story_{step.step:04d}.png", dpi=120)
 
 

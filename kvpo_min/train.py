@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -57,6 +58,9 @@ from kvpo_min.rollout import (
 )
 from kvpo_min.tve import calibrate_tau, energy_weights, gibbs_log_prob, schedule, step_energies, trajectory_energy
 
+if TYPE_CHECKING:
+    from kvpo_min.bank import Bank
+
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]  # every linear layer of a block
 SKIPS = 3  # updates in a row that were skipped, after which a run stops
 LORA_FROZEN = r".*\.attn2\.to_(k|v)"  # left out: the authors' get no gradient, since they cache text keys and values
@@ -77,6 +81,7 @@ class Pipeline:
     judge: Callable[[object, list[str]], dict[str, float]] | None = None  # of that and the scripts; never trained on
     sample_scripts: Callable[[int, int, int], list[str]] | None = None  # n, segments, seed -> scripts
     sigmas: Tensor = field(default_factory=schedule)  # [S] noise levels of the sampler
+    bank: Bank | None = None  # empty memory bank that every video begins with (MemFlow: bank.py)
     name: str = "model"
 
 
@@ -373,7 +378,7 @@ def sample(
             for i in range(len(part))
         ]  # fmt: skip
         noise = torch.cat(noise).to(pipeline.backbone.device)  # drawn on the CPU: the same on every device
-        yield generate(pipeline.backbone, Stream(), texts, noise, num_frames, sampler).latents
+        yield generate(pipeline.backbone, Stream(bank=pipeline.bank), texts, noise, num_frames, sampler).latents
 
 
 def evaluate(
@@ -483,8 +488,14 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(came[0])
 
 
-def make_plan(config: TrainConfig, step: int, index: int, window: routing.Window, generator: torch.Generator):
-    """Where to fork and what each branch reads: the paper's plan, or the authors' with compat="official"."""
+def make_plan(
+    config: TrainConfig, step: int, index: int, window: routing.Window, generator: torch.Generator, bank: bool = False
+):  # fmt: skip
+    """Where to fork and what each branch reads: the paper's plan, or the authors' with compat="official", which with a
+    memory bank is MemFlow's: slots instead of frames, and none kept near the block (their m of 3 counts it)."""
+    if config.compat and bank:
+        sizes = (config.num_frames, window, 0, config.perturb_num_blocks, config.num_generations)
+        return routing.plan_slots(config.seed, index, (step + 1) * 1_000_003, *sizes)
     sizes = (config.num_frames, window, config.nearest, config.perturb_num_blocks, config.num_generations)
     if config.compat:
         return routing.plan_official(config.seed, index, (step + 1) * 1_000_003, *sizes)
@@ -539,6 +550,7 @@ def train(
     sampler = Sampler(sigmas, window, switches=pipeline.switches[: config.num_segments - 1])
     energy_weight = energy_weights(sigmas, 1.0 if config.compat else 0.0)
     context = "own" if config.compat else "stored"
+    bank = pipeline.bank and replace(pipeline.bank, compat=config.compat or pipeline.bank.compat)
 
     def energies_in_pieces(rollout: Rollout, n_steps: int = 0) -> Iterator[tuple[tuple[slice, slice, slice], Tensor]]:
         """Energies of the first steps (0: all), a piece at a time; with graph where gradients are recorded."""
@@ -567,7 +579,7 @@ def train(
         if not state["order"]:  # every script once before any comes again
             state["order"] = torch.randperm(len(scripts), generator=generator).tolist()
         index = state["order"].pop()
-        plan = make_plan(config, step, index, window, generator)
+        plan = make_plan(config, step, index, window, generator, bank is not None)
         chunk_end = routing.chunk_of(plan.fork, config.num_frames).stop
         stop = min(config.num_frames, chunk_end + config.global_frames)
         noise = draw_noise(stop // window.block, len(sigmas), (window.block, *pipeline.latent_shape), generator)
@@ -578,12 +590,12 @@ def train(
         noise, stop = noise.to(device), noise.shape[1] * window.block
         texts = [pipeline.embed([text]) for text in pipeline.segments(script)]
         near = range(plan.fork - switch_reach(window), plan.fork)
-        needed = {*range(window.sink), *plan.routes.flatten().tolist(), *near}
+        needed = {*range(window.sink), *routing.prefix_frames(plan, window), *near}
         with acting(policies, "old"):  # no name for the prefix here: if `fork` encodes it again, it must be freed
             made = fork(
                 pipeline.backbone, texts, noise, plan, stop, chunk_end, sampler, config.nearest,
                 config.branch_batch or None,
-                keep_frames(generate(pipeline.backbone, Stream(), texts, noise, plan.fork, sampler), needed),
+                keep_frames(generate(pipeline.backbone, Stream(bank=bank), texts, noise, plan.fork, sampler), needed),
             )  # fmt: skip
         read = {*range(window.sink), *near[-window.past :]}  # by replays
         return replace(made, prefix=keep_frames(made.prefix, read))
