@@ -39,6 +39,26 @@ def test_route_grids_show_each_setting_under_its_title():
             assert coloured == set(row) - {0, 1, 2}
 
 
+def test_strips_show_the_bank_where_nothing_else_shows_its_frames():
+    rows, bank = frames([4, 6, 8, 10, 12], [5, 7, 9, 11, 13]), torch.tensor([[0, 9, 18, 9]])
+    colour = viz.FACES[viz.BANK]
+    figure = viz.route_grid(rows, 21, WINDOW, 1, bank)
+    cells = [p for p in figure.axes[0].patches if p.get_width() == 1]
+    shown = [{x for x in range(21) if c[x] == colour.upper()} for c in (colours(cells[21 * g :]) for g in range(3))]
+    assert shown == [{9, 18}, {18}, {9}]  # branch 0, branch 1, which is routed to 9, and the anchor, which has 18 near
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["sink", "routed", "nearest", "not read", "bank"]
+    assert "bank" not in [t.get_text() for t in viz.route_grid(rows, 21, WINDOW, 1).legends[0].get_texts()]
+
+    card = viz.branch_card(1, torch.rand(18, 3, 8, 8), rows[1], 21, WINDOW, 1, bank).axes[0]
+    assert [x for x, c in enumerate(colours(card.patches)) if c == colour.upper()] == [18]
+
+    story = viz.story_figure(torch.rand(21, 3, 8, 8), torch.rand(3, 18, 3, 8, 8), rows, [""] * 3, WINDOW, bank)
+    strips = [axes for axes in story.axes if axes.collections]
+    held = [[path.vertices[0, 0] for c in axes.collections[1:] for path in c.get_paths()] for axes in strips]
+    assert held == [[9, 18], [18], [9]]
+
+
 def test_overlap_matrices_name_the_mean_over_pairs():
     matrix = overlap(torch.tensor([[1, 2], [1, 3], [4, 5]]))  # 1 / 3 for the first two, else 0
     axes = viz.overlap_matrices({"drawn": matrix}).axes[0]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpo_min.chr import DROPPED, NEAREST, SINK, Window, branch_frames, ordinary_frames, route_mask
 from kvpo_min.viz.run import _column, _draw_routes, _film, _route_legend
-from kvpo_min.viz.style import ANCHOR, BRANCHES, HATCHES, _bytes, _figure, _plain, branch_colour
+from kvpo_min.viz.style import ANCHOR, BRANCHES, FACES, HATCHES, _bytes, _figure, _plain, branch_colour
 
 # ------------------------------------------------------------------------------- branches: routes, energies, rewards
 
@@ -204,19 +204,23 @@ def images(pixels: Tensor, titles: Sequence[str], columns: int = 0, inches: floa
     return figure
 
 
-def branch_card(branch: int | None, pixels: Tensor, frames: Tensor, start: int, window: Window, nearest: int):
+def branch_card(
+    branch: int | None, pixels: Tensor, frames: Tensor, start: int, window: Window, nearest: int,
+    bank: Tensor | None = None,
+):  # fmt: skip
     """What one branch reads at its fork, and what it then shows. -> Figure
 
-    branch: its number, None for the anchor; pixels [T, 3, H, W] from frame `start` on; frames [L] that it reads."""
+    branch: its number, None for the anchor; pixels [T, 3, H, W] from frame `start` on; frames [L] that it reads; bank
+    [1, n]: frames of its memory bank."""
     from matplotlib.patches import Rectangle
 
-    mask = route_mask(frames[None], start, window, window.past if branch is None else nearest)[0].tolist()
+    mask = route_mask(frames[None], start, window, window.past if branch is None else nearest, bank)[0].tolist()
     colour = ANCHOR if branch is None else branch_colour(branch)
     film, index = _film(pixels, 9)
     figure = _figure(8, 1.9)
     top, bottom = figure.subplots(2, 1, height_ratios=[1, 4])
     for x, kind in enumerate(mask):
-        face = "white" if kind == DROPPED else "#dddddd" if kind == SINK else colour
+        face = FACES.get(kind, colour)
         cell = Rectangle((x, 0), 1, 1, facecolor=face, edgecolor="white" if kind == NEAREST else "#999999")
         cell.set_hatch(HATCHES.get(kind, ""))
         top.add_patch(cell)
@@ -511,7 +515,7 @@ def recorded(logs: Sequence[Mapping], at: int = -1):
 PARTS = {  # of real.memory_plan, in the order in which they are stacked: (colour, hatch)
     "transformer": ("#7f7f7f", ""), "VAE": ("#bbbbbb", ""), "adapters": (BRANCHES[4], ""),
     "optimizer": (BRANCHES[1], ""), "gradients": (BRANCHES[1], "xxx"), "shared past": (BRANCHES[2], ""),
-    "branches' own frames": (BRANCHES[0], ""), "what blocks read": (BRANCHES[3], "///"),
+    "bank": ("#d8b84a", "xx"), "branches' own frames": (BRANCHES[0], ""), "what blocks read": (BRANCHES[3], "///"),
     "videos": (BRANCHES[6], ""), "activations": (BRANCHES[5], "..."),
 }  # fmt: skip
 
@@ -528,6 +532,8 @@ def memory_bars(plans: Mapping[str, Mapping[str, float]], limits: Sequence[float
     begin = [0.0] * len(plans)
     for part, (colour, hatch) in PARTS.items():
         size = [plan.get(part, 0.0) for plan in plans.values()]
+        if part == "bank" and not any(size):
+            continue
         axes.barh(range(len(plans)), size, left=begin, color=colour, hatch=hatch, edgecolor="white", label=part)
         begin = [b + s for b, s in zip(begin, size, strict=True)]
     for y, total in enumerate(begin):
