@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvpo_min import chr as routing
+from kvpo_min.bank import Bank
 from kvpo_min.config import TrainConfig
 from kvpo_min.grpo import kvpo_loss
 from kvpo_min.kvpo import replay_energies
@@ -74,6 +75,7 @@ class Size:
     grad_steps: int = 2
     rank: int = 256
     global_frames: int = 126  # as configs/longlive_single_gpu.yaml: to the end of the video
+    bank_size: int = 0  # frames of MemFlow's memory bank
 
     @property
     def chunk_end(self) -> int:
@@ -220,7 +222,8 @@ def update(model: Model, task: Task, branch_batch: int, replay_batch: int, meter
     near = range(plan.fork - switch_reach(WINDOW), plan.fork)
     with torch.no_grad(), acting(policies, "old"):
         with meter("prefix"):
-            prefix = generate(backbone, Stream(), task.texts, task.noise, plan.fork, task.sampler)
+            empty = Stream(bank=Bank(size.bank_size) if size.bank_size else None)
+            prefix = generate(backbone, empty, task.texts, task.noise, plan.fork, task.sampler)
             prefix = keep_frames(prefix, {*range(WINDOW.sink), *plan.routes.flatten().tolist(), *near})
         with meter("branches"):
             rollout = fork(
@@ -504,6 +507,9 @@ class Standin:
         self.call("encode", len(x0), kv, out.untyped_storage().nbytes())
         return out
 
+    def text_keys(self, text):
+        return torch.empty(self.layers, len(text), *self.shape[1:], device="meta")
+
 
 @dataclass(frozen=True)
 class Fixed:
@@ -556,7 +562,7 @@ def plan_update(size: Size, dtype: torch.dtype, settings: list[tuple[int, int]])
 
 def print_plan(size: Size, dtype: torch.dtype, settings: list[tuple[int, int]], tflops: float) -> None:
     fixed, cost, table = plan_update(size, dtype, settings)
-    g = size.n_branches
+    g, n_read = size.n_branches, WINDOW.sink + WINDOW.past + size.bank_size
     print(f"{size.latent[1] * 8} x {size.latent[2] * 8} pixels, {size.num_frames} latent frames, K = {g}, "
           f"P = {size.n_blocks}, fork at frame {size.fork}, videos to frame {size.stop}, LoRA rank {size.rank}, "
           f"{str(dtype).removeprefix('torch.')}\n")  # fmt: skip
@@ -571,7 +577,7 @@ def print_plan(size: Size, dtype: torch.dtype, settings: list[tuple[int, int]], 
         ("gradients", fixed.adapter),
         ("keys and values of one latent frame", fixed.frame),
         (f"of {WINDOW.history} frames, a whole history", WINDOW.history * fixed.frame),
-        (f"of {WINDOW.sink + WINDOW.past} frames, what a block reads", (WINDOW.sink + WINDOW.past) * fixed.frame),
+        (f"of {n_read} frames, what a block reads", n_read * fixed.frame),
         ("a forward's activations", cost.bytes("forward", 1)),
         ("a forward's and backward's, gradient checkpointing", cost.bytes("gradient", 1)),
     ):
@@ -623,13 +629,16 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=0, help="of the LoRA; default 256, or 4 with --small")
     parser.add_argument("--fork", type=int, default=0, help="fork at this frame")
     parser.add_argument("--global_frames", type=int, default=None, help="frames after the fork's chunk")
+    parser.add_argument("--bank_size", type=int, default=0, help="frames of MemFlow's memory bank (3); 0: LongLive")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default=None, help="default: float32 with --small")
     throughput = "throughput for the plan's seconds; 66 is 40%% of an RTX 4090's 165 in bfloat16"
     parser.add_argument("--tflops", type=float, default=66.0, help=throughput)
     args = parser.parse_args()
     size = SMALL if args.small else FULL
-    size = replace(size, rank=args.rank or size.rank, fork=args.fork or size.fork)
+    size = replace(size, rank=args.rank or size.rank, fork=args.fork or size.fork, bank_size=args.bank_size)
+    if args.bank_size and args.naive:
+        parser.error("the authors' schedule is written out for LongLive alone: give --bank_size or --naive")
     if args.global_frames is not None:
         size = replace(size, global_frames=args.global_frames)
     if size.fork not in (forks := routing.eligible_forks(size.num_frames, WINDOW, NEAREST, size.n_blocks)):

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-DROPPED, SINK, ROUTED, NEAREST = 0, 1, 2, 3  # labels of `route_mask`
+DROPPED, SINK, ROUTED, NEAREST, BANK = 0, 1, 2, 3, 4  # labels of `route_mask`
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Plan:
     pool: range  # frames that could be drawn
     routes: Tensor  # [G, n_routed] routed frames of each branch, ascending; the same in all routed blocks
     n_blocks: int  # routed blocks, counted from the fork
+    slots: bool = False  # the authors' MemFlow: routes are slots of the rolling cache (`slot_frames`), not frames
 
 
 def chunk_starts(total: int, first: int = 21, rest: int = 18) -> list[int]:
@@ -167,6 +168,74 @@ def plan_official(
     return Plan(fork, frames, dispersed_routes(frames, window.past - nearest, n_branches, generator), n_blocks)
 
 
+def slot_pool(fork: int, window: Window, nearest: int) -> range:
+    """Slots that the authors' MemFlow may route to a fork: the resident frames but for the block's own number of them
+    and the `nearest` before those, the sink's slots included (MemFlow's DS:77-84)."""
+    return range(max(0, min(fork, window.history) - nearest - window.block))
+
+
+def slot_forks(
+    total: int, window: Window, nearest: int, n_blocks: int, first_chunks: int = 7, first: int = 21, rest: int = 18
+) -> list[int]:
+    """`eligible_forks` of the authors' MemFlow, whose pool is `slot_pool`."""
+    starts = chunk_starts(total, first, rest)
+    return [
+        fork
+        for start, end in list(zip(starts, [*starts[1:], total], strict=True))[:first_chunks]
+        for fork in range(start, end - n_blocks * window.block + 1, window.block)
+        if fork >= window.sink + window.past + window.block
+        and len(slot_pool(fork, window, nearest)) >= window.sink + window.past - nearest
+    ]
+
+
+def plan_slots(
+    seed: int, sample_idx: int, seed_context: int,
+    total: int, window: Window, nearest: int, n_blocks: int, n_branches: int,
+    first_chunks: int = 7, first: int = 21, rest: int = 18,
+) -> Plan:  # fmt: skip
+    """The authors' plan for MemFlow, integer for integer (its DS:36-136): as `plan_official`, but routes are slots of
+    the rolling cache, as many as the window has past frames less `nearest`; the sink keeps no place of its own."""
+    seed = seed + 97 * sample_idx + seed_context
+    forks = slot_forks(total, window, nearest, n_blocks, first_chunks, first, rest)
+    fork = _pick(forks, Generator().manual_seed(seed))
+    slots, n_routed = slot_pool(fork, window, nearest), window.sink + window.past - nearest
+    routes = dispersed_routes(slots, n_routed, n_branches, Generator().manual_seed(seed + 1))
+    return Plan(fork, slots, routes, n_blocks, slots=True)
+
+
+def slot_frames(routes: Tensor, start: int, window: Window) -> Tensor:
+    """Frames [G, L] that branches read when the authors' MemFlow makes the routed block at `start`: those in the slots
+    `routes` [G, n_routed] of its cache, then the nearest ones that fill the window; no sink (its CM:190-228).
+
+    Slot s holds frame s while s is in the sink or the cache has not rolled, afterwards frame end - history + s, where
+    `end` is that of the block. So what a slot holds moves on with every block."""
+    end, filled = start + window.block, window.history - window.block
+    nearest = window.sink + window.past - routes.shape[1]
+    if nearest < 0 or routes.min() < 0 or routes.max() >= min(start, filled) - nearest:
+        raise ValueError(
+            f"the block at frame {start} can read slots 0..{min(start, filled) - nearest - 1}, "
+            f"{window.sink + window.past} at most, got {routes.tolist()}"
+        )
+    moved = routes + max(0, end - window.history)
+    frames = torch.where(routes < window.sink, routes, moved)  # [G, n_routed]
+    last = torch.arange(start - nearest, start, device=routes.device).expand(len(routes), -1)
+    return torch.cat([frames, last], 1)
+
+
+def prefix_frames(plan: Plan, window: Window) -> set[int]:
+    """Frames before the fork that the routes of a plan need."""
+    if not plan.slots:
+        return set(plan.routes.flatten().tolist())
+    blocks = range(plan.fork, plan.fork + plan.n_blocks * window.block, window.block)
+    read = torch.cat([slot_frames(plan.routes, start, window) for start in blocks], 1)
+    return {f for f in read.flatten().tolist() if f < plan.fork}
+
+
+def routed_frames(plan: Plan, start: int, window: Window, nearest: int) -> Tensor:
+    """Frames [G, L] that each branch of a plan reads, besides a bank, when the routed block at `start` is made."""
+    return slot_frames(plan.routes, start, window) if plan.slots else branch_frames(plan.routes, start, window, nearest)
+
+
 def branch_frames(routes: Tensor, start: int, window: Window, nearest: int) -> Tensor:
     """Frames [G, L] that each branch reads when the routed block at `start` is made: sink, routed, nearest; ascending.
 
@@ -193,10 +262,11 @@ def branch_frames(routes: Tensor, start: int, window: Window, nearest: int) -> T
     return frames
 
 
-def route_mask(frames: Tensor, start: int, window: Window, nearest: int) -> Tensor:
+def route_mask(frames: Tensor, start: int, window: Window, nearest: int, bank: Tensor | None = None) -> Tensor:
     """What each past frame is to each branch: int8 [G, start] of DROPPED, SINK, ROUTED, NEAREST. `frames` is [G, L].
 
-    For an ordinary block give `ordinary_frames(start, window)[None]` and nearest = window.past.
+    For an ordinary block give `ordinary_frames(start, window)[None]` and nearest = window.past. `bank` [G or 1, n]
+    (`Bank.held`): frames of a memory bank; BANK where nothing but the bank shows them.
     """
     if frames.numel() and not (0 <= frames.min() and frames.max() < start):
         raise ValueError(f"a block at frame {start} can read frames 0..{start - 1}, got {frames.tolist()}")
@@ -204,6 +274,10 @@ def route_mask(frames: Tensor, start: int, window: Window, nearest: int) -> Tens
     label[frames >= start - nearest] = NEAREST
     label[frames < window.sink] = SINK
     mask = torch.full((len(frames), start), DROPPED, dtype=torch.int8, device=frames.device)
+    if bank is not None:
+        if bank.numel() and not (0 <= bank.min() and bank.max() < start):
+            raise ValueError(f"a bank before frame {start} holds frames 0..{start - 1}, got {bank.tolist()}")
+        mask.scatter_(1, bank.to(frames.device).expand(len(frames), -1), BANK)
     return mask.scatter(1, frames, label.to(torch.int8))  # [G, start]
 
 

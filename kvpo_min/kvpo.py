@@ -133,7 +133,7 @@ def draw(
     if not order:  # every script once before any comes again
         order[:] = torch.randperm(len(scripts), generator=generator).tolist()
     index, window = order.pop(), routing.Window()
-    plan = plan or make_plan(config, step, index, window, generator)
+    plan = plan or make_plan(config, step, index, window, generator, pipeline.bank is not None)
     chunk = routing.chunk_of(plan.fork, config.num_frames)
     n_blocks = min(config.num_frames, chunk.stop + config.global_frames) // window.block
     noise = draw_noise(n_blocks, len(pipeline.sigmas), (window.block, *pipeline.latent_shape), generator)
@@ -256,8 +256,14 @@ def preserve(pipeline: Pipeline, policies, config: TrainConfig, task: Task, roll
 # ----------------------------------------------------------------------------------------------------- what they share
 
 
-def make_plan(config: TrainConfig, step: int, index: int, window: routing.Window, generator: torch.Generator):
-    """Where to fork and what each branch reads: the paper's plan, or the authors' with compat="official"."""
+def make_plan(
+    config: TrainConfig, step: int, index: int, window: routing.Window, generator: torch.Generator, bank: bool = False
+):  # fmt: skip
+    """Where to fork and what each branch reads: the paper's plan, or the authors' with compat="official", which with a
+    memory bank is MemFlow's: slots instead of frames, and none kept near the block (their m of 3 counts it)."""
+    if config.compat and bank:
+        sizes = (config.num_frames, window, 0, config.perturb_num_blocks, config.num_generations)
+        return routing.plan_slots(config.seed, index, (step + 1) * 1_000_003, *sizes)
     sizes = (config.num_frames, window, config.nearest, config.perturb_num_blocks, config.num_generations)
     if config.compat:
         return routing.plan_official(config.seed, index, (step + 1) * 1_000_003, *sizes)
@@ -269,10 +275,14 @@ def make_prefix(pipeline: Pipeline, config: TrainConfig, task: Task) -> Stream:
     """The video up to the fork, by the policy that acts, with the keys and values that branches and replays read."""
     sampler, start = pipeline.sampler(config.num_segments), task.plan.fork
     near = range(start - switch_reach(sampler.window), start)
-    needed = {*range(sampler.window.sink), *task.plan.routes.flatten().tolist(), *near}
+    needed = {*range(sampler.window.sink), *routing.prefix_frames(task.plan, sampler.window), *near}
     noise = task.noise.to(pipeline.backbone.device)
     texts = texts_of(pipeline, task)
-    made = generate(pipeline.backbone, Stream(), texts, noise, start, sampler)
+    bank = pipeline.bank
+    if bank is not None:
+        check_bank(config)
+        bank = replace(bank, compat=config.compat or bank.compat)
+    made = generate(pipeline.backbone, Stream(bank=bank), texts, noise, start, sampler)
     return made if config.prefix_coef else keep_frames(made, needed)
 
 
@@ -297,6 +307,15 @@ def energies_in_pieces(
     backbone, sampler = pipeline.backbone, pipeline.sampler(config.num_segments)
     for where, part, its_sampler in pieces(backbone, rollout, sampler, config.replay_batch, n_steps, config.context):
         yield where, replay_energies(backbone, part, its_sampler, len(its_sampler.sigmas), config.context)
+
+
+def check_bank(config: TrainConfig) -> None:
+    """Raises ValueError for what does not go with a memory bank."""
+    if config.prefix_coef:
+        raise ValueError(
+            f"prefix_coef must be 0 with a memory bank (bank_size), got {config.prefix_coef}: `preserve` would replay "
+            f"the prefix without the bank that it was made with"
+        )
 
 
 def check_finite(what: str, numbers: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from kvpo_min.chr import Window
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import Sampler, Stream, draw_noise, generate, switch_reach
 from kvpo_min.tve import schedule
+
+if TYPE_CHECKING:
+    from kvpo_min.bank import Bank
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Pipeline:
     judge: Callable[[object, list[str]], dict[str, float]] | None = None  # of that and the scripts; never trained on
     sample_scripts: Callable[[int, int, int], list[str]] | None = None  # n, segments, seed -> scripts
     sigmas: Tensor = field(default_factory=schedule)  # [S] noise levels of the sampler
+    bank: Bank | None = None  # empty memory bank that every video begins with (MemFlow: bank.py)
     name: str = "model"
 
     def sampler(self, num_segments: int = 1) -> Sampler:
@@ -85,7 +90,7 @@ def sample(
             for i in range(len(part))
         ]  # fmt: skip
         noise = torch.cat(noise).to(pipeline.backbone.device)  # drawn on the CPU: the same on every device
-        yield generate(pipeline.backbone, Stream(), texts, noise, num_frames, sampler).latents
+        yield generate(pipeline.backbone, Stream(bank=pipeline.bank), texts, noise, num_frames, sampler).latents
 
 
 def evaluate(

@@ -20,13 +20,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from kvpo_min.chr import Plan, Window, branch_frames, ordinary_frames
+from kvpo_min.chr import Plan, Window, ordinary_frames, routed_frames
 from kvpo_min.tve import Trajectory
+
+if TYPE_CHECKING:
+    from kvpo_min.bank import Bank
 
 # Velocities that a replay without graph asks a CPU for at once: more fall out of its caches and take longer each. With
 # graph the gradient would be summed in another order, and recorded runs would no longer repeat to the last digit.
@@ -46,7 +50,8 @@ class Backbone(Protocol):
         """[B, F, C, H, W], [B] -> v = noise - x0, same shape; `kv` is read only."""
 
     def encode(self, x0: Tensor, start: int, text: Tensor, kv: Tensor | None) -> Tensor:
-        """Clean block -> its keys and values [layers, 2, B, F, tokens a frame, heads, D], without gradient."""
+        """Clean block -> its keys and values [layers, 2, B, F, tokens a frame, heads, D], without gradient.
+        With a memory bank, also `text_keys` and the mask of `WanBackbone.encode` (bank.py)."""
 
 
 @dataclass(frozen=True)
@@ -65,22 +70,27 @@ class KVHistory:
         last = max(self.frames, default=0)
         return KVHistory({f: kv for f, kv in self.frames.items() if f < sink or f > last - newest})
 
-    def read(self, frames: Tensor) -> Tensor | None:
+    def read(self, frames: Tensor, bank: Tensor | None = None) -> Tensor | None:
         """Gathers frames [L] (the same for all) or [B, L] -> [layers, 2, B or 1, L * tokens, heads, D]; None for L = 0.
-        A frame that is not there is an error, never skipped (the authors skip it: causal_model.py:150)."""
+        A frame that is not there is an error, never skipped (the authors skip it: causal_model.py:150).
+        bank [layers, 2, B or 1, n, tokens, heads, D]: entries of a memory bank, which are read before them."""
         missing = sorted(set(frames.flatten().tolist()) - set(self.frames))
         if missing:
             raise KeyError(f"frames {missing} are not in the history, which holds {sorted(self.frames)}")
-        if frames.shape[-1] == 0:
+        entries = () if bank is None else bank.unbind(3)
+        if frames.shape[-1] + len(entries) == 0:
             return None
         if frames.ndim == 1:
-            columns = [self.frames[f] for f in frames.tolist()]
+            columns = [*entries, *(self.frames[f] for f in frames.tolist())]
             b = max(c.shape[2] for c in columns)
             return torch.cat([c.expand(-1, -1, b, -1, -1, -1) for c in columns], 3)
         n_layers, two, _, tokens, *rest = self.frames[int(frames[0, 0])].shape
-        out = self.frames[int(frames[0, 0])].new_empty(n_layers, two, len(frames), frames.shape[1], tokens, *rest)
+        length = len(entries) + frames.shape[1]
+        out = self.frames[int(frames[0, 0])].new_empty(n_layers, two, len(frames), length, tokens, *rest)
+        for i, kv in enumerate(entries):
+            out[:, :, :, i] = kv
         for g, row in enumerate(frames.tolist()):  # copied once, into place: it is the largest tensor of a rollout
-            for i, f in enumerate(row):
+            for i, f in enumerate(row, len(entries)):
                 kv = self.frames[f]
                 out[:, :, g, i] = kv[:, :, 0 if kv.shape[2] == 1 else g]
         return out.flatten(3, 4)
@@ -94,6 +104,7 @@ class Stream:
     history: KVHistory = KVHistory()
     frame: int = 0  # next frame
     segment: int = 0  # whose words rule
+    bank: Bank | None = None  # MemFlow's memory (bank.py); `Stream(bank=Bank())` begins a video that has one
 
     @property
     def latents(self) -> Tensor:
@@ -158,16 +169,25 @@ def switch_reach(window: Window) -> int:
     return window.sink + window.past + window.block + window.past
 
 
+def gather(history: KVHistory, frames: Tensor, bank: Bank | None) -> Tensor | None:
+    """`history.read`, the entries of a memory bank first if there is one."""
+    return history.read(frames) if bank is None else history.read(frames, bank.kv)
+
+
 def switch_prompt(backbone: Backbone, stream: Stream, text: Tensor, sampler: Sampler, segment: int) -> Stream:
     """Re-encodes the recent past under new words, block by block (authors: diversity_sampling.py:243-309, there in
     one pass).
     The last window of frames is encoded again; the sink and older frames keep the keys of the old words."""
     window, history = sampler.window, stream.history
+    bank = stream.bank and stream.bank.at_switch(partial(backbone.text_keys, text))
+    if bank is not None and bank.compat:
+        history = bank.encode_again(backbone, stream.x0, history, text, window)
+        return replace(stream, history=history, segment=segment, bank=bank)
     blocks = dict(zip(range(0, stream.frame, window.block), stream.x0, strict=True))
     for start in range(stale_from(stream.frame, window), stream.frame, window.block):
-        own = backbone.encode(blocks[start], start, text, history.read(ordinary_frames(start, window)))
+        own = backbone.encode(blocks[start], start, text, gather(history, ordinary_frames(start, window), bank))
         history = history.append(start, own)
-    return replace(stream, history=history, segment=segment)
+    return replace(stream, history=history, segment=segment, bank=bank)
 
 
 @torch.no_grad()
@@ -205,7 +225,9 @@ def generate(
             stale = stale_from(start, window)  # freed first: a branch may hold gigabytes of it
             stream = keep_frames(stream, {f for f in stream.history.frames if f < stale})
             stream = switch_prompt(backbone, stream, texts[segment], sampler, segment)
-        kv = stream.history.read(reads(start) if reads else ordinary_frames(start, window))
+        if stream.bank is not None:
+            stream = replace(stream, bank=stream.bank.merge(partial(backbone.text_keys, texts[segment])))
+        kv = gather(stream.history, reads(start) if reads else ordinary_frames(start, window), stream.bank)
         block_noise = noise[:, start // window.block]
         if kv is not None:
             b = max(len(block_noise), kv.shape[2])
@@ -217,9 +239,11 @@ def generate(
         routed = routed_end is None or start + window.block < routed_end
         newest = (window.history if routed else unrouted) - window.sink - window.block
         stream = replace(stream, history=stream.history.keep(window.sink, newest))
-        history = stream.history.append(start, backbone.encode(x0, start, texts[segment], kv))
-        stream = Stream((*stream.x0, x0), history, start + window.block, segment)
-        del history  # or a prompt switch could not free it
+        own = backbone.encode(x0, start, texts[segment], kv)
+        bank = stream.bank and stream.bank.record(start, own)
+        history = stream.history.append(start, own)
+        stream = Stream((*stream.x0, x0), history, start + window.block, segment, bank)
+        del history, own, bank  # or a prompt switch could not free them
     return stream
 
 
@@ -277,7 +301,7 @@ def fork(
             rows = ordinary_frames(start, window).expand(len(members), -1)
             if start >= routed_end:
                 return rows
-            routed = branch_frames(plan.routes, start, window, nearest)
+            routed = routed_frames(plan, start, window, nearest)
             routed = torch.cat([routed, ordinary_frames(start, window)[None]])  # the anchor is the last row
             return routed[members]
 
@@ -321,10 +345,11 @@ def replay(
             f'context must be "stored" or "own", grad_steps 0..{n_steps} and branches 1..{len(trajectory.z)}, got '
             f"{context!r}, {grad_steps} and {g}"
         )
-    history, contexts, predicted = rollout.prefix.history, [], []
+    history, bank, contexts, predicted = rollout.prefix.history, rollout.prefix.bank, [], []
     for b in range(n_blocks):
         here = start + b * window.block
-        kv = history.read(ordinary_frames(here, window)).expand(-1, -1, g, -1, -1, -1)
+        bank = bank and bank.merge(partial(backbone.text_keys, rollout.text))
+        kv = gather(history, ordinary_frames(here, window), bank).expand(-1, -1, g, -1, -1, -1)
         if context == "own":
             one = _velocities(backbone, z[:, b : b + 1], sampler, here, rollout.text, [kv], grad_steps, replay_batch)
             predicted.append(one)
@@ -333,7 +358,8 @@ def replay(
             contexts.append(kv)
             x0 = stored[:, b, -1]
         if b + 1 < n_blocks:
-            history = history.append(here, backbone.encode(x0, here, rollout.text, kv))
+            own = backbone.encode(x0, here, rollout.text, kv)
+            history, bank = history.append(here, own), bank and bank.record(here, own, replaying=True)
     if context == "own":
         return torch.cat(predicted, 1)
     return _velocities(backbone, z, sampler, start, rollout.text, contexts, grad_steps, replay_batch)
@@ -378,7 +404,7 @@ def pieces(
     at_once, together = min(batch, n_steps), max(1, batch // n_steps)
     for first in range(0, n_branches, together):
         members = slice(first, min(first + together, n_branches))
-        history = rollout.prefix.history
+        history, bank = rollout.prefix.history, rollout.prefix.bank
         for b in range(n_blocks):
             here = rollout.prefix.frame + b * window.block
             for s in range(0, n_steps, at_once):
@@ -386,17 +412,20 @@ def pieces(
                 sigmas = sampler.sigmas[where[2]]
                 part = replace(
                     rollout,
-                    prefix=Stream((), history, here),
+                    prefix=Stream((), history, here, bank=bank),
                     trajectory=Trajectory(trajectory.z[where], trajectory.x0[where], sigmas),
                     plan=replace(rollout.plan, routes=routes[members]),
                 )
                 yield where, part, replace(sampler, sigmas=sigmas)
             if b + 1 < n_blocks:
-                kv, x0 = history.read(ordinary_frames(here, window)), trajectory.x0[members, b, -1]
+                bank = bank and bank.merge(partial(backbone.text_keys, rollout.text))  # as `replay` did for this block
+                kv = gather(history, ordinary_frames(here, window), bank)
+                x0 = trajectory.x0[members, b, -1]
                 if context == "own":
                     z, sigma = trajectory.z[members, b, -1], sampler.sigmas[-1]
                     with torch.no_grad():
                         x0 = z - sigma * backbone.velocity(z, sigma.expand(len(z)), here, rollout.text, kv)
-                history = history.append(here, backbone.encode(x0, here, rollout.text, kv))
-                history = history.keep(window.sink, window.past)
-                del kv  # before the next pieces gather theirs
+                own = backbone.encode(x0, here, rollout.text, kv)
+                bank = bank and bank.record(here, own, replaying=True)
+                history = history.append(here, own).keep(window.sink, window.past)
+                del kv, own  # before the next pieces gather theirs

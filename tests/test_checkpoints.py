@@ -234,7 +234,7 @@ REFUSED = {
     "MemFlow by keys": (lambda d, w: write(d / "a.pt", changed(w, blocks__0__kv_bank=torch.zeros(2))), "memory bank"),
     "MemFlow by name": (
         lambda d, w: (d / "memflow").mkdir() or write(d / "memflow" / "base.pt", {"generator": original(w)}),
-        "memory bank is not supported",
+        "would be run without its memory bank: give bank_size 3",
     ),
     "no such file": (lambda d, w: d / "a.pt", "no such file"),
     "folder of something": (lambda d, w: (d / "a").mkdir() or d / "a", "transformer/config.json"),
@@ -260,11 +260,32 @@ def test_code_under_a_known_key_is_refused(key, read, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_lora_of_memflow_is_refused(adapter, tmp_path):
-    folder = tmp_path / "memflow" / "models"
-    export_lora(read_lora(adapter), folder, "authors")
-    with pytest.raises(ValueError, match="memory bank"):
-        read_lora(folder / "lora.pt")
+def test_memflow_and_longlive_are_told_apart_by_name_and_not_guessed(weights, adapter, trained, tmp_path):
+    """Base and LoRA of both as they are released: the same keys, other folders."""
+    state, own = {"generator": prefixed(original(weights), "model.")}, read_lora(adapter)
+    release = tmp_path / "checkpoints"
+    memflow, longlive = release / "memflow", release / "longlive" / "models"
+    for folder, name in ((memflow, "base.pt"), (longlive, "longlive_base.pt")):
+        export_lora(own, folder, "authors")
+        write(folder / name, state)
+    with torch.no_grad():
+        expected = forward(trained)  # peft's own, base and LoRA
+    loads = dict(dtype=torch.float32, num_heads=2)
+    for base, lora, is_memflow in (
+        (memflow / "base.pt", memflow / "lora.pt", True), (longlive / "longlive_base.pt", longlive / "lora.pt", False),
+    ):  # fmt: skip
+        assert_close(forward(load_transformer(base, lora, memflow=is_memflow, **loads)), expected, rtol=0, atol=1e-5)
+        for source in ((base, None), (write(tmp_path / "base.pt", state), lora)):
+            with pytest.raises(ValueError) as caught:
+                load_transformer(*source, memflow=not is_memflow, **loads)
+            told = "MemFlow" if is_memflow else "LongLive"
+            assert f"this is a {told} checkpoint" in str(caught.value) and "bank_size" in str(caught.value)
+            assert str(source[1] or source[0]) in str(caught.value)
+    for is_memflow in (False, True):  # names that say nothing, or both, are taken as told
+        both = tmp_path / "longlive_and_memflow.pt"
+        load_transformer(write(both, state), memflow=is_memflow, **loads)
+        load_transformer(tmp_path / "base.pt", memflow=is_memflow, **loads)
+    assert read_lora(memflow / "lora.pt").rank == own.rank  # a LoRA by itself needs no bank
 
 
 @pytest.mark.parametrize("case", REFUSED)

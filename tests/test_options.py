@@ -178,6 +178,9 @@ CASES = {
         "device": of("text", device="meta"),
         "dtype": of("transformer", dtype="float32"),
         "gradient_checkpointing": of("checkpointing", gradient_checkpointing=True),
+        "bank_size": of("bank", bank_size=3),
+        "bank_interval": of("bank", base={"bank_size": 3}, bank_interval=2),
+        "bank_compat": of("bank", base={"bank_size": 3}, bank_compat="official"),
         "vq_model": of("rewards", vq_model="worker x"),
         "mq_model": of("rewards", mq_model="worker x"),
         "ta_model": of("rewards", ta_model="worker x"),
@@ -486,12 +489,16 @@ def observe_wan(options, make_pipeline, monkeypatch, folder):
         return lambda texts: torch.zeros(1, 2, 3)
 
     monkeypatch.setattr(real, "encode_texts", encode_texts)
-    monkeypatch.setattr(real, "load_transformer", lambda *args: seen.update(transformer=args) or Part())
+    monkeypatch.setattr(
+        real, "load_transformer", lambda *args, **told: seen.update(transformer=args, memflow=told) or Part()
+    )
     monkeypatch.setattr(real, "from_folder", lambda cls, path, dtype: Part())
     monkeypatch.setattr(real, "fetch", lambda source, patterns: Path(source))
     monkeypatch.setattr(real, "check_parts", lambda *args: None)
     monkeypatch.setattr(real, "MixedBackbone", lambda *args: None)
-    seen["latent_shape"] = real.load_wan("m", ["a"], "cache", options).latent_shape
+    pipeline = real.load_wan("m", ["a"], "cache", options)
+    seen |= {"latent_shape": pipeline.latent_shape, "bank": pipeline.bank}
+    assert seen["memflow"] == ({"memflow": True} if options.bank_size else {})
     named = {name: float(bool(getattr(options, f"{name}_model"))) for name in ("vq", "mq", "ta")}
     rewards = real.load_rewards(options, **named).rewards
     return seen | {"rewards": {name: (reward.worker.command, reward.component) for name, reward in rewards.items()}}

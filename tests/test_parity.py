@@ -7,14 +7,16 @@ import copy
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from kvpo_min import cli
-from kvpo_min.checks import parity
+from kvpo_min import cli, rollout
+from kvpo_min.bank import Bank
+from kvpo_min.checks import parity, parity_memflow
 from kvpo_min.chr import Window, branch_frames, plan_official
 from kvpo_min.grpo import branch_kl, clipped_objective
 from kvpo_min.rollout import replay
@@ -237,6 +239,158 @@ def test_changed_weights():
             parity.changed(weights, rule)
 
 
+# ------------------------------------------------------------------------------------------------- MemFlow and its bank
+
+
+@pytest.fixture(scope="module")
+def memflow():
+    """What was recorded of the authors' MemFlow variant: info, weights, tensors."""
+    if not any((GOLDEN / name).is_file() for name in parity.MEMFLOW):
+        pytest.skip("nothing of MemFlow was recorded there")
+    return [parity.read(GOLDEN / name) for name in parity.MEMFLOW]
+
+
+@pytest.fixture(scope="module")
+def memflow_calls(memflow):
+    return run_memflow_calls(memflow)
+
+
+def run_memflow_calls(memflow):
+    info, weights, io = memflow
+    return parity_memflow.call_pairs(parity.new_backbone(info["config"], weights), info, io)
+
+
+def memflow_velocities(memflow, bank=None):
+    """Largest differences of the velocities that `generate` and `fork` make, by block, from the recorded ones."""
+    info, weights, io = memflow
+    backbone = parity.new_backbone(info["config"], weights)
+    made, sampler, prefix = parity_memflow.rollout_of(backbone, info, io, bank)
+    out, block = {}, info["num_frame_per_block"]
+    for start, (z, x0) in prefix.items():
+        out[start // block] = (z - x0) / sampler.sigmas[:, None, None, None, None]
+    for b, v in enumerate(made.trajectory.velocity[0]):
+        out[info["fork_frame"] // block + b] = v[None]
+    theirs = {b: torch.stack([io[f"out_{b}_{s}"] for s in range(v.shape[1])], 1) for b, v in out.items()}
+    return {b: (v - theirs[b]).abs().max().item() for b, v in out.items()}
+
+
+def memflow_bank(memflow, **changes):
+    return replace(parity_memflow.settings(memflow[0])[2], **changes)
+
+
+def test_the_plans_of_memflow(memflow):
+    for case in memflow[0]["plans"]:
+        for name, (ours, theirs) in parity_memflow.plan_pairs(case).items():
+            assert torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs)), name
+
+
+def test_every_call_of_memflow(memflow, memflow_calls):
+    held, scores, velocities = memflow_calls
+    calls = memflow[0]["calls"]
+    assert len(velocities) == len(calls) and len(held) == 2 * len(calls)
+    for name, (ours, theirs) in held.items():
+        assert ours == theirs, name
+    assert len(scores) == sum(len(call.get("retrieval", ())) for call in calls) > 0
+    for name, (ours, theirs) in scores.items():
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    for name, (ours, theirs) in velocities.items():
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_rollout_and_replay_of_memflow(memflow):
+    info, weights, io = memflow
+    made, scored = parity_memflow.rollout_pairs(info["config"], weights, info, io)
+    assert {name.split("/")[0] for name in made} == {
+        f"velocities of `{what}`" for what in ("generate", "fork", "replay")
+    }
+    assert max(gaps(made, "absolute").values()) < 1e-4
+    assert sum(name.startswith("gradient") for name in scored) == sum(key.startswith("replay_grad/") for key in io) > 0
+    found = gaps(scored, "relative")
+    assert max(found.values()) < 1e-4, found
+
+
+def test_sparse_activation_of_memflow(memflow):
+    info, _, io = memflow
+    assert max(gaps(parity_memflow.sparse_pairs(info, io), "relative").values()) < 1e-4
+
+
+def test_without_a_bank_only_the_first_block_agrees(memflow):
+    """Control."""
+    found = memflow_velocities(memflow)
+    assert found.pop(0) < 1e-4 and min(found.values()) > 1e-3, found
+
+
+@pytest.mark.parametrize("fault", ["merged once", "words at the switch"])
+def test_mending_a_fault_of_the_authors_is_seen(memflow, fault, monkeypatch):
+    """Control: the defaults, one by one; until the bank has been full they are the authors'."""
+    info, bank = memflow[0], memflow_bank(memflow)
+    if fault == "merged once":
+        kept = type(bank).merge
+        monkeypatch.setattr(type(bank), "merge", lambda self, keys: replace(kept(self, keys), pending=None))
+        before = next(c["block"] for c in info["calls"] if c.get("retrieval")) + 1  # the second merge of one frame
+    else:
+        monkeypatch.setattr(type(bank), "at_switch", lambda self, keys: self.merge(keys))
+        before = info["switch_frame"] // info["num_frame_per_block"]
+    found = memflow_velocities(memflow, bank)
+    assert max(gap for b, gap in found.items() if b < before) < 1e-4
+    assert max(gap for b, gap in found.items() if b >= before) > 1e-3, found
+
+
+def test_a_bank_that_is_encoded_again_at_a_switch_is_seen(memflow, monkeypatch):
+    """Control: entries and pending frame under the new words, where the pass encodes these frames."""
+    info, switch = memflow[0], rollout.switch_prompt
+
+    def again(backbone, stream, text, sampler, segment):
+        stream = switch(backbone, stream, text, sampler, segment)
+        bank, frames = stream.bank, stream.history.frames
+        kv = bank.kv.clone()
+        for layer, held in enumerate(bank.frames[:, 0].tolist()):
+            for slot, frame in enumerate(held):
+                if frame >= rollout.stale_from(stream.frame, sampler.window):
+                    kv[layer, :, :, slot] = frames[frame][layer]
+        return replace(stream, bank=replace(bank, kv=kv, pending=frames[bank.pending_frame]))
+
+    monkeypatch.setattr(rollout, "switch_prompt", again)
+    found, first = (
+        memflow_velocities(memflow, memflow_bank(memflow)),
+        info["switch_frame"] // info["num_frame_per_block"],
+    )
+    assert max(gap for b, gap in found.items() if b < first) < 1e-4 < 1e-3 < found[first], found
+
+
+@pytest.mark.parametrize("reads", ["the sink too", "slots as frames"])
+def test_other_frames_in_routed_blocks_are_seen(memflow, reads, monkeypatch):
+    """Control: a routed block that keeps the sink, and slots that do not move with the cache."""
+    info, real = memflow[0], parity_memflow.slot_frames
+
+    def other(routes, start, window):
+        if reads == "slots as frames":
+            return routes
+        frames = real(routes, start, window)
+        return torch.cat([torch.arange(window.sink).expand(len(frames), -1), frames], 1)
+
+    history = rollout.KVHistory.keep
+    monkeypatch.setattr(rollout.KVHistory, "keep", lambda self, sink, newest: history(self, sink, 10**6))
+    monkeypatch.setattr(parity_memflow, "slot_frames", other)
+    held, _, velocities = run_memflow_calls(memflow)
+    first = next(call["output"] for call in info["calls"] if call["routed"])
+    wrong = {name.split("/")[1] for name, (ours, theirs) in velocities.items() if (ours - theirs).abs().max() > 1e-4}
+    routed = {call["output"] for call in info["calls"] if call["routed"] and call["kind"] == "denoise"}
+    assert routed <= wrong and held[f"frames read/{first}"][0] != held[f"frames read/{first}"][1]
+    assert not wrong & {call["output"] for call in info["calls"] if call["phase"] != "branch"}
+
+
+def test_a_replay_that_records_is_seen(memflow, monkeypatch):
+    """Control: ours does, by default."""
+    info, weights, io = memflow
+    record = Bank.record
+    monkeypatch.setattr(Bank, "record", lambda self, start, kv, replaying=False: record(self, start, kv))
+    made, scored = parity_memflow.rollout_pairs(info["config"], weights, info, io)
+    found = gaps(made, "absolute")
+    assert found["velocities of `fork`"] < 1e-4 and found["velocities of `replay`"] > 1e-3
+    assert gaps(scored, "relative")["score of the branch"] > 1e-3
+
+
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
@@ -257,7 +411,8 @@ def folder(tmp_path):
 def test_the_table(capsys):
     assert cli.main(["parity", "--golden", str(GOLDEN)]) == 0
     out = capsys.readouterr().out
-    for name in parity.FILES:
+    memflow = parity.MEMFLOW if (GOLDEN / parity.MEMFLOW[0]).is_file() else ()
+    for name in (*parity.FILES, *memflow):
         assert name.split(".")[0].removesuffix("_io") in out
     assert " NO " not in out and out.splitlines()[-1].endswith("comparisons within tolerance")
 
@@ -284,5 +439,10 @@ def test_a_folder_that_cannot_be_read_is_named(folder, capsys):
     assert "schedule.json is damaged" in message()
     (folder / "schedule.json").unlink()
     assert "lacks schedule.json" in message()
+    shutil.copyfile(GOLDEN / "schedule.json", folder / "schedule.json")
+    for name in parity.MEMFLOW:
+        (folder / name).unlink(missing_ok=True)
+    (folder / parity.MEMFLOW[1]).touch()
+    assert f"lacks {parity.MEMFLOW[0]}, {parity.MEMFLOW[2]}" in message()
     shutil.rmtree(folder)
     assert f"there is no folder {folder}" in message()

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from kvpo_min import kvpo
+from kvpo_min.bank import Bank
 from kvpo_min.chr import ordinary_frames
+from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import KVHistory
 from kvpo_min.train import TrainConfig, acting, adapter_weights, add_policies, train
 
@@ -99,8 +101,6 @@ def test_no_other_policy_is_touched_and_the_log_tells(make_pipeline):
     def first(videos, prompts):
         return torch.arange(len(videos), 0, -1.0)
 
-    from kvpo_min.rewards import Mixture
-
     config = replace(CONFIG, max_train_steps=2, learning_rate=1e-2)
     with_it, without = [], []
     for logs, coef in ((with_it, 3.0), (without, 0.0)):
@@ -120,3 +120,12 @@ def test_official_has_none():
 def test_bad_coefficients_are_refused(coef):
     with pytest.raises(ValueError, match="prefix_coef"):
         TrainConfig(prefix_coef=coef)
+
+
+def test_it_is_refused_with_a_memory_bank(make_pipeline, tmp_path):
+    """It would replay the prefix without the bank that made it."""
+    pipeline = replace(make_pipeline(), bank=Bank())
+    config = replace(CONFIG, output_dir=str(tmp_path), max_train_steps=1, perturb_num_blocks=3)
+    rewards = Mixture({"vq": lambda videos, prompts: videos.mean((1, 2, 3, 4))}, {"vq": 1.0})
+    with pytest.raises(ValueError, match="prefix_coef must be 0 with a memory bank"):
+        next(train(pipeline, ["a red disc moves left"], rewards, config))

@@ -23,7 +23,7 @@ from kvpo_min.cli import run as cli_run
 from kvpo_min.cli.doctor import read_config
 from kvpo_min.cli.options import RunOptions, parse_options, split_options
 from kvpo_min.rewards import Mixture
-from kvpo_min.train import TrainConfig, add_policies, train
+from kvpo_min.train import TrainConfig, add_policies, sample, train
 from kvpo_min.wan import real
 from kvpo_min.wan.checkpoints import Lora, export_lora, merge_lora, read_lora
 from kvpo_min.wan.real import WanOptions, decode_stream, encode_texts, load_wan, read_prompts, text_cache
@@ -302,6 +302,43 @@ def test_one_update_in_bfloat16(loaded, tmp_path):
     assert any(not torch.equal(loras[name], weight) for name, weight in before.items())
 
 
+@pytest.mark.parametrize("compat", ["", "official"])
+def test_an_update_with_a_memory_bank(loaded, tmp_path, compat):
+    """A small MemFlow: bank and slots reach the group, batch limits change nothing, and without a bank it is another
+    update."""
+    script, made = " | ".join(TEXTS[:2]), []
+    rewards = Mixture({"vq": lambda videos, prompts: 10 * videos.mean((1, 2, 3, 4))}, {"vq": 1.0})
+    for bank_size, branch_batch, replay_batch in ((3, 0, 0), (3, 1, 2), (0, 0, 0)):
+        pipeline = loaded(bank_size=bank_size)
+        config = TrainConfig(
+            str(tmp_path), max_train_steps=1, num_frames=57, num_segments=2, num_generations=2, rank=2, tau=1e-4,
+            unsafe_scale=1.0, perturb_num_blocks=5, compat=compat, global_frames=0, branch_batch=branch_batch,
+            replay_batch=replay_batch, seed=3,
+        )  # fmt: skip
+        (step,) = train(pipeline, [script], rewards, config)
+        (group,) = step.groups
+        bank = group.rollout.prefix.bank
+        assert group.plan.slots == bool(bank_size and compat) and (bank is None) == (not bank_size)
+        assert bank is None or (bank.compat, bank.size, bank.recorded) == (compat, 3, -(-group.plan.fork // 9))
+        made.append((step.grad_norm, group.energies))
+    assert made[0][0] > 0 and made[1][0] == pytest.approx(made[0][0], rel=1e-3)
+    assert_close(made[1][1], made[0][1], rtol=1e-3, atol=1e-6)
+    assert (made[2][1] - made[0][1]).abs().max() > 0.1 * made[0][1].max()
+
+
+def test_a_bank_in_bfloat16(loaded):
+    """Entries are kept in the precision of the histories, and ranked in float32."""
+    pipeline = loaded(bank_size=3, dtype="bfloat16")
+    (latents,) = sample(pipeline, TEXTS[:1], 39)
+    (without,) = sample(replace(pipeline, bank=None), TEXTS[:1], 39)
+    assert latents.dtype == torch.float32 and latents.isfinite().all()
+    assert_close(latents[:, :3], without[:, :3], rtol=0, atol=0)
+    assert (latents[:, 3:] - without[:, 3:]).abs().max() > 1e-2
+    keys = pipeline.backbone.text_keys(pipeline.embed(TEXTS[:1]))
+    exact = loaded(bank_size=3).backbone.text_keys(pipeline.embed(TEXTS[:1]))
+    assert_close(keys.float(), exact, rtol=0, atol=0.03)
+
+
 def test_components_that_do_not_belong_together(folder, options, parts, tmp_path):
     small = WanTransformer3DModel.from_config({**parts["transformer"].config, "in_channels": 8})
     small.save_pretrained(tmp_path / "eight" / "transformer")
@@ -322,6 +359,16 @@ def test_components_that_do_not_belong_together(folder, options, parts, tmp_path
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no GPU"):
             load_wan(str(folder), TEXTS, tmp_path / "cache", replace(options, device="cuda"))
+
+
+def test_options_of_the_bank_are_checked():
+    for wrong, message in (
+        (dict(bank_size=-1), "bank_size must be 0"), (dict(bank_compat="official"), "give bank_size too"),
+        (dict(bank_interval=2), "give bank_size too"), (dict(bank_size=3, bank_interval=0), "must be 1 or more"),
+        (dict(bank_size=3, bank_compat="authors"), 'compat must be "" or "official"'),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            WanOptions(**wrong)
 
 
 def test_options_are_checked():
@@ -405,6 +452,21 @@ def test_config_is_the_authors():
     assert command[0] == "envs/videoalign/bin/python" and Path(command[1]).is_file() and command[-1] == "--offload"
     assert rewards["mq"].fps == 4  # one pixel frame a latent frame, 16 / 4 a second
     assert run.model.endswith("longlive_base.pt") and run.prompts.endswith(".txt")
+
+
+def test_config_of_memflow_is_the_authors():
+    """Only what their two configs differ in (bank, m, places), and what follows from it."""
+    path = CONFIG.with_name("memflow_single_gpu.yaml")
+    found, other = yaml.safe_load(path.read_text()), yaml.safe_load(CONFIG.read_text())
+    assert {key for key in found if found[key] != other.get(key)} == {
+        "output_dir", "model", "lora", "bank_size", "bank_interval", "nearest"
+    }  # fmt: skip
+    values = parse_options("train", [TrainConfig, RunOptions, WanOptions], ["--config", str(path)])
+    config, run, wan = split_options(values, TrainConfig, RunOptions, WanOptions)
+    assert (wan.bank_size, wan.bank_interval, wan.bank_compat) == (3, 3, "")
+    assert (
+        config.nearest == 3 - 3 and run.model == "checkpoints/memflow/base.pt" and wan.lora.endswith("memflow/lora.pt")
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- commands
@@ -629,10 +691,34 @@ def test_keys_of_a_real_model_are_refused_in_a_pocket_config(tmp_path, capsys):
     assert "device is an option of a real model" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_a_run_of_memflow_from_its_files_to_a_lora(folder, tmp_path, capsys):
+    """Base and LoRA in the released layout, one update of the config of MemFlow with compat official, evaluation, and
+    the trained LoRA in the authors' layout, joined with the released one."""
+    place = Place(tmp_path, folder)
+    release = tmp_path / "checkpoints" / "memflow"
+    authors_files(release, "base.pt")
+    more = dict(
+        model=str(release / "base.pt"), lora=str(release / "lora.pt"), bank_size=3, compat="official", num_frames=39,
+        max_train_steps=1, checkpointing_steps=0,
+    )  # fmt: skip
+    for name in ("tau", "unsafe_scale", "grad_steps"):
+        del place.small[name]  # compat sets them
+    assert place.train(**more | {"bank_size": 0}) == 2
+    assert "this is a MemFlow checkpoint" in capsys.readouterr().err
+    assert place.train(**more) == 0
+    ran = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert ran["bank_size"] == 3 and ran["bank_compat"] == "official"  # what its videos are evaluated with
+    argv = ["export", "--adapter", str(tmp_path / "run"), "--lora", str(release / "lora.pt"), "--layout", "authors"]
+    assert cli.main([*argv, "--output_dir", str(tmp_path / "out")]) == 0
+    state = torch.load(tmp_path / "out" / "lora.pt", weights_only=True)["generator_lora"]
+    assert read_lora(tmp_path / "out" / "lora.pt").rank == 4 and all(".self_attn." in k or ".cross_attn." in k or
+                                                                     ".ffn." in k for k in state)  # fmt: skip
+
+
 # --------------------------------------------------------------------------------------------------------------- README
 
 
-def authors_files(models):
+def authors_files(models, name="longlive_base.pt"):
     """A random Wan of one layer and one head, and a LoRA for it, as the authors' files hold them."""
     from test_checkpoints import original, prefixed
 
@@ -643,7 +729,7 @@ def authors_files(models):
             text_dim=32, freq_dim=32, ffn_dim=48, num_layers=1,
         )  # fmt: skip
     models.mkdir(parents=True)
-    torch.save({"generator": prefixed(original(transformer.state_dict()), "model.")}, models / "longlive_base.pt")
+    torch.save({"generator": prefixed(original(transformer.state_dict()), "model.")}, models / name)
     layer = "blocks.0.attn1.to_q"
     lora = Lora({f"{layer}.lora_A.weight": draw(2, 128), f"{layer}.lora_B.weight": draw(128, 2, seed=1)}, alpha=2.0)
     export_lora(lora, models, "authors")

@@ -65,6 +65,20 @@ def test_planned_memory_is_what_the_update_takes(small, planned, setting):
         assert expected == pytest.approx(seen, rel=0.06), phase
 
 
+def test_a_memory_bank_is_planned_too(small, planned):
+    model, task = small
+    size = replace(bench.SMALL, bank_size=3)
+    fixed, _, table = bench.plan_update(size, torch.float32, [(1, 1)])
+    bench.copy_adapter(model.policies, "old", "default")
+    with bench.Live() as live:
+        meter = bench.Meter(model.device, live)
+        bench.update(model, replace(task, size=size), 1, 1, meter)
+    for phase in ("prefix", "branches", "replay", "replay with gradient"):
+        expected, seen = table[1, 1][phase]["peak"] - fixed.always, meter.rows[phase]["peak"]
+        assert expected == pytest.approx(seen, rel=0.06), phase
+        assert expected > planned[2][1, 1][phase]["peak"] - fixed.always + 3 * fixed.frame, phase
+
+
 def test_planned_work_is_what_the_update_does(small, planned):
     """FLOPs and forwards, counted on the real network."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -2,7 +2,8 @@
 
 Every function below feeds recorded inputs to the functions that training runs (`chr`, `tve`, `grpo`, `rollout`, `wan`)
 and returns pairs {name: (ours, theirs)}; `parity` takes the largest difference of each kind. All sizes come from the
-files, so a folder of the same layout with other shapes, seeds and capacities is read in the same way.
+files, so a folder of the same layout with other shapes, seeds and capacities is read in the same way. The MemFlow
+variant is in parity_memflow.py.
 
 Where the recordings follow other conventions than this project, each in one place:
 1. Counting: their window and their m count the block being denoised, ours count past frames (`window_of`).
@@ -49,6 +50,7 @@ FILES = (
     "causal_wan_tiny_io.safetensors", "kvpo_update_tiny.json", "kvpo_update_tiny.safetensors",
     "wan_1_3b_state_dict_shapes.json",
 )  # fmt: skip
+MEMFLOW = ("memflow_tiny.json", "memflow_tiny.safetensors", "memflow_tiny_io.safetensors")  # of parity_memflow.py
 TAU = 2.0  # the authors' score is -energy / 2
 
 
@@ -78,12 +80,13 @@ class Row:
 
 
 def parity(folder: str | Path) -> list[Row]:
-    """Compares with every file of a folder of recordings. Raises FileNotFoundError and ValueError naming what is
-    missing or cannot be read."""
+    """Compares with every file of a folder of recordings. Those of MemFlow may be absent, all three together. Raises
+    FileNotFoundError and ValueError naming what is missing or cannot be read."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: expected recordings as in tests/golden")
-    if missing := [name for name in FILES if not (folder / name).is_file()]:
+    memflow = MEMFLOW if any((folder / name).is_file() for name in MEMFLOW) else ()
+    if missing := [name for name in (*FILES, *memflow) if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: tests/golden/README.md lists the files")
     try:
         recorded = {name: read(folder / name) for name in FILES}
@@ -100,9 +103,25 @@ def parity(folder: str | Path) -> list[Row]:
             *rows("kvpo_update_tiny", [route_pairs(update[0])], "count", 0),
             *rows("kvpo_update_tiny", [update_pairs(config, weights, *update, shift)], "relative", 1e-4),
             *rows("wan_1_3b_state_dict_shapes.json", [key_pairs(recorded[FILES[-1]])], "count", 0),
+            *(memflow_rows(*(read(folder / name) for name in memflow)) if memflow else ()),
         ]
     except KeyError as error:
         raise ValueError(f"{folder} has another layout than tests/golden: {error.args[0]!r} is not there") from error
+
+
+def memflow_rows(info: dict, weights: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[Row]:
+    """The comparisons with the authors' MemFlow variant (parity_memflow.py)."""
+    from kvpo_min.checks import parity_memflow as memflow
+
+    held, scores, velocities = memflow.call_pairs(new_backbone(info["config"], weights), info, tensors)
+    made, replayed = memflow.rollout_pairs(info["config"], weights, info, tensors)
+    return [
+        *rows("memflow_tiny", [memflow.plan_pairs(case) for case in info["plans"]], "count", 0),
+        *rows("memflow_tiny", [held], "count", 0),
+        *rows("memflow_tiny", [scores], "absolute", 1e-5),
+        *rows("memflow_tiny", [velocities, made], "absolute", 1e-4),
+        *rows("memflow_tiny", [replayed, memflow.sparse_pairs(info, tensors)], "relative", 1e-4),
+    ]
 
 
 def rows(file: str, cases: list[Pairs], measure: str, tolerance: float) -> list[Row]:

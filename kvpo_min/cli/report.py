@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from kvpo_min import viz
-from kvpo_min.chr import Window, branch_frames, chunk_of
+from kvpo_min.chr import Window, chunk_of, routed_frames
 from kvpo_min.cli.options import RunOptions
 from kvpo_min.pipeline import table
 from kvpo_min.pocket import world
@@ -37,8 +37,9 @@ def draw_groups(pipeline, folder: Path, config, steps: Sequence, fps: float) -> 
         videos = smaller(group.videos)
         sheet = viz.contact_sheet(videos, labels, first=first)
         sheet.save(folder / "videos" / f"{name}.png")
-        frames = branch_frames(group.plan.routes, fork, Window(), config.nearest)
-        routes = viz.route_grid(frames, fork, Window(), config.nearest)
+        frames = routed_frames(group.plan, fork, Window(), config.nearest)
+        bank = group.rollout.prefix and group.rollout.prefix.bank.held().cpu()
+        routes = viz.route_grid(frames, fork, Window(), 0 if group.plan.slots else config.nearest, bank)
         routes.savefig(folder / "figures" / f"routes_{step.step:04d}.png", dpi=120)
         prefix = smaller(pipeline.decode(group.rollout.videos[:1, :fork]))[0]
         ends = zip(places(pipeline, group.videos), [*gained, ""], strict=True)
@@ -114,6 +115,8 @@ heroes are expected to settle in the scenes that it names (`like` in config.yaml
         judged = " They are the last ones of the prompts file and were not trained on."
         script = shlex.quote(shown)
         given = {name: getattr(wan, name) for name in ("lora", "components", "height", "width")}
+        if wan.bank_size:
+            given |= {name: getattr(wan, name) for name in ("bank_size", "bank_interval", "bank_compat")}
         model += "".join(f" --{name} {value}" for name, value in given.items() if value)
         export = f"\nkvpo-min export --adapter {config.output_dir} --layout diffusers"
         export += f" --lora {wan.lora}" if wan.lora else ""

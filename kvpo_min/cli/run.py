@@ -20,6 +20,7 @@ from kvpo_min import policies as adapters
 from kvpo_min import train as loop
 from kvpo_min.cli import folders, models, report
 from kvpo_min.cli.options import RunOptions
+from kvpo_min.kvpo import check_bank
 from kvpo_min.pocket.prompts import check_geometry, run_prompts
 from kvpo_min.resume import checkpoints, find_checkpoint, read_state
 from kvpo_min.rewards import RewardError
@@ -34,13 +35,17 @@ def run(config, options: RunOptions, wan=None) -> int:
     """One training run with its evaluation, and the folder it leaves behind (`demo` and `train`). `wan`: the options of
     a real model. Under torchrun all processes train, and the first one alone evaluates and writes. -> exit code"""
     begun = time.perf_counter()
+    if wan and wan.bank_size:
+        check_bank(config)
+        if config.compat:  # videos are evaluated with the bank that they are trained with
+            wan = dataclasses.replace(wan, bank_compat=config.compat)
     join_processes()
     rank, _ = processes()
     scripts, held_out = (
         models.real_prompts(config, options) if wan
         else run_prompts(config, options.prompts, options.event, options.eval_prompts)
     )  # fmt: skip
-    check_geometry(config)
+    check_geometry(config, bool(wan and wan.bank_size))
     loop.check_share(config)
     if rank == 0:
         folders.check_output(config, options, wan)
@@ -237,7 +242,11 @@ def set_aside(step):
     """What the pictures need of an update: its first group, without what fills a GPU."""
     group = step.groups[0]
     videos = group.rollout.videos[-1:].cpu()
-    rollout = dataclasses.replace(group.rollout, prefix=None, trajectory=None, text=None, videos=videos)
+    bank = group.rollout.prefix.bank  # which frames it holds is drawn
+    prefix = bank and dataclasses.replace(
+        group.rollout.prefix, x0=(), history=None, bank=dataclasses.replace(bank, kv=None, pending=None)
+    )
+    rollout = dataclasses.replace(group.rollout, prefix=prefix, trajectory=None, text=None, videos=videos)
     return dataclasses.replace(step, groups=[dataclasses.replace(group, rollout=rollout)])
 
 

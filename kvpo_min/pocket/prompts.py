@@ -69,11 +69,12 @@ def run_prompts(config, prompts: str = "", event: str = "", eval_prompts: int = 
     return scripts, prompt_set(eval_prompts, config.num_segments, EVAL_SEED, event)
 
 
-def check_geometry(config) -> None:
-    """Raises ValueError when the videos of a run cannot be made, or leave no block at which a group could fork."""
+def check_geometry(config, bank: bool = False) -> None:
+    """Raises ValueError when the videos of a run cannot be made, or leave no block at which a group could fork.
+    `bank`: whether they are made with a memory bank."""
     check_length(config.num_frames, config.num_segments)
     try:
-        make_plan(config, 0, 0, Window(), torch.Generator())
+        make_plan(config, 0, 0, Window(), torch.Generator(), bank)
     except ValueError as error:
         sizes = f"num_frames {config.num_frames}, perturb_num_blocks {config.perturb_num_blocks}"
         raise ValueError(f"{sizes} and nearest {config.nearest}: {error}") from None

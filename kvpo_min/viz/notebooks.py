@@ -517,7 +517,7 @@ def recorded(logs: Sequence[Mapping], at: int = -1):
 PARTS = {  # of real.memory_plan, in the order in which they are stacked: (colour, hatch)
     "transformer": ("#7f7f7f", ""), "VAE": ("#bbbbbb", ""), "adapters": (BRANCHES[4], ""),
     "optimizer": (BRANCHES[1], ""), "gradients": (BRANCHES[1], "xxx"), "shared past": (BRANCHES[2], ""),
-    "branches' own frames": (BRANCHES[0], ""), "what blocks read": (BRANCHES[3], "///"),
+    "bank": ("#d8b84a", "xx"), "branches' own frames": (BRANCHES[0], ""), "what blocks read": (BRANCHES[3], "///"),
     "videos": (BRANCHES[6], ""), "activations": (BRANCHES[5], "..."),
 }  # fmt: skip
 
@@ -534,6 +534,8 @@ def memory_bars(plans: Mapping[str, Mapping[str, float]], limits: Sequence[float
     begin = [0.0] * len(plans)
     for part, (colour, hatch) in PARTS.items():
         size = [plan.get(part, 0.0) for plan in plans.values()]
+        if part == "bank" and not any(size):
+            continue
         axes.barh(range(len(plans)), size, left=begin, color=colour, hatch=hatch, edgecolor="white", label=part)
         begin = [b + s for b, s in zip(begin, size, strict=True)]
     for y, total in enumerate(begin):

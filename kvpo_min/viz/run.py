@@ -7,33 +7,45 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kvpo_min.chr import DROPPED, NEAREST, ROUTED, SINK, Window, ordinary_frames, route_mask
-from kvpo_min.viz.style import ANCHOR, BRANCHES, HATCHES, NAMES, _bytes, _check_labels, _figure, _plain, branch_colour
+from kvpo_min.chr import BANK, DROPPED, NEAREST, ROUTED, SINK, Window, ordinary_frames, route_mask
+from kvpo_min.viz.style import (
+    ANCHOR,
+    BRANCHES,
+    FACES,
+    HATCHES,
+    NAMES,
+    _bytes,
+    _check_labels,
+    _figure,
+    _plain,
+    branch_colour,
+)
 from kvpo_min.viz.video import tile
 
 # --------------------------------------------------------------------------------------------------------------- routes
 
 
-def route_grid(frames: Tensor, start: int, window: Window, nearest: int):
+def route_grid(frames: Tensor, start: int, window: Window, nearest: int, bank: Tensor | None = None):
     """Which past frames each branch reads when the block at `start` is made, the anchor in the last row. -> Figure
 
-    frames [G, L] from `chr.branch_frames`; every cell is sink, routed, nearest or not read (`chr.route_mask`)."""
+    frames [G, L] from `chr.routed_frames`; every cell is sink, routed, nearest or not read (`chr.route_mask`), or with
+    `bank` ([1, n], `Bank.held` of all rows) in a memory bank alone."""
     figure = _figure(min(16.0, max(5.0, 0.24 * (start + window.block) + 1.5)), 0.26 * (len(frames) + 1) + 1.3)
-    _draw_routes(figure.add_subplot(), frames, start, window, nearest)
-    _route_legend(figure)
+    _draw_routes(figure.add_subplot(), frames, start, window, nearest, bank)
+    _route_legend(figure, bank is not None)
     return figure
 
 
-def _draw_routes(axes, frames: Tensor, start: int, window: Window, nearest: int) -> None:
+def _draw_routes(axes, frames: Tensor, start: int, window: Window, nearest: int, bank: Tensor | None = None) -> None:
     from matplotlib.patches import Rectangle
 
-    mask = route_mask(frames, start, window, nearest)  # [G, start]
-    ordinary = route_mask(ordinary_frames(start, window)[None], start, window, window.past)
+    mask = route_mask(frames, start, window, nearest, bank)  # [G, start]
+    ordinary = route_mask(ordinary_frames(start, window)[None], start, window, window.past, bank)
     rows = [*mask.tolist(), *ordinary.tolist()]
     colours = [*(branch_colour(g) for g in range(len(frames))), ANCHOR]
     for y, (row, colour) in enumerate(zip(rows, colours, strict=True)):
         for x, kind in enumerate(row):
-            face = "white" if kind == DROPPED else "#dddddd" if kind == SINK else colour
+            face = FACES.get(kind, colour)
             edge = "white" if kind == NEAREST else "#999999"  # an edge's colour is its hatch's too
             cell = Rectangle((x, y + 0.08), 1, 0.84, facecolor=face, edgecolor=edge, linewidth=0.5)
             cell.set_hatch(HATCHES.get(kind, ""))
@@ -49,10 +61,11 @@ def _draw_routes(axes, frames: Tensor, start: int, window: Window, nearest: int)
     axes.set_xlabel(f"frame (outlined: the block at {start} that is made)")
 
 
-def _route_legend(figure) -> None:
+def _route_legend(figure, bank: bool = False) -> None:
     from matplotlib.patches import Patch
 
     kinds = {SINK: "#dddddd", ROUTED: "#888888", NEAREST: "#888888", DROPPED: "white"}
+    kinds |= {BANK: FACES[BANK]} if bank else {}
     handles = [
         Patch(
             facecolor=face,
@@ -62,7 +75,7 @@ def _route_legend(figure) -> None:
         )
         for kind, face in kinds.items()
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(kinds), frameon=False, fontsize=8)
 
 
 # --------------------------------------------------------------------------------------------------------------- curves
@@ -168,11 +181,15 @@ def _film(pixels: Tensor, count: int, columns: int = 0):
     return _bytes(tile(pixels[index][:, None], columns or len(index)))[0], index.tolist()
 
 
-def story_figure(prefix: Tensor, branches: Tensor, frames: Tensor, labels: Sequence[str], window: Window | None = None):
+def story_figure(
+    prefix: Tensor, branches: Tensor, frames: Tensor, labels: Sequence[str], window: Window | None = None,
+    bank: Tensor | None = None,
+):  # fmt: skip
     """One group as a picture: the shared prefix on the left, up to four branches and the anchor on the right. -> Figure
 
     prefix [Tp, 3, H, W] from frame 0 on; branches [G + 1, Tc, 3, H, W] from frame Tp on, anchor last; frames [G, L]
-    that the branches read at Tp, drawn as a strip above each film; labels: one a branch and the anchor's ("": none).
+    that the branches read at Tp, drawn as a strip above each film; labels: one a branch and the anchor's ("": none);
+    bank [1, n] (`Bank.held`): frames of a memory bank, hatched in the strips where nothing else shows them.
     Raises ValueError when these do not fit together."""
     _check_labels(branches, labels)
     start, n = len(prefix), len(branches) - 1
@@ -208,6 +225,9 @@ def story_figure(prefix: Tensor, branches: Tensor, frames: Tensor, labels: Seque
         strip = place(x, top + title, right_width, reads)
         strip.set(xlim=(0, start), ylim=(0, 1), facecolor="#eeeeee", xticks=[], yticks=[])
         strip.broken_barh([(f, 1.0) for f in read.tolist()], (0, 1), facecolor=colour, edgecolor="white", linewidth=0.5)
+        if held := sorted(set([] if bank is None else bank.flatten().tolist()) - set(read.tolist())):
+            strip.broken_barh([(f, 1.0) for f in held], (0, 1), facecolor=FACES[BANK], hatch=HATCHES[BANK],
+                              edgecolor="#999999", linewidth=0.5)  # fmt: skip
         strip.spines[:].set_visible(False)
         name = "anchor" if anchor else f"branch {g}"
         strip.set_title(f"{name}: {labels[g]}" if labels[g] else name, loc="left", fontsize=9, pad=2)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kvpo_min.chr import DROPPED, NEAREST, ROUTED, SINK
+from kvpo_min.chr import BANK, DROPPED, NEAREST, ROUTED, SINK
 
 ANCHOR = "#7f7f7f"
 BRANCHES = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#882255")
-HATCHES = {SINK: "////", ROUTED: "", NEAREST: "..."}
-NAMES = {SINK: "sink", ROUTED: "routed", NEAREST: "nearest", DROPPED: "not read"}
+HATCHES = {SINK: "////", ROUTED: "", NEAREST: "...", BANK: "xxx"}
+NAMES = {SINK: "sink", ROUTED: "routed", NEAREST: "nearest", DROPPED: "not read", BANK: "bank"}
+FACES = {DROPPED: "white", SINK: "#dddddd", BANK: "#f4e3a1"}  # the others have the branch's colour
 
 
 def branch_colour(branch: int) -> str:

@@ -162,10 +162,20 @@ class WanBackbone(nn.Module):
         return self(x, sigma, frames, text, kv)
 
     @torch.no_grad()
-    def encode(self, x0: Tensor, start: int, text: Tensor, kv: Tensor | None) -> Tensor:
-        """Keys and values of a clean block (timestep 0), to append to a history.
+    def encode(
+        self, x0: Tensor, start: int, text: Tensor, kv: Tensor | None, mask: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """Keys and values of a clean block (timestep 0), to append to a history. `mask` as in `forward`.
         x0 [B, F, C, H, W] -> [layers, 2, B, F, tokens a frame, heads, D]"""
         written: list[Tensor] = []
         frames = torch.arange(start, start + x0.shape[1])
-        self(x0, x0.new_zeros(len(x0)), frames, text, kv, written=written)
+        self(x0, x0.new_zeros(len(x0)), frames, text, kv, mask, written)
         return torch.stack(written).unflatten(3, (x0.shape[1], -1))
+
+    @torch.no_grad()
+    def text_keys(self, text: Tensor) -> Tensor:
+        """Mean key of the text in the cross-attention of every layer, padding included: what a memory bank is ranked
+        against (bank.py). text [B, L, D] -> [layers, B, heads, D of a head]"""
+        words = self.transformer.condition_embedder.text_embedder(text)
+        cross = [block.attn2 for block in self.transformer.blocks]
+        return torch.stack([a.norm_k(a.to_k(words)).unflatten(2, (a.heads, -1)).mean(1) for a in cross])

@@ -5,6 +5,7 @@
 | Wan2.1 in diffusers layout | a folder with `transformer/config.json` and safetensors |
 | Self-Forcing, LongLive base, KVPO base | `.pt` with `generator`, `generator_ema` or `model`, original Wan key names |
 | LongLive and KVPO LoRA | `.pt`, raw peft names or under `generator_lora`, original Wan key names, alpha = rank |
+| MemFlow base and LoRA | the same two; its memory bank has no weights, so nothing inside tells them from LongLive's |
 | a LoRA of ours | a peft folder: `adapter_config.json` and `adapter_model.safetensors` |
 | a LoRA for `WanPipeline.load_lora_weights` | `pytorch_lora_weights.safetensors` |
 
@@ -44,10 +45,7 @@ SIZES = (  # the layers whose shapes tell all sizes
     "condition_embedder.time_embedder.linear_1",
 )  # fmt: skip
 HEAD_DIM = 128  # of every Wan model; shapes do not tell how many heads share a width
-MEMFLOW = (  # its memory bank has no weights, so only names can tell
-    "this is a MemFlow checkpoint, by its file, folder or key names: its memory bank is not supported here. Use "
-    "LongLive or Self-Forcing; if it is none of MemFlow's, rename it"
-)
+OTHERS = {"longlive": "LongLive", "self-forcing": "Self-Forcing", "self_forcing": "Self-Forcing"}  # without a bank
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -181,7 +179,7 @@ def wan_from_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"the key {key} is there twice, under two prefixes; keep one")
         bare[key] = tensor
     if any("bank" in key for key in bare):
-        raise ValueError(MEMFLOW)
+        raise ValueError("its keys name a memory bank: expected none, since MemFlow's bank has no weights")
     if any(part in key for key in bare for part in (".attn1.", ".attn2.", ".ffn.net.", "condition_embedder.")):
         return bare
     strange = [key for key in bare if key.split(".")[0] not in ORIGINAL]
@@ -247,21 +245,37 @@ def transformer_from(state_dict: Mapping[str, Tensor], num_heads: int | None = N
     return transformer.eval().requires_grad_(False)
 
 
-def refuse_memflow(source: str | Path) -> None:
-    if any("memflow" in part.lower() for part in Path(source).absolute().parts[-3:]):
-        raise ValueError(f"{source}: {MEMFLOW}")
+def check_variant(source: str | Path, memflow: bool) -> None:
+    """Raises ValueError for a file that is of another model by its file or folder name: no key tells MemFlow's from
+    LongLive's, and the wrong one would run without a word. Names that say nothing are taken as told."""
+    for part in map(str.lower, reversed(Path(source).absolute().parts[-3:])):
+        theirs, other = "memflow" in part, next((name for word, name in OTHERS.items() if word in part), "")
+        if theirs == bool(other):  # neither, or both
+            continue
+        if theirs and not memflow:
+            raise ValueError(
+                f"{source}: this is a MemFlow checkpoint, by its file or folder name, and would be run without its "
+                f"memory bank: give bank_size 3, as in configs/memflow_single_gpu.yaml, or rename it"
+            )
+        if other and memflow:
+            raise ValueError(
+                f"{source}: this is a {other} checkpoint, by its file or folder name, and would be run with MemFlow's "
+                f"memory bank: leave bank_size out, or rename it if it is MemFlow's"
+            )
+        return
 
 
 def load_transformer(
     source: str | Path, lora: str | Path | None = None, dtype: torch.dtype = torch.bfloat16,
-    num_heads: int | None = None,
+    num_heads: int | None = None, memflow: bool = False,
 ):  # fmt: skip
     """A frozen `WanTransformer3DModel` on the CPU from any layout in the table above, with a released LoRA merged into
-    it (in float32, then cast). What diffusers keeps in float32 (norms, time embedder, modulation) stays so.
-    Raises ValueError naming the file."""
+    it (in float32, then cast). What diffusers keeps in float32 (norms, time embedder, modulation) stays so. `memflow`:
+    that both are MemFlow's. Raises ValueError naming the file."""
     from diffusers import WanTransformer3DModel
 
-    refuse_memflow(source)
+    for file in (source, lora) if lora else (source,):
+        check_variant(file, memflow)
     path = fetch(source, ["transformer/*", "config.json", "diffusion_pytorch_model*"])
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     config = folder / "config.json"
@@ -335,7 +349,6 @@ def lora_from(state_dict: Mapping[str, Tensor], alpha: float | None = None) -> L
 
 def read_lora(source: str | Path) -> Lora:
     """A LoRA from any layout in the table above. Raises ValueError naming the file."""
-    refuse_memflow(source)
     names = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "lora.pt")
     path = fetch(source, ["adapter_config.json", *names])
     file = file_of(path, names, " or ".join(names))

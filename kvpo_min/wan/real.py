@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvpo_min.bank import Bank
 from kvpo_min.pipeline import Pipeline
 from kvpo_min.reward_models import mixture_from
 from kvpo_min.rewards import Mixture
@@ -49,6 +50,9 @@ class WanOptions:
     device: str = "cuda"
     dtype: str = "bfloat16"  # of the frozen weights and the matrix products: bfloat16 or float32
     gradient_checkpointing: bool = False  # keep only each layer's inputs for the backward pass: less memory, slower
+    bank_size: int = 0  # frames of MemFlow's memory bank: 3 for its checkpoints, 0 for all others
+    bank_interval: int = 3  # blocks from one frame that the bank records to the next
+    bank_compat: str = ""  # "official": the bank with the authors' faults; training with compat official sets it
     vq_model: str = ""  # what scores VQ: hpsv3, videoalign, worker, clip or pickscore ... (docs/single_gpu.md)
     mq_model: str = ""  # what scores MQ, likewise; the same words share one process
     ta_model: str = ""  # what scores TA, likewise
@@ -62,6 +66,11 @@ class WanOptions:
             torch.device(self.device)
         except RuntimeError:
             raise ValueError(f"device must be one of torch's, such as cuda or cpu, got {self.device!r}") from None
+        if self.bank_size < 0:
+            raise ValueError(f"bank_size must be 0 (no memory bank) or more, got {self.bank_size}")
+        if not self.bank_size and (self.bank_interval != 3 or self.bank_compat):
+            raise ValueError("bank_interval and bank_compat are of a memory bank: give bank_size too (MemFlow's is 3)")
+        Bank(self.bank_size or 1, self.bank_interval, self.bank_compat)  # refuses what cannot work
 
 
 def load_rewards(options: WanOptions, **weights: float) -> Mixture:
@@ -80,8 +89,14 @@ class MixedBackbone(WanBackbone):
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return super().forward(x.float(), sigma, frames, text, kv, mask, written).float()
 
-    def encode(self, x0: Tensor, start: int, text: Tensor, kv: Tensor | None) -> Tensor:
-        return super().encode(x0, start, text, kv).to(self.dtype)  # autocast leaves normalised keys in float32
+    def encode(
+        self, x0: Tensor, start: int, text: Tensor, kv: Tensor | None, mask: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        return super().encode(x0, start, text, kv, mask).to(self.dtype)  # autocast leaves normalised keys in float32
+
+    def text_keys(self, text: Tensor) -> Tensor:
+        with torch.autocast(text.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return super().text_keys(text.float())
 
 
 def load_wan(model: str, texts: Sequence[str], cache: str | Path, options: WanOptions | None = None) -> Pipeline:
@@ -96,7 +111,8 @@ def load_wan(model: str, texts: Sequence[str], cache: str | Path, options: WanOp
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch finds no GPU here; give --device cpu, or another machine")
     embed = encode_texts(texts, cache, options.components, device, dtype)
-    transformer = load_transformer(model, options.lora or None, dtype).to(device)
+    memflow = {"memflow": True} if options.bank_size else {}
+    transformer = load_transformer(model, options.lora or None, dtype, **memflow).to(device)
     if options.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     vae = from_folder(AutoencoderKLWan, component(options.components, "vae"), dtype=dtype).to(device)
@@ -131,6 +147,7 @@ def load_wan(model: str, texts: Sequence[str], cache: str | Path, options: WanOp
         switches=SWITCHES,
         segments=segments,
         reward_prompts=reward_prompts,
+        bank=Bank(options.bank_size, options.bank_interval, options.bank_compat) if options.bank_size else None,
         name=Path(model).name,
     )
 
@@ -340,21 +357,23 @@ FORWARD, GRADIENT = 88e3, 461e3  # bytes a token of one forward; of a forward an
 
 
 def memory_plan(
-    n_branches: int = 8, past: int = 6, height: int = 480, width: int = 832, rank: int = 256, branch_batch: int = 1
-) -> dict[str, float]:
+    n_branches: int = 8, past: int = 6, height: int = 480, width: int = 832, rank: int = 256, branch_batch: int = 1,
+    bank_size: int = 0,
+) -> dict[str, float]:  # fmt: skip
     """GiB of the largest moment of one update of Wan2.1-1.3B, by part; the sum is what a GPU needs, without the CUDA
     context (0.5 to 1 GiB).
 
     n_branches: G; past: frames of the window between sink and block; height, width in pixels; `branch_batch` branches
-    are made at once. Fork at frame 57 of 147, 5 routed blocks, one replayed step with gradient per forward pair
-    (replay_batch 2), everything else as in `configs/longlive_single_gpu.yaml`. The parts are formulas; FORWARD and
-    GRADIENT were counted by `benchmarks/wan_update.py --plan`, which runs the whole update on the meta device, and the
+    are made at once; bank_size: frames of MemFlow's memory bank. Fork at frame 57 of 147, 5 routed blocks, one replayed
+    step with gradient per forward pair (replay_batch 2), everything else as in `configs/longlive_single_gpu.yaml`. The
+    parts are formulas; FORWARD and GRADIENT were counted by `benchmarks/wan_update.py --plan`, which runs the whole
+    update on the meta device, and the
     sums lie within 1% of its tables (docs/single_gpu.md). Raises ValueError for sizes that Wan does not take."""
     WanOptions(height=height, width=width)  # refuses what is no multiple of a token
-    if min(n_branches, past, rank, branch_batch) < 1 or branch_batch > n_branches + 1:
+    if min(n_branches, past, rank, branch_batch) < 1 or branch_batch > n_branches + 1 or bank_size < 0:
         raise ValueError(
-            f"n_branches, past and rank must be at least 1 and branch_batch 1 to n_branches + 1, got {n_branches}, "
-            f"{past}, {rank} and {branch_batch}"
+            f"n_branches, past and rank must be at least 1, branch_batch 1 to n_branches + 1 and bank_size 0 or more, "
+            f"got {n_branches}, {past}, {rank}, {branch_batch} and {bank_size}"
         )
     sink, block, history, fork, total, routed = 3, 3, 33, 57, 147, 5
     layers, dim = WAN_1_3B["num_layers"], WAN_1_3B["num_attention_heads"] * WAN_1_3B["attention_head_dim"]
@@ -363,25 +382,30 @@ def memory_plan(
     latent = 16 * (height // 8) * (width // 8) * 4 / GIB  # a latent frame, float32
     adapter = layers * rank * (12 * dim + 2 * (dim + WAN_1_3B["ffn_dim"])) * 4 / GIB  # one, of `LORA_TARGETS`, float32
     cast = adapter / 2  # the active adapter in bfloat16, which autocast keeps during a forward
-    read = sink + past
+    read = sink + past + bank_size
+    # a bank is replaced, not changed, so there are several, each with the frame that waits to be merged: the prefix's,
+    # which every replay starts from, the one in use, and in replays the one that the next block will start from
+    kept = [bank_size + 1 + branch_batch * (bank_size + 1), 2 * (bank_size + 1) + bank_size]
+    bank = [{"bank": n * frame} if bank_size else {} for n in kept]
     pool = history - sink - block * (routed - 1)  # frames that could be routed, and the nearest one
-    own = max(block * (routed - 1), min(history, 2 * read + block) - sink)  # what rollout.generate keeps
+    own = max(block * (routed - 1), min(history, 2 * (sink + past) + block) - sink)  # what rollout.generate keeps
     blocks = (75 - fork) // block  # that are replayed
     fixed = {"transformer": BASE, "VAE": VAE, "adapters": 2 * adapter, "optimizer": 2 * adapter}
     videos = latent * (total * 4 + n_branches * (total + 2 * blocks * 4 * block))  # noise; videos; z and x0
-    branches = fixed | {
+    branches = {
         "shared past": (sink + pool) * frame,
         "branches' own frames": branch_batch * own * frame,
         "what blocks read": branch_batch * read * frame,
         "videos": videos,
         "activations": cast + branch_batch * block * tokens * FORWARD / GIB,
     }
-    replay = fixed | {
+    replay = {
         "gradients": adapter,
-        "shared past": read * frame,
+        "shared past": (sink + past) * frame,
         "branches' own frames": past * frame,
         "what blocks read": read * frame,
         "videos": videos,
         "activations": 2 * (block * tokens * GRADIENT + read * tokens * 4 * dim) / GIB,
     }
-    return max((branches, replay), key=lambda parts: sum(parts.values()))
+    phases = fixed | bank[0] | branches, fixed | bank[1] | replay
+    return max(phases, key=lambda parts: sum(parts.values()))
