@@ -505,7 +505,7 @@ def test_each_difference_of_the_released_code_changes_something(make_pipeline):
 def test_what_cannot_work_is_refused(make_pipeline):
     with pytest.raises(ValueError, match="at least 2"):
         AstrolabeConfig(num_generations=1)
-    with pytest.raises(ValueError, match="multiples of 3"):
+    with pytest.raises(ValueError, match="multiple of 3"):
         AstrolabeConfig(window_frames=7)
     with pytest.raises(ValueError, match="compat"):
         AstrolabeConfig(compat="theirs")

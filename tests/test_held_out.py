@@ -50,7 +50,11 @@ def model(tmp_path_factory, make_transformer):
 def test_a_point_of_the_curve_is_an_evaluation_of_the_first_prompts(make_pipeline, monkeypatch):
     """Every so many updates, always with the same noise; what does not exist (no words fix a motion) is left out."""
     monkeypatch.setattr(cli_run, "CURVE", 2)
-    pipeline, scripts, rewards = make_pipeline(), ["a red disc", "a cross", "a square"], pocket_rewards()
+    pipeline, scripts, rewards = (
+        make_pipeline(),
+        ["a red disc moves", "a cross moves", "a square moves"],
+        pocket_rewards(),
+    )
     config = replace(CONFIG, num_frames=6)
     curve = cli_run.held_out_curve(pipeline, scripts, rewards, config, 3)
     assert curve(1) == curve(5) == {}

@@ -203,6 +203,7 @@ CASES = {
         "fake_learning_rate": of("student", fake_learning_rate=1e-3),
         "fake_updates": of("student", fake_updates=1),
         "student_batch": of("student", student_batch=2),
+        "student_first_blocks": of("student", student_first_blocks=3),
         "guidance": of("student", guidance=1.0),
         "ema_decay": of("student", ema_decay=0.5),
         "stories": of("stories", stories=6),
@@ -529,7 +530,7 @@ def observe_distill(options, make_pipeline, monkeypatch, folder, stories, make_t
         raise Stop
 
     small = dict(
-        output_dir="a", autoencoder_batch=2, teacher_batch=1, first_blocks=2, student_batch=1, stories=5,
+        output_dir="a", autoencoder_batch=2, teacher_batch=1, first_blocks=2, student_batch=1, student_first_blocks=2, stories=5,
     )  # fmt: skip
     monkeypatch.setattr(distill, "loop", loop)
     monkeypatch.setattr(distill, "new_transformer", lambda: make_transformer(layers=1).train().requires_grad_(True))

@@ -185,7 +185,7 @@ def test_an_empty_landscape_has_no_clean_part(scene):
     behind = world.scenes()[SCENES.index(scene)]
     faded = torch.stack([clean + share * (behind - clean) for share in (0.0, 0.3, 0.6, 1.0)])
     score = CLEAN(faded, [""] * 4)
-    assert (score[1:] < score[0] - 0.1).all(), score.tolist()
+    assert (score.diff() <= 0).all() and score[-1] < score[0] - 0.5, score.tolist()
 
 
 @pytest.mark.parametrize("scene", SCENES)
@@ -196,7 +196,7 @@ def test_vq_falls_with_noise_and_blur(scene):
     assert (score.diff() < 0).all() and score[0] - score[-1] > 0.05, score.tolist()
     blurred = [clean, *(F.avg_pool2d(clean, w, 1, w // 2, count_include_pad=False) for w in (5, 9))]
     score = VQ(torch.stack(blurred), [""] * 3)
-    assert (score.diff() < 0).all() and score[0] - score[-1] > 0.05, score.tolist()
+    assert (score.diff() < 0).all() and score[0] - score[-1] > 0.03, score.tolist()
 
 
 # ---------------------------------------------------------------- MQ

@@ -262,6 +262,7 @@ def test_copy_adapter(make_pipeline):
 
 
 LOG_KEYS = {
+    "prefix_drift",
     "step", "reward", "reward_std", "anchor_reward", "frac_reward_zero_std", "energy/mean", "energy/std",
     "ratio/max_dev_first", "safe", "advantage/abs_mean", "tau", "grad_norm", "learning_rate", "step_time", "loss", "kl",
     "entropy", "clip_ratio/region_mean", "rewards/red/mean", "rewards/contrast/mean",
@@ -726,7 +727,7 @@ def test_long_mode_scores_the_chunk_of_the_fork_and_what_follows(make_pipeline):
     assert any(fork < 39 for fork in forks) and any(fork >= 39 for fork in forks), forks
     resolved = {
         "a red disc moves left | it rests": ["a red disc moves left", "a red disc rests"],
-        "a cross | it moves up and changes colour": ["a cross", "a cross moves up"],
+        "a cross | it moves up and changes colour": ["a cross rests", "a cross moves up"],
     }
     for group in step.groups:
         words, chunk = resolved[group.script], 21 if group.plan.fork < 39 else 39
@@ -772,12 +773,12 @@ def test_segments_are_scored_with_their_own_words(make_pipeline):
     )
     pipeline = make_pipeline()
     scripts = ["a disc | it rests | it moves up", "a red disc moves left | it rests | it wanders"]
-    # in full: "a disc", "a disc rests", "a disc moves up"
+    # in full: "a disc rests", "a disc rests", "a disc moves up"
     # and "a red disc moves left", "a red disc rests", "a red disc"
     video = torch.zeros(2, 57, 3, 4, 4)
     out = score(pipeline, rewards, video, scripts, 21)  # frames 21..77: clips of 18, 36 and 3 frames
     assert_close(out["length"], torch.full((2,), (18 + 36 + 3) / 3))
-    assert_close(out["words"], torch.tensor([(2 + 3 + 4) / 3, (5 + 4 + 3) / 3]))
+    assert_close(out["words"], torch.tensor([(3 + 3 + 4) / 3, (5 + 4 + 3) / 3]))
     out = score(pipeline, rewards, video[:, :55], scripts, 21)  # one frame of the last segment: too short for motion
     assert_close(out["length"], torch.full((2,), (18 + 36) / 2))
     out = score(pipeline, rewards, video[:, :18], scripts, 39)  # begins on the switch

@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from kvpo_min import viz
+from kvpo_min.viz import film as strips
 
 READS = torch.tensor([[0, 2, 5], [0, 1, 3]])  # of two branches, in a past of six frames
 
@@ -55,7 +56,7 @@ def test_film_fork_shows_the_fork_and_then_the_branch(fork):
     picture = viz.film_fork(past, READS, branches, ["a", "b", "c"], columns=2)
     for r, branch in enumerate(branches):
         seen = greys_of_row(picture, 44 + 78 * r + 5)  # above the strips, the tags and the words
-        assert seen[-2:] == viz._bytes(branch)[[0, -1], 0, 0, 0].tolist()
+        assert seen[-2:] == strips._bytes(branch)[[0, -1], 0, 0, 0].tolist()
     ink = tuple(int(viz.INK[k : k + 2], 16) for k in (1, 3, 5))
     bold = [x for x in range(picture.width) if all(picture.getpixel((x, y)) == ink for y in range(40, 270))]
     assert len(bold) == 4 and bold == list(range(bold[0], bold[0] + 4))
@@ -71,10 +72,10 @@ def test_film_fork_gives_hearts_to_liked_rows(fork):
 
 
 def test_strips_of_long_pasts_are_torn_where_nobody_reads():
-    assert viz._shown_past(60, [{0, 1, 30}, {59}]) == [0, 1, *range(27, 60)]
-    assert viz._shown_past(6, [{0}]) == list(range(6))
-    tiles = viz._pictures(grey(0.2, 0.3, 0.4), 10)
-    strip, left = viz._strip(tiles, [0, 1, 27], {0})
+    assert strips._shown_past(60, [{0, 1, 30}, {59}]) == [0, 1, *range(27, 60)]
+    assert strips._shown_past(6, [{0}]) == list(range(6))
+    tiles = strips._pictures(grey(0.2, 0.3, 0.4), 10)
+    strip, left = strips._strip(tiles, [0, 1, 27], {0})
     assert left == [2, 14, 38] and strip.size == (50, 24)  # tiles of 10, gaps of 2, one tear of 12
     paper = tuple(int(viz.PAPER[k : k + 2], 16) for k in (1, 3, 5))
     assert strip.getpixel((30, 12)) == paper and strip.getpixel((3, 12)) == (51, 51, 51)
@@ -92,7 +93,7 @@ def test_branches_have_letters_and_colours_that_no_hero_has():
 
 def test_small_frames_are_enlarged_in_whole_pixels():
     frame = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    (image,) = viz._pictures(frame, 32)
+    (image,) = strips._pictures(frame, 32)
     assert image.size == (32, 32)
     expected = [round(255 * v) for v in frame[0, :, 5, 2].tolist()]
     assert {image.getpixel((8 + x, 20 + y)) for x in range(4) for y in range(4)} == {tuple(expected)}
@@ -115,11 +116,11 @@ def test_movie_begins_with_how_everything_ends_then_plays_all_films_in_step(movi
     args, pages = movie
     assert len(pages) == 30 + 6 + 6 + 2 * 3 and {page.size for page in pages} == {(900, pages[0].height)}
     assert pages[0].tobytes() == pages[29].tobytes() == pages[-1].tobytes()
-    places = viz._movie_page(args["past"], [{0}, {0}, {0}], ["", ""], [False] * 2, "", ("", ""), ("", "", ""))[1]
+    places = strips._movie_page(args["past"], [{0}, {0}, {0}], ["", ""], [False] * 2, "", ("", ""), ("", "", ""))[1]
     films = [torch.cat([args["past"], branch]) for branch in args["branches"]] + [args["before"], args["after"]]
     for page, t in ((pages[0], 8), (pages[30], 0), (pages[35], 5), (pages[42], 6), (pages[44], 7)):
         for (x, y), film in zip(places, films, strict=True):
-            assert page.getpixel((x + 40, y + 40)) == (viz._coarse(int(viz._bytes(film)[t, 0, 0, 0])),) * 3
+            assert page.getpixel((x + 40, y + 40)) == (strips._coarse(int(strips._bytes(film)[t, 0, 0, 0])),) * 3
 
 
 def test_movie_tells_the_ends_only_when_they_have_come(movie):
@@ -132,8 +133,11 @@ def test_movie_tells_the_ends_only_when_they_have_come(movie):
 
 
 def test_movie_says_how_many():
-    assert viz._sentences(4, 1)[0].startswith("Four videos") and "The liked one (\u2665) is" in viz._sentences(4, 1)[2]
-    assert viz._sentences(12, 2)[0].startswith("12 videos") and "ones (\u2665) are" in viz._sentences(12, 2)[2]
+    assert (
+        strips._sentences(4, 1)[0].startswith("Four videos")
+        and "The liked one (\u2665) is" in strips._sentences(4, 1)[2]
+    )
+    assert strips._sentences(12, 2)[0].startswith("12 videos") and "ones (\u2665) are" in strips._sentences(12, 2)[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
