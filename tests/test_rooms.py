@@ -15,6 +15,7 @@ from kvpo_min.rewards import Mixture
 
 ROOT = Path(__file__).parents[1]
 LOOP = {
+    "bank",
     "chr",
     "tve",
     "grpo",

@@ -6,7 +6,7 @@ files, so a folder of the same layout with other shapes, seeds and capacities is
 variant is in parity_memflow.py.
 
 Where the recordings follow other conventions than this project, each in one place:
-1. Counting: their window and their m count the block being denoised, ours count past frames (`window_of`).
+1. Counting: their window and their m count the block being denoised, ours count past frames (`recorded.py::window_of`).
 2. Look-up: once their cache has rolled, routed frames are read up to one block late (`frames_read`).
 3. sigma: the weights of the scores use the level at int(timestep) (`sigma_at_int_timestep`).
 4. Replay: between blocks the replaying policy's own prediction is encoded (`replay(context="own")`).
@@ -26,6 +26,8 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
+from kvpo_min.checks import parity_memflow as memflow
+from kvpo_min.checks.recorded import Pairs, new_backbone, planned_routes, window_of
 from kvpo_min.chr import (
     Plan,
     Window,
@@ -41,9 +43,7 @@ from kvpo_min.grpo import anchor_advantages, fuse, kvpo_loss, safety_scale
 from kvpo_min.rollout import KVHistory, Rollout, Sampler, fork, replay
 from kvpo_min.tve import energy_weights, gibbs_log_prob, schedule, step_energies, trajectory_energy
 from kvpo_min.wan import WanBackbone
-from kvpo_min.wan.checkpoints import transformer_from, wan_from_original
-
-Pairs = dict[str, tuple]  # "what/which": (ours, theirs), each a number, a list or a tensor
+from kvpo_min.wan.checkpoints import wan_from_original
 
 FILES = (
     "schedule.json", "chr_plans.json", "grpo_objective.json", "causal_wan_tiny.json", "causal_wan_tiny.safetensors",
@@ -85,8 +85,8 @@ def parity(folder: str | Path) -> list[Row]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: expected recordings as in tests/golden")
-    memflow = MEMFLOW if any((folder / name).is_file() for name in MEMFLOW) else ()
-    if missing := [name for name in (*FILES, *memflow) if not (folder / name).is_file()]:
+    recorded_too = MEMFLOW if any((folder / name).is_file() for name in MEMFLOW) else ()
+    if missing := [name for name in (*FILES, *recorded_too) if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: tests/golden/README.md lists the files")
     try:
         recorded = {name: read(folder / name) for name in FILES}
@@ -103,7 +103,7 @@ def parity(folder: str | Path) -> list[Row]:
             *rows("kvpo_update_tiny", [route_pairs(update[0])], "count", 0),
             *rows("kvpo_update_tiny", [update_pairs(config, weights, *update, shift)], "relative", 1e-4),
             *rows("wan_1_3b_state_dict_shapes.json", [key_pairs(recorded[FILES[-1]])], "count", 0),
-            *(memflow_rows(*(read(folder / name) for name in memflow)) if memflow else ()),
+            *(memflow_rows(*(read(folder / name) for name in recorded_too)) if recorded_too else ()),
         ]
     except KeyError as error:
         raise ValueError(f"{folder} has another layout than tests/golden: {error.args[0]!r} is not there") from error
@@ -111,8 +111,6 @@ def parity(folder: str | Path) -> list[Row]:
 
 def memflow_rows(info: dict, weights: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[Row]:
     """The comparisons with the authors' MemFlow variant (parity_memflow.py)."""
-    from kvpo_min.checks import parity_memflow as memflow
-
     held, scores, velocities = memflow.call_pairs(new_backbone(info["config"], weights), info, tensors)
     made, replayed = memflow.rollout_pairs(info["config"], weights, info, tensors)
     return [
@@ -191,11 +189,6 @@ def sigma_at_int_timestep(sigma: Tensor, shift: float) -> Tensor:
     return grid[(1000 * grid - (1000 * sigma).int()[:, None]).abs().argmin(1)]
 
 
-def window_of(local: int, sink: int, m: int, block: int, capacity: int) -> tuple[Window, int]:
-    """Their sizes, which count the block being denoised -> ours and `nearest`, which count past frames."""
-    return Window(sink, local - sink - block, block, capacity), m - block
-
-
 def plan_pairs(case: dict) -> Pairs:
     """One CHR plan with its seeds (DS:39-183)."""
     c, theirs = case["config"], case["plan"]
@@ -218,10 +211,6 @@ def plan_pairs(case: dict) -> Pairs:
         ),
         "routes of the branches": (plan.routes, planned_routes(theirs)),
     }
-
-
-def planned_routes(plan: dict) -> Tensor:
-    return torch.tensor([branch["selected_older_frame_indices"] for branch in plan["branch_plans"]])
 
 
 def objective_pairs(case: dict) -> Pairs:
@@ -257,11 +246,6 @@ def objective_pairs(case: dict) -> Pairs:
 
 
 # -------------------------------------------------------------------------------------------------- the tiny causal Wan
-
-
-def new_backbone(config: dict, weights: dict[str, Tensor]) -> WanBackbone:
-    """`config` and `weights` in original Wan names, loaded as a released checkpoint is."""
-    return WanBackbone(transformer_from(weights, config["num_heads"]))
 
 
 @torch.no_grad()

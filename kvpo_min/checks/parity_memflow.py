@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from kvpo_min.bank import Bank, sparse_activation
-from kvpo_min.checks.parity import Pairs, new_backbone, planned_routes, window_of
+from kvpo_min.checks.recorded import Pairs, new_backbone, planned_routes, window_of
 from kvpo_min.chr import Plan, Window, chunk_starts, ordinary_frames, plan_slots, slot_forks, slot_frames, slot_pool
 from kvpo_min.rollout import KVHistory, Rollout, Sampler, Stream, fork, generate, replay
 from kvpo_min.tve import step_energies, trajectory_energy
 from kvpo_min.wan import WanBackbone
+from kvpo_min.wan.checkpoints import wan_from_original
 
 TAU = 2.0  # the authors' score is -energy / 2
 
@@ -153,8 +154,6 @@ def log_score(backbone: WanBackbone, rollout: Rollout, sampler: Sampler, grad_st
 
 def rollout_pairs(config: dict, weights: dict, info: dict, tensors: dict[str, Tensor]) -> tuple[Pairs, Pairs]:
     """The same through `generate`, `fork` and `replay`. -> velocities; score of the branch and its gradients"""
-    from kvpo_min.wan.checkpoints import wan_from_original
-
     backbone = new_backbone(config, weights).requires_grad_(True)
     rollout, sampler, made = rollout_of(backbone, info, tensors, settings(info)[2])
     pairs, scored, block, start = {}, {}, info["num_frame_per_block"], info["fork_frame"]
