@@ -8,7 +8,10 @@ from kvpo_min.config import TrainConfig
 from kvpo_min.system import ends_like_ctrl_c
 
 OPTIONS = (TrainConfig, RunOptions)
-DEFAULTS = {"output_dir": "kvpo_demo", "event": "settles", "eval_every": 5, "max_train_steps": 40, "prefix_coef": 10.0}
+DEFAULTS = {
+    "output_dir": "kvpo_demo", "event": "settles", "eval_every": 5, "max_train_steps": 40, "prefix_coef": 10.0,
+    "learning_rate": 2e-3, "fuse_mode": "zscore", "tau_groups": 4, "vq": 2.0, "mq": 0.25,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
