@@ -530,7 +530,8 @@ def observe_distill(options, make_pipeline, monkeypatch, folder, stories, make_t
         raise Stop
 
     small = dict(
-        output_dir="a", autoencoder_batch=2, teacher_batch=1, first_blocks=2, student_batch=1, student_first_blocks=2, stories=5,
+        output_dir="a", autoencoder_batch=2, teacher_batch=1, first_blocks=2, student_batch=1, student_first_blocks=2,
+        stories=5,
     )  # fmt: skip
     monkeypatch.setattr(distill, "loop", loop)
     monkeypatch.setattr(distill, "new_transformer", lambda: make_transformer(layers=1).train().requires_grad_(True))

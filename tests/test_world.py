@@ -554,7 +554,11 @@ def test_expected_by_hand():
         ("a disc", range(39), "a disc rests"),
         ("a red disc moves left", range(39), "a red disc moves left"),
         ("a disc rests", range(39), "a disc rests"),
-        ("a red disc wanders and changes colour", range(39), "a disc , 27 frames red , 12 frames of any colour"),
+        (
+            "a red disc wanders and changes colour",
+            range(39),
+            "a disc , 27 frames red , 12 frames of any colour",
+        ),
         ("a red disc changes colour", range(27), "a red disc rests"),
         ("a red disc at the snow", range(21), "a red disc rests , 21 frames at the snow"),
         ("a disc travels and settles", range(39), "a disc rests"),
@@ -563,10 +567,21 @@ def test_expected_by_hand():
             range(21, 39),
             "a red disc rests , 6 frames at the forest , 12 frames at the beach or night or meadow or dusk or forest",
         ),
-        ("a disc travels from the snow", range(0, 12), "a disc rests , 3 frames at the snow , 6 frames at the beach , "
-         "3 frames at the night"),
-        ("a red disc | it moves left | it turns blue", range(75, 111), "a disc moves left , 6 frames red , 30 frames blue"),
-        ("a disc at the night | it travels", range(39, 51), "a disc rests , 6 frames at the meadow , 6 frames at the dusk"),
+        (
+            "a disc travels from the snow",
+            range(0, 12),
+            "a disc rests , 3 frames at the snow , 6 frames at the beach , 3 frames at the night",
+        ),
+        (
+            "a red disc | it moves left | it turns blue",
+            range(75, 111),
+            "a disc moves left , 6 frames red , 30 frames blue",
+        ),
+        (
+            "a disc at the night | it travels",
+            range(39, 51),
+            "a disc rests , 6 frames at the meadow , 6 frames at the dusk",
+        ),
         ("a disc at the dusk | it settles", range(39, 75), "a disc rests , 36 frames at the dusk"),
     ],
 )  # fmt: skip
