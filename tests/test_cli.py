@@ -310,9 +310,9 @@ def test_summary_is_what_a_stranger_measures_with_peft(finished, model):
     held_out = world.prompt_set(2, 1, prompts_of.EVAL_SEED, "settles")
     assert not set(held_out) <= set(world.prompt_set(2, 1, 0, "settles"))
     pipeline = load_pocket(folder=model)
-    assert folders.finite(evaluate(pipeline, held_out, pocket_rewards(), 39)) == summary["before"]
+    assert folders.finite(evaluate(pipeline, held_out, pocket_rewards(vq=2.0, mq=0.25), 39)) == summary["before"]
     PeftModel.from_pretrained(pipeline.backbone.transformer, finished)
-    assert folders.finite(evaluate(pipeline, held_out, pocket_rewards(), 39)) == summary["after"]
+    assert folders.finite(evaluate(pipeline, held_out, pocket_rewards(vq=2.0, mq=0.25), 39)) == summary["after"]
     assert summary["before"] != summary["after"]
 
 
@@ -323,14 +323,17 @@ def test_config_of_a_run_is_the_run(finished, model):
     config, options = cli_options.split_options(values, TrainConfig, cli_options.RunOptions)
     assert config == TrainConfig(
         output_dir=str(finished), max_train_steps=4, num_generations=3, rank=2, tau_groups=1, checkpointing_steps=2,
-        prefix_coef=10.0,
+        prefix_coef=10.0, learning_rate=2e-3, fuse_mode="zscore",
     )  # fmt: skip
-    assert options == cli_options.RunOptions(model=str(model), eval_prompts=2, eval_every=2, event="settles")
+    assert options == cli_options.RunOptions(
+        model=str(model), eval_prompts=2, eval_every=2, event="settles", vq=2.0, mq=0.25
+    )
 
 
 def test_resumed_run_equals_an_uninterrupted_one(finished, model, tmp_path, capsys, undrawn):
     argv = ["train", "--model", str(model), "--output_dir", str(tmp_path / "run"), *SMALL]
-    argv += ["--event", "settles", "--prefix_coef", "10"]
+    argv += ["--event", "settles", "--prefix_coef", "10", "--learning_rate", "2e-3", "--fuse_mode", "zscore"]
+    argv += ["--vq", "2", "--mq", "0.25"]
     assert cli.main([*argv, "--max_train_steps", "2"]) == 0
     with (tmp_path / "run" / "metrics.jsonl").open(
         "a"
