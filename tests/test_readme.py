@@ -152,9 +152,10 @@ def test_paper_map_has_every_row():
             assert line.count("|") == (5 if re.match(r"\| \d+ \|", line) else 6), line[:60]
 
 
-def tree_of_readme():
-    """The files that the README lists: indented names under the folder that stands before them."""
-    block = re.search(r"^## Files\n\n```\n(.*?)^```$", README, re.DOTALL | re.MULTILINE).group(1)
+def tree_of(page):
+    """The files that a page lists: indented names under the folder that stands before them."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    block = re.search(r"^#+ (?:Files|Every file)\n\n```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE).group(1)
     folder, listed = "", {}
     for line in block.splitlines():
         name, _, comment = line.strip().partition(" ")
@@ -164,13 +165,18 @@ def tree_of_readme():
     return listed
 
 
-def test_the_file_tree():
-    listed = tree_of_readme()
-    for name, comment in listed.items():
-        assert (ROOT / name).exists(), f"README.md lists {name}, which does not exist"
-        assert comment or name.count("/") == 1, f"README.md says nothing about {name}"
+@pytest.mark.parametrize("page", ["README.md", "docs/files.md"])
+def test_the_file_tree(page):
+    for name, comment in tree_of(page).items():
+        assert (ROOT / name).exists(), f"{page} lists {name}, which does not exist"
+        assert comment or name.count("/") == 1, f"{page} says nothing about {name}"
+
+
+def test_every_file_and_page_is_listed():
+    listed = set(tree_of("docs/files.md"))
     package = (str(p.relative_to(ROOT)) for folder in ("kvpo_min", "benchmarks") for p in (ROOT / folder).rglob("*.py"))
-    assert {name for name in package if not name.endswith("__init__.py")} <= set(listed)
+    assert {name for name in package if not name.endswith("__init__.py")} <= listed
+    assert {str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md")} <= listed
 
 
 def test_every_logged_number_is_explained():
