@@ -23,7 +23,7 @@ wanderer may turn. Events ("settles", "turns", "changes colour") happen at frame
 after the words came. A story begins with its hero in the middle of the picture, at rest unless the words say otherwise;
 who leaves the picture on one side comes back on the other. Never named: the size.
 
-States are integers, so the world is finite: 4 shapes x 2 sizes x 6 colours x 6 scenes x 16 x 16 places (every fourth
+States are integers, so the world is finite: 4 shapes x 2 sizes x 6 colours x 6 scenes x 8 x 8 places (every eighth
 pixel).
 """
 
@@ -43,7 +43,7 @@ from torch import Tensor
 from kvpo_min.chr import Window, ordinary_frames
 
 SIZE = 64  # pixels a side
-GRID = 4  # pixels between two places, and pixels a frame that a moving hero goes
+GRID = 8  # pixels between two places, and pixels a frame that a moving hero goes: a cell of the latents
 PLACES = SIZE // GRID
 COLOURS = {
     "red": (0.93, 0.13, 0.16), "orange": (1.00, 0.55, 0.05), "yellow": (1.00, 0.93, 0.20),
@@ -592,7 +592,7 @@ def _stamps() -> tuple[Tensor, Tensor]:
 
 
 def _at_places(images: Tensor, stamps: Tensor) -> Tensor:
-    """Sums of images [N, H, W] under each stamp at each place. -> [N, 8, 16, 16]"""
+    """Sums of images [N, H, W] under each stamp at each place. -> [N, 8, 8, 8]"""
     padded = F.pad(images[:, None], (_REACH,) * 4, mode="circular")
     return F.conv2d(padded, stamps, stride=GRID)
 
@@ -602,14 +602,14 @@ def _search_tables() -> tuple[Tensor, Tensor, Tensor]:
     """What does not depend on the frame. With S a landscape, k an ink, r the rim, i and h the coverages of ink and
     hero, a rendering is S + D with D = h (r - S) + i (k - r), so
     ||frame - S - D||^2 = ||frame - S||^2 - 2 <frame - S, D> + ||D||^2.
-    -> ||D||^2 [6 scenes, 8 masks, 6 inks, 16, 16], r - S [6, 3, 64, 64], k - r [6, 3]"""
+    -> ||D||^2 [6 scenes, 8 masks, 6 inks, 8, 8], r - S [6, 3, 64, 64], k - r [6, 3]"""
     ink, hero = _stamps()
     rim, inks = torch.tensor(OUTLINE), torch.tensor(list(COLOURS.values())) - torch.tensor(OUTLINE)  # [3], [6, 3]
     left = rim[:, None, None] - scenes()  # r - S [6, 3, 64, 64]
-    square = _at_places(left.square().sum(1), hero.square())  # sum h^2 |r - S|^2 [6, 8, 16, 16]
-    cross = _at_places(left.flatten(0, 1), hero * ink).unflatten(0, (6, 3))  # sum h i (r - S)_c [6, 3, 8, 16, 16]
+    square = _at_places(left.square().sum(1), hero.square())  # sum h^2 |r - S|^2 [6, 8, 8, 8]
+    cross = _at_places(left.flatten(0, 1), hero * ink).unflatten(0, (6, 3))  # sum h i (r - S)_c [6, 3, 8, 8, 8]
     own = (ink.square().sum((1, 2, 3))[:, None] * inks.square().sum(1))[None, :, :, None, None]
-    energy = square[:, :, None] + 2 * torch.einsum("kc,scmyx->smkyx", inks, cross) + own  # [6, 8, 6, 16, 16]
+    energy = square[:, :, None] + 2 * torch.einsum("kc,scmyx->smkyx", inks, cross) + own  # [6, 8, 6, 8, 8]
     return energy, left, inks
 
 
@@ -621,9 +621,9 @@ def _nearest_clean(frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     least, state, there = torch.full((n,), torch.inf), torch.zeros(n, dtype=torch.long), torch.zeros(n)
     for s, picture in enumerate(scenes()):
         rest = frames - picture  # [N, 3, 64, 64]
-        rim = _at_places((rest * left[s]).sum(1), hero)  # [N, 8, 16, 16]
-        fill = _at_places(rest.flatten(0, 1), ink).unflatten(0, (n, 3))  # [N, 3, 8, 16, 16]
-        gain = 2 * (rim[:, :, None] + torch.einsum("kc,ncmyx->nmkyx", inks, fill)) - energy[s]  # [N, 8, 6, 16, 16]
+        rim = _at_places((rest * left[s]).sum(1), hero)  # [N, 8, 8, 8]
+        fill = _at_places(rest.flatten(0, 1), ink).unflatten(0, (n, 3))  # [N, 3, 8, 8, 8]
+        gain = 2 * (rim[:, :, None] + torch.einsum("kc,ncmyx->nmkyx", inks, fill)) - energy[s]  # [N, 8, 6, 8, 8]
         best, index = gain.flatten(1).max(1)
         cost = rest.square().sum((1, 2, 3)) - best
         state = torch.where(cost < least, s * gain[0].numel() + index, state)
