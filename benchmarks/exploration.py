@@ -57,7 +57,9 @@ def measure(
         z = draw_noise(end // window.block, len(sigmas), shape, generator)
         z, plan = explore(kind, plan, z, generator, window.block, strength)
         made = fork(pipeline.backbone, texts, z, plan, end, end, sampler, nearest)
-        whole = world.judge(pipeline.decode(made.videos))
+        pixels = pipeline.decode(made.videos[:, plan.fork :])
+        prefix = pipeline.decode(made.videos[:1, : plan.fork]).expand(n_branches + 1, -1, -1, -1, -1)
+        whole = world.judge(torch.cat([prefix, pixels], 1))
 
         def reads(branch: int, start: int, plan=plan, window=window) -> torch.Tensor:
             if kind != "routing" or branch == n_branches:
@@ -66,7 +68,6 @@ def measure(
 
         ends = world.settled(whole, [script] * (n_branches + 1), reads)
         right = (ends.after == ends.should)[ends.video < n_branches].float()
-        pixels = pipeline.decode(made.videos[:, plan.fork :])
         reading = world.judge(pixels)
         told = [world.story(reading, g) for g in range(n_branches + 1)]
         parts = {}
