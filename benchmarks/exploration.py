@@ -9,7 +9,8 @@
 Rows that are in the file already are not computed again. For each way to explore: forks on held-out prompts, in the
 model's own rollouts, G branches against the unrouted anchor, from the fork to the end of its chunk.
 - different: share of branches in which the judge reads another order of events (runs of 3 frames and more) than in
-  the anchor; different scene, colour, shape, motion: share in which that alone differs in a quarter of the frames
+  the anchor; different scene, colour, shape, motion, place: share in which that alone differs in a quarter of the
+  frames
 - remembered: share of the branches that settle where the frames that they could read demand; anchor remembered: of
   the anchors
 - spread: standard deviation of the weighted reward inside a group
@@ -79,6 +80,8 @@ def measure(
         for name in ("scene", "colour", "shape", "motion"):
             each = getattr(reading, name)
             parts[name] = (each[:-1] != each[-1:]).float().mean(1).gt(0.25).float().mean().item()
+        away = (reading.place[:-1] != reading.place[-1:]).any(2)
+        parts["place"] = away.float().mean(1).gt(0.25).float().mean().item()
         scores = score(pipeline, rewards, pixels, [script] * len(pixels), plan.fork)
         total = rewards.total(scores)
         rows.append({
@@ -107,7 +110,7 @@ SHOWN = {  # of the figure: six sources, and what each event changes
     "consistency noise, strength 1.0": "all noise in the steps",
     "fresh noise": "all noise fresh",
 }
-EVENTS = {"settles": "scene", "wanders": "motion", "turns": "colour"}
+EVENTS = {"settles": "scene", "wanders": "place", "turns": "colour"}
 
 
 def draw(path: Path, folder: Path) -> None:
@@ -148,7 +151,7 @@ def main() -> None:
     pipeline = load_pocket(folder=args.model)
     scripts = world.prompt_set(args.forks, args.num_segments, seed=7, event=args.event)
     table = found["ways"]
-    keys = ["different", "different scene", "different colour", "different motion", "remembered", "anchor remembered",
+    keys = ["different", "different scene", "different colour", "different place", "remembered", "anchor remembered",
             "spread", "over anchor", "best over anchor", "distance ratio"]  # fmt: skip
     print("| way | " + " | ".join(keys) + " |\n|" + "---|" * (len(keys) + 1))
     for way, how in list(WAYS.items())[: args.ways]:
