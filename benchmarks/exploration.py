@@ -3,18 +3,22 @@
     python benchmarks/exploration.py --event settles --json benchmarks/data/exploration_settles.json
     python benchmarks/exploration.py --event wanders --json benchmarks/data/exploration_wanders.json
     python benchmarks/exploration.py --event turns --json benchmarks/data/exploration_turns.json
+    python benchmarks/exploration.py --event settles --bank 3 --ways 1 --json benchmarks/data/exploration_bank.json
     python benchmarks/exploration.py --figure figures/who_decides.png
 
 Rows that are in the file already are not computed again. For each way to explore: forks on held-out prompts, in the
 model's own rollouts, G branches against the unrouted anchor, from the fork to the end of its chunk.
 - different: share of branches in which the judge reads another order of events (runs of 3 frames and more) than in
-  the anchor; different scene, colour, shape, motion: share in which that alone differs in a quarter of the frames
-- remembered: share of the branches that settle where the frames that they could read demand
+  the anchor; different scene, colour, shape, motion, place: share in which that alone differs in a quarter of the
+  frames
+- remembered: share of the branches that settle where the frames that they could read demand; anchor remembered: of
+  the anchors
 - spread: standard deviation of the weighted reward inside a group
 - distance: mean distance of the branches' frames from the nearest clean rendering, over the anchors'
 Noise of strength s, sqrt(1 - s^2) shared + s fresh, is mixed into the initial noise ("at the fork") or the re-noising
 steps ("consistency noise") of the same five blocks that routing would touch; "fresh noise" is all noise from the fork
-on. The four are those of the comparison of methods (`kvpo_min.compare.baselines.explore`).
+on. With `--bank` every video has a memory bank of so many frames (bank.py), of which "demand" knows nothing. The four
+are those of the comparison of methods (`kvpo_min.compare.baselines.explore`).
 """
 
 import argparse
@@ -25,10 +29,11 @@ import torch
 from tqdm import tqdm
 
 from kvpo_min import chr as routing
+from kvpo_min.bank import Bank
 from kvpo_min.compare.baselines import explore
 from kvpo_min.pipeline import score
 from kvpo_min.pocket import load_pocket, pocket_rewards, world
-from kvpo_min.rollout import Sampler, draw_noise, fork
+from kvpo_min.rollout import Sampler, Stream, draw_noise, fork
 
 WAYS = {
     "routing, nearest 2, 4 routed": dict(nearest=2),
@@ -42,7 +47,7 @@ WAYS = {
 
 @torch.no_grad()
 def measure(
-    pipeline, scripts, n_frames: int, n_branches: int, kind="routing", nearest=1, past=6, strength=0.5, seed=0
+    pipeline, scripts, n_frames: int, n_branches: int, kind="routing", nearest=1, past=6, strength=0.5, seed=0, bank=0
 ) -> dict:
     """One way to explore, over one fork a script."""
     rewards, window, sigmas = pocket_rewards(), routing.Window(past=past), pipeline.sigmas
@@ -56,8 +61,11 @@ def measure(
         shape = (window.block, *pipeline.latent_shape)
         z = draw_noise(end // window.block, len(sigmas), shape, generator)
         z, plan = explore(kind, plan, z, generator, window.block, strength)
-        made = fork(pipeline.backbone, texts, z, plan, end, end, sampler, nearest)
-        whole = world.judge(pipeline.decode(made.videos))
+        begin = Stream(bank=Bank(bank)) if bank else Stream()
+        made = fork(pipeline.backbone, texts, z, plan, end, end, sampler, nearest, prefix=begin)
+        pixels = pipeline.decode(made.videos[:, plan.fork :])
+        prefix = pipeline.decode(made.videos[:1, : plan.fork]).expand(n_branches + 1, -1, -1, -1, -1)
+        whole = world.judge(torch.cat([prefix, pixels], 1))
 
         def reads(branch: int, start: int, plan=plan, window=window) -> torch.Tensor:
             if kind != "routing" or branch == n_branches:
@@ -65,20 +73,22 @@ def measure(
             return routing.branch_frames(plan.routes, start, window, nearest)[branch]
 
         ends = world.settled(whole, [script] * (n_branches + 1), reads)
-        right = (ends.after == ends.should)[ends.video < n_branches].float()
-        pixels = pipeline.decode(made.videos[:, plan.fork :])
+        right, routed = (ends.after == ends.should).float(), ends.video < n_branches
         reading = world.judge(pixels)
         told = [world.story(reading, g) for g in range(n_branches + 1)]
         parts = {}
         for name in ("scene", "colour", "shape", "motion"):
             each = getattr(reading, name)
             parts[name] = (each[:-1] != each[-1:]).float().mean(1).gt(0.25).float().mean().item()
+        away = (reading.place[:-1] != reading.place[-1:]).any(2)
+        parts["place"] = away.float().mean(1).gt(0.25).float().mean().item()
         scores = score(pipeline, rewards, pixels, [script] * len(pixels), plan.fork)
         total = rewards.total(scores)
         rows.append({
             "different": sum(t != told[-1] for t in told[:-1]) / n_branches,
             **{f"different {name}": share for name, share in parts.items()},
-            "remembered": right.mean().item() if len(right) else float("nan"),
+            "remembered": right[routed].mean().item() if len(right) else float("nan"),
+            "anchor remembered": right[~routed].mean().item() if len(right) else float("nan"),
             "spread": total[:-1].std().item(),
             **{f"spread {name}": s[:-1].std().item() for name, s in scores.items()},
             "over anchor": (total[:-1].mean() - total[-1]).item(),
@@ -100,7 +110,7 @@ SHOWN = {  # of the figure: six sources, and what each event changes
     "consistency noise, strength 1.0": "all noise in the steps",
     "fresh noise": "all noise fresh",
 }
-EVENTS = {"settles": "scene", "wanders": "motion", "turns": "colour"}
+EVENTS = {"settles": "scene", "wanders": "place", "turns": "colour"}
 
 
 def draw(path: Path, folder: Path) -> None:
@@ -122,6 +132,8 @@ def main() -> None:
     parser.add_argument("--num_frames", type=int, default=39)
     parser.add_argument("--num_segments", type=int, default=1)
     parser.add_argument("--event", default="settles", help="only scripts that hold these words")
+    parser.add_argument("--bank", type=int, default=0, help="frames of a memory bank; 0: none")
+    parser.add_argument("--ways", type=int, default=len(WAYS), help="only the first so many")
     parser.add_argument("--json", help="file that the rows are kept in")
     parser.add_argument("--figure", help="draw the three recorded files as this picture, and stop")
     args = parser.parse_args()
@@ -130,7 +142,8 @@ def main() -> None:
         return
     if not args.json:
         parser.error("--json FILE is required")
-    path, asked = Path(args.json), {key: value for key, value in vars(args).items() if key not in ("json", "figure")}
+    rest = ("json", "figure", "ways")
+    path, asked = Path(args.json), {key: value for key, value in vars(args).items() if key not in rest}
     path.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(path.read_text()) if path.exists() else {"args": asked, "ways": {}}
     if found["args"] != asked:
@@ -138,12 +151,12 @@ def main() -> None:
     pipeline = load_pocket(folder=args.model)
     scripts = world.prompt_set(args.forks, args.num_segments, seed=7, event=args.event)
     table = found["ways"]
-    keys = ["different", "different scene", "different colour", "different motion", "remembered", "spread",
-            "over anchor", "best over anchor", "distance ratio"]  # fmt: skip
+    keys = ["different", "different scene", "different colour", "different place", "remembered", "anchor remembered",
+            "spread", "over anchor", "best over anchor", "distance ratio"]  # fmt: skip
     print("| way | " + " | ".join(keys) + " |\n|" + "---|" * (len(keys) + 1))
-    for way, how in WAYS.items():
+    for way, how in list(WAYS.items())[: args.ways]:
         if way not in table:
-            table[way] = measure(pipeline, scripts, args.num_frames, args.branches, **how)
+            table[way] = measure(pipeline, scripts, args.num_frames, args.branches, **how, bank=args.bank)
             path.write_text(json.dumps(found, indent=1) + "\n")
         print(f"| {way} | " + " | ".join(f"{table[way][key]:.3f}" for key in keys) + " |", flush=True)
 

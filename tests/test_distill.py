@@ -15,7 +15,7 @@ from kvpo_min.rollout import KVHistory, Sampler, Stream, generate, stale_from
 from kvpo_min.tve import schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-STATES = 4 * 2 * 6 * 6 * 16 * 16
+STATES = 4 * 2 * 6 * 6 * 8 * 8
 WINDOW = Window()
 FORMS = (0, 39, 57, 75, 111, 129)  # a short story, chunks at a switch of words, chunks inside a segment
 
@@ -273,9 +273,9 @@ def test_turned_heroes_come_another_way_and_then_do_as_told():
     until, heading = torch.tensor([3, 6, 9, 3, 6, 9, 6, 9]), torch.tensor([1, 4, 0, 2, 3, 0, 2, 1])
     chosen = torch.tensor([True] * 7 + [False])
     turned, wrong = distill.turned(rows, motion, chosen, until, heading)
-    assert (turned // 256).equal(rows // 256)  # only the place
+    assert (turned // 64).equal(rows // 64)  # only the place
     for k in range(8):
-        place = 4 * torch.stack([turned[k] // 16 % 16, turned[k] % 16], 1)
+        place = 8 * torch.stack([turned[k] // 8 % 8, turned[k] % 8], 1)
         steps = (place.diff(dim=0) + 32) % 64 - 32
         if k in (5, 6, 7):  # no motion named, the same one, not chosen
             assert turned[k].equal(rows[k]) and not wrong[k].any()
@@ -283,8 +283,8 @@ def test_turned_heroes_come_another_way_and_then_do_as_told():
         u = int(until[k])
         assert turned[k, u - 1 :].equal(rows[k, u - 1 :])
         names = [*world.DIRECTIONS.values(), (0, 0)]
-        assert (steps[: u - 1] == 4 * torch.tensor(names[heading[k]])).all()
-        assert (steps[u - 1 :] == 4 * torch.tensor(names[motion[k]])).all()
+        assert (steps[: u - 1] == 8 * torch.tensor(names[heading[k]])).all()
+        assert (steps[u - 1 :] == 8 * torch.tensor(names[motion[k]])).all()
         assert wrong[k].tolist() == [t < u for t in range(15)]
 
 
@@ -643,7 +643,7 @@ def test_the_real_transformer_fits_its_size():
 
 
 def test_all_stages_run_and_leave_a_model_that_loads(tmp_path, make_transformer, monkeypatch):
-    """Two steps a stage with a small transformer; the table of all frames is given, which spares 73,728 encodings."""
+    """Two steps a stage with a small transformer; the table of all frames is given, which spares 18,432 encodings."""
     from safetensors.torch import save_file
 
     monkeypatch.setattr(distill, "new_transformer", lambda: make_transformer().requires_grad_(True))

@@ -52,7 +52,7 @@ def test_a_point_of_the_curve_is_an_evaluation_of_the_first_prompts(make_pipelin
     monkeypatch.setattr(cli_run, "CURVE", 2)
     pipeline, scripts, rewards = (
         make_pipeline(),
-        ["a red disc moves", "a cross moves", "a square moves"],
+        ["a red disc wanders", "a cross wanders", "a square wanders"],
         pocket_rewards(),
     )
     config = replace(CONFIG, num_frames=6)

@@ -507,7 +507,7 @@ def observe_wan(options, make_pipeline, monkeypatch, folder):
 
 @pytest.fixture(scope="module")
 def stories():
-    latents = torch.randn(73728, 8, 4, 4, generator=torch.Generator().manual_seed(0)).half()
+    latents = torch.randn(18432, 8, 4, 4, generator=torch.Generator().manual_seed(0)).half()
     return distill.tell_stories(6, latents, seed=3)
 
 

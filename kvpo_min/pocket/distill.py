@@ -48,16 +48,16 @@ class DistillConfig:
     output_dir: str = "pocket"  # holds autoencoder/, teacher/, student/
     seed: int = 0
     device: str = "cpu"
-    autoencoder_steps: int = 4000
+    autoencoder_steps: int = 3200
     autoencoder_batch: int = 16  # frames a process
     autoencoder_learning_rate: float = 3e-3
-    teacher_steps: int = 2000
+    teacher_steps: int = 1200
     teacher_learning_rate: float = 2e-2  # of the matrices (Muon); a fifth of it for everything else (AdamW)
-    teacher_batch: int = 6  # clips a process
+    teacher_batch: int = 3  # clips a process
     first_blocks: int = 48  # first blocks a process, besides the clips
-    first_weight: float = 0.5  # of their loss
+    first_weight: float = 1.0  # of their loss
     text_dropout: float = 0.1  # share of the clips without words, so that the student's target can be guided
-    student_steps: int = 40  # a batch of rollouts and one of first blocks each
+    student_steps: int = 24  # a batch of rollouts and one of first blocks each
     student_learning_rate: float = 1e-4
     fake_learning_rate: float = 2e-4
     fake_updates: int = 2  # of the fake score, for one of the student
@@ -239,7 +239,7 @@ BEFORE = 21  # frames before a later chunk that a clip shows: as far back as its
 class Stories:
     """Training stories: latents of every clean frame there is, and for each story its frames and words."""
 
-    latents: Tensor  # [73728, 8, 8, 8] fp16, one row a state of the world
+    latents: Tensor  # [18432, 8, 8, 8] fp16, one row a state of the world
     short: Tensor  # [N, 39] int32, row of each frame
     short_text: Tensor  # [N, 1, words, text dim]
     short_settles: Tensor  # [N, 1] bool
@@ -268,7 +268,7 @@ def in_scene(rows: Tensor, scene: Tensor) -> Tensor:
 
 
 def encode_world(autoencoder, path: Path) -> Tensor:
-    """Latents of all 73728 clean frames, computed once and kept in `path`. -> [73728, 8, 8, 8] fp16, unit scale"""
+    """Latents of all 18432 clean frames, computed once and kept in `path`. -> [18432, 8, 8, 8] fp16, unit scale"""
     from safetensors.torch import load_file, save_file
 
     if path.exists():

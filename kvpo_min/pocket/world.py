@@ -13,17 +13,17 @@ Grammar of a script, one a line (words in brackets may be left out, and history 
     script  := first { " | " later }                                 (at most four segments)
     first   := "a" [COLOUR] SHAPE ["at the" SCENE] [action {"and" action}]
     later   := "it" action {"and" action}
-    action  := "moves" [DIRECTION] | "rests" | "wanders"             (motion: at most one)
+    action  := "moves" DIRECTION | "rests" | "wanders"               (motion: at most one)
              | "turns" COLOUR | "changes colour"                     (colour: at most one)
              | "travels" ["from the" SCENE] | "settles"              (scene; "from the" only in first, and who settles
                                                                      there has to travel first)
 
 Time has one rhythm: at frames 3, 9, 15, ... (every second block) a traveller goes to the next scene of the ring and a
-wanderer may turn. Events ("settles", "turns", "changes colour") happen at frame 27, and in later segments 6 frames
-after the words came. A story begins with its hero in the middle of the picture, at rest unless the words say otherwise;
-who leaves the picture on one side comes back on the other. Never named: the size.
+wanderer leaps, left, up, right or down. Events ("settles", "turns", "changes colour") happen at frame 27, and in later
+segments 6 frames after the words came. A story begins with its hero in the middle of the picture, at rest unless the
+words say otherwise; who leaves the picture on one side comes back on the other. Never named: the size.
 
-States are integers, so the world is finite: 4 shapes x 2 sizes x 6 colours x 6 scenes x 16 x 16 places (every fourth
+States are integers, so the world is finite: 4 shapes x 2 sizes x 6 colours x 6 scenes x 8 x 8 places (every eighth
 pixel).
 """
 
@@ -43,8 +43,9 @@ from torch import Tensor
 from kvpo_min.chr import Window, ordinary_frames
 
 SIZE = 64  # pixels a side
-GRID = 4  # pixels between two places, and pixels a frame that a moving hero goes
+GRID = 8  # pixels between two places, and pixels a frame that a moving hero goes: a cell of the latents
 PLACES = SIZE // GRID
+LEAP = 2 * GRID  # pixels that a wandering hero goes at a beat
 COLOURS = {
     "red": (0.93, 0.13, 0.16), "orange": (1.00, 0.55, 0.05), "yellow": (1.00, 0.93, 0.20),
     "green": (0.35, 0.95, 0.30), "blue": (0.20, 0.45, 1.00), "purple": (0.85, 0.30, 0.95),
@@ -86,7 +87,7 @@ class Segment:
     colour: str | None = None  # named before the shape of a first segment
     shape: str | None = None
     place: str | None = None  # scene of the first frames
-    motion: str | None = None  # a direction, moves, rest or wanders
+    motion: str | None = None  # a direction, rest or wanders
     turns: str | None = None  # a colour, or "changes"
     travels: bool = False
     settles: bool = False
@@ -144,7 +145,7 @@ def _parse_segment(words: list[str], first: bool) -> Segment:
             if "turns" in said:
                 fail("at most one colour action")
             said["turns"] = object_ if verb == "turns" else "changes"
-        elif (verb == "moves" and object_ in (None, *DIRECTIONS)) or (verb in ("rests", "wanders") and not object_):
+        elif (verb == "moves" and object_ in DIRECTIONS) or (verb in ("rests", "wanders") and not object_):
             if "motion" in said:
                 fail("at most one motion")
             said["motion"] = object_ or {"rests": "rest"}.get(verb, verb)
@@ -160,7 +161,7 @@ def _parse_segment(words: list[str], first: bool) -> Segment:
                 fail("'settles' once, and in a first segment after 'travels' ('a disc travels and settles')")
             said["settles"] = True
         else:
-            fail(f"an action (moves [direction], rests, wanders, turns COLOUR, changes colour, travels, settles), got "
+            fail(f"an action (moves DIRECTION, rests, wanders, turns COLOUR, changes colour, travels, settles), got "
                  f"'{verb}'")  # fmt: skip
         if rest and (rest.pop(0) != "and" or not rest):
             fail("'and' and another action")
@@ -276,7 +277,7 @@ def sample_script(generator: torch.Generator, n_segments: int = 1) -> str:
         weights = torch.ones(len(options)) if weights is None else torch.tensor(weights)
         return options[int(torch.multinomial(weights.float(), 1, generator=generator))]
 
-    motions = [*(f"moves {d}" for d in DIRECTIONS), "moves", "rests", "wanders", ""]
+    motions = [*(f"moves {d}" for d in DIRECTIONS), "rests", "wanders", ""]
     colours = ["changes colour", *(f"turns {c}" for c in COLOURS), ""]
     colour, shape, scene = pick(["", *COLOURS], [6, *[2] * 6]), pick(SHAPES), pick(SCENES)
     travels, named = pick([True, False], [2, 1]), pick([True, False], [3, 1])
@@ -284,14 +285,14 @@ def sample_script(generator: torch.Generator, n_segments: int = 1) -> str:
     start = ["a", colour, shape, f"at the {scene}" if named and not travels else ""]
     actions = [f"travels from the {scene}" if named else "travels"] if travels else []
     actions += ["settles"] if ends else []
-    actions += [pick(motions, [1, 1, 1, 1, 0.5, 2, 3, 6])]
+    actions += [pick(motions, [1, 1, 1, 1, 2, 3, 6])]
     if sum(len(a.split()) for a in [*start, *actions]) + len(actions) <= TEXT_LEN - 4:
         actions += [pick(colours, [3, *[0.5] * 6, 6])]
     texts = [" ".join([*filter(None, start), " and ".join(filter(None, actions))]).strip()]
     moving = travels and not ends
     for _ in range(n_segments - 1):
         scene_action = pick(["settles", ""], [4, 1]) if moving else pick(["travels", ""], [2, 1])
-        actions = [scene_action, pick(motions, [1, 1, 1, 1, 0.5, 1, 2, 6]), pick(colours, [3, *[0.5] * 6, 8])]
+        actions = [scene_action, pick(motions, [1, 1, 1, 1, 1, 2, 6]), pick(colours, [3, *[0.5] * 6, 8])]
         actions = list(filter(None, actions)) or ["rests"]
         moving = moving if not scene_action else scene_action == "travels"
         texts.append("it " + " and ".join(actions))
@@ -356,10 +357,8 @@ def simulate(
             wanders = segment.motion == "wanders" or (wanders and segment.motion is None)
             if segment.motion in DIRECTIONS:
                 heading = list(DIRECTIONS).index(segment.motion)
-            elif segment.motion == "rest":
+            elif segment.motion in ("rest", "wanders"):
                 heading = REST
-            elif segment.motion in ("moves", "wanders"):
-                heading = draw(4)
         if t == settles_at:
             past = torch.tensor([state[3] for state in states])
             scene = int(remembered(past, reads(t) if reads else ordinary_frames(t, Window())))
@@ -367,7 +366,8 @@ def simulate(
         if t >= 3 and t % BEAT == 3:
             scene = (scene + travels) % len(SCENES)
             if wanders:
-                heading = (heading + (0, 1, 3)[draw(3)]) % 4  # straight on, clockwise or not
+                dy, dx = list(DIRECTIONS.values())[draw(4)]
+                y, x = (y + LEAP * dy) % SIZE, (x + LEAP * dx) % SIZE
         if t == event_frame(k) and segment.turns:
             other = (colour + 1 + draw(5)) % 6
             colour = other if segment.turns == "changes" else list(COLOURS).index(segment.turns)
@@ -592,7 +592,7 @@ def _stamps() -> tuple[Tensor, Tensor]:
 
 
 def _at_places(images: Tensor, stamps: Tensor) -> Tensor:
-    """Sums of images [N, H, W] under each stamp at each place. -> [N, 8, 16, 16]"""
+    """Sums of images [N, H, W] under each stamp at each place. -> [N, 8, 8, 8]"""
     padded = F.pad(images[:, None], (_REACH,) * 4, mode="circular")
     return F.conv2d(padded, stamps, stride=GRID)
 
@@ -602,14 +602,14 @@ def _search_tables() -> tuple[Tensor, Tensor, Tensor]:
     """What does not depend on the frame. With S a landscape, k an ink, r the rim, i and h the coverages of ink and
     hero, a rendering is S + D with D = h (r - S) + i (k - r), so
     ||frame - S - D||^2 = ||frame - S||^2 - 2 <frame - S, D> + ||D||^2.
-    -> ||D||^2 [6 scenes, 8 masks, 6 inks, 16, 16], r - S [6, 3, 64, 64], k - r [6, 3]"""
+    -> ||D||^2 [6 scenes, 8 masks, 6 inks, 8, 8], r - S [6, 3, 64, 64], k - r [6, 3]"""
     ink, hero = _stamps()
     rim, inks = torch.tensor(OUTLINE), torch.tensor(list(COLOURS.values())) - torch.tensor(OUTLINE)  # [3], [6, 3]
     left = rim[:, None, None] - scenes()  # r - S [6, 3, 64, 64]
-    square = _at_places(left.square().sum(1), hero.square())  # sum h^2 |r - S|^2 [6, 8, 16, 16]
-    cross = _at_places(left.flatten(0, 1), hero * ink).unflatten(0, (6, 3))  # sum h i (r - S)_c [6, 3, 8, 16, 16]
+    square = _at_places(left.square().sum(1), hero.square())  # sum h^2 |r - S|^2 [6, 8, 8, 8]
+    cross = _at_places(left.flatten(0, 1), hero * ink).unflatten(0, (6, 3))  # sum h i (r - S)_c [6, 3, 8, 8, 8]
     own = (ink.square().sum((1, 2, 3))[:, None] * inks.square().sum(1))[None, :, :, None, None]
-    energy = square[:, :, None] + 2 * torch.einsum("kc,scmyx->smkyx", inks, cross) + own  # [6, 8, 6, 16, 16]
+    energy = square[:, :, None] + 2 * torch.einsum("kc,scmyx->smkyx", inks, cross) + own  # [6, 8, 6, 8, 8]
     return energy, left, inks
 
 
@@ -621,9 +621,9 @@ def _nearest_clean(frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     least, state, there = torch.full((n,), torch.inf), torch.zeros(n, dtype=torch.long), torch.zeros(n)
     for s, picture in enumerate(scenes()):
         rest = frames - picture  # [N, 3, 64, 64]
-        rim = _at_places((rest * left[s]).sum(1), hero)  # [N, 8, 16, 16]
-        fill = _at_places(rest.flatten(0, 1), ink).unflatten(0, (n, 3))  # [N, 3, 8, 16, 16]
-        gain = 2 * (rim[:, :, None] + torch.einsum("kc,ncmyx->nmkyx", inks, fill)) - energy[s]  # [N, 8, 6, 16, 16]
+        rim = _at_places((rest * left[s]).sum(1), hero)  # [N, 8, 8, 8]
+        fill = _at_places(rest.flatten(0, 1), ink).unflatten(0, (n, 3))  # [N, 3, 8, 8, 8]
+        gain = 2 * (rim[:, :, None] + torch.einsum("kc,ncmyx->nmkyx", inks, fill)) - energy[s]  # [N, 8, 6, 8, 8]
         best, index = gain.flatten(1).max(1)
         cost = rest.square().sum((1, 2, 3)) - best
         state = torch.where(cost < least, s * gain[0].numel() + index, state)

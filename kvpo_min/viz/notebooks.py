@@ -578,7 +578,7 @@ def loop(pixels: Tensor, labels: Sequence[str], fps: float = 6, scale: int = 2):
             page.paste(frame, (k * (width + 8), 26))
         pages.append(page)
     out, times = io.BytesIO(), [round(1000 / fps)] * (len(pages) - 1) + [1200]  # the end stays for a while
-    pages[0].save(out, "WEBP", save_all=True, append_images=pages[1:], duration=times, loop=0, quality=50, method=6)
+    pages[0].save(out, "WEBP", save_all=True, append_images=pages[1:], duration=times, loop=0, quality=50, method=4)
     data = base64.b64encode(out.getvalue()).decode()
     return HTML(f'<img alt="{", ".join(labels)}" src="data:image/webp;base64,{data}">')
 

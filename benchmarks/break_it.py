@@ -1,0 +1,91 @@
+"""Six ways to spoil a run of KVPO, and the run itself: recorded for notebook 10.
+
+    python benchmarks/break_it.py --json benchmarks/data/break_it.json
+
+Each is `kvpo-min demo` with one thing changed (`RUNS`), a few updates long. Kept are the lines of metrics.jsonl, and
+what the judge sees in held-out videos every few updates. A run that is in the file already is not made again. The
+changes have names that do not give them away: which letter is which stands in the file too.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from kvpo_min.cli.demo import DEFAULTS
+from kvpo_min.config import TrainConfig
+from kvpo_min.pipeline import evaluate
+from kvpo_min.pocket import load_pocket, pocket_rewards
+from kvpo_min.pocket.prompts import run_prompts
+from kvpo_min.policies import add_policies
+from kvpo_min.train import train
+
+WEIGHTS = ("vq", "mq", "ta")
+RUNS = {  # letter -> what is changed: options of `kvpo-min demo`; `times`: factors on what the demo has
+    "healthy": {},
+    "A": {"times": {"learning_rate": 10}},
+    "B": {"mq": 0.0, "ta": 0.0, "prefix_coef": 0.0, "kl_coef": 0.0},
+    "C": {"times": {"tau_target": 100}},
+    "D": {"nearest": 0},
+    "E": {"fuse_mode": "none", "unsafe_scale": 1.0},
+    "F": {"kl_coef": 0.0, "prefix_coef": 0.0},
+}
+KEPT = ("valid", "shape", "journey", "coherent", "liked before", "liked", "liked anew")
+
+
+def settings(change: dict, updates: int, seed: int) -> tuple[TrainConfig, dict]:
+    """-> the configuration, and the weights of the rewards"""
+    options = {"ta": 1.0} | DEFAULTS | {name: value for name, value in change.items() if name != "times"}
+    names = TrainConfig.__dataclass_fields__
+    config = TrainConfig(**{name: value for name, value in options.items() if name in names})
+    changed = {name: factor * getattr(config, name) for name, factor in change.get("times", {}).items()}
+    weights = {name: options[name] for name in WEIGHTS}
+    return replace(config, max_train_steps=updates, seed=seed, **changed), weights
+
+
+def run(change: dict, updates: int, every: int, n_prompts: int, seed: int) -> dict:
+    """-> {"change": ..., "log": a line an update, "curve": a line a point}"""
+    config, weights = settings(change, updates, seed)
+    pipeline, rewards = load_pocket(), pocket_rewards(**weights)
+    policies = add_policies(pipeline, config)
+    scripts, held_out = run_prompts(config, "", DEFAULTS["event"], n_prompts)
+    log, curve = [], []
+
+    def measure(done: int) -> None:
+        judge = evaluate(pipeline, held_out, rewards, config.num_frames)["judge"]
+        curve.append({"update": done} | {name: round(judge[name], 4) for name in KEPT})
+
+    measure(0)
+    try:
+        for step in tqdm(train(pipeline, scripts, rewards, config, policies), total=updates, leave=False):
+            log.append({key: round(value, 6) for key, value in step.log().items() if key != "step_time"})
+            if len(log) % every == 0:
+                measure(len(log))
+    except FloatingPointError as error:  # it ends as the loop says
+        return {"change": change, "log": log, "curve": curve, "ended": str(error)}
+    return {"change": change, "log": log, "curve": curve}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--updates", type=int, default=24)
+    parser.add_argument("--every", type=int, default=4, help="updates between two points of the curve")
+    parser.add_argument("--prompts", type=int, default=16, help="held-out prompts of a point")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", default=",".join(RUNS), help="letters")
+    parser.add_argument("--json", required=True, help="file that the runs are kept in")
+    args = parser.parse_args()
+    path = Path(args.json)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for letter in args.runs.split(","):
+        if letter not in found:
+            found[letter] = run(RUNS[letter], args.updates, args.every, args.prompts, args.seed)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+        print(letter, found[letter]["change"], found[letter]["curve"][-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()
