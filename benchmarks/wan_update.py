@@ -70,8 +70,8 @@ class Size:
     words: tuple[int, int]  # tokens and width of an encoded prompt
     num_frames: int = 147
     fork: int = 57
-    n_branches: int = 8
-    n_blocks: int = 5  # routed
+    num_generations: int = 8
+    perturb_num_blocks: int = 5  # routed
     grad_steps: int = 2
     rank: int = 256
     global_frames: int = 126  # as configs/longlive_single_gpu.yaml: to the end of the video
@@ -92,7 +92,7 @@ FULL = Size(
 SMALL = Size(
     dict(num_attention_heads=2, attention_head_dim=12, ffn_dim=48, num_layers=2, text_dim=32, freq_dim=32),
     dict(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1), (16, 4, 4), (7, 32),
-    num_frames=42, fork=21, n_branches=2, rank=4, global_frames=3,
+    num_frames=42, fork=21, num_generations=2, rank=4, global_frames=3,
 )  # fmt: skip
 
 
@@ -170,15 +170,16 @@ class Task:
 def draw_task(size: Size, device: torch.device) -> Task:
     generator = torch.Generator().manual_seed(0)
     n_routed, sigmas = WINDOW.past - NEAREST, schedule()
-    pool = routing.pool(size.fork, WINDOW, NEAREST, size.n_blocks)
-    routes = routing.uniform_routes(pool, n_routed, size.n_branches, generator)
+    pool = routing.pool(size.fork, WINDOW, NEAREST, size.perturb_num_blocks)
+    routes = routing.uniform_routes(pool, n_routed, size.num_generations, generator)
     noise = draw_noise(size.stop // WINDOW.block, len(sigmas), (WINDOW.block, *size.latent), generator)
     switches = tuple(s for s in SWITCHES if s < size.stop)
     texts = torch.randn(len(switches) + 1, 1, *size.words, generator=generator)
-    advantages = torch.randn(size.n_branches, generator=generator)
+    advantages = torch.randn(size.num_generations, generator=generator)
     return Task(
         size, list(texts.to(device)), noise.to(device),
-        routing.Plan(size.fork, pool, routes, size.n_blocks), Sampler(sigmas, WINDOW, switches), advantages.to(device),
+        routing.Plan(size.fork, pool, routes, size.perturb_num_blocks), Sampler(sigmas, WINDOW, switches),
+        advantages.to(device),
     )  # fmt: skip
 
 
@@ -237,7 +238,7 @@ def update(model: Model, task: Task, branch_batch: int, replay_batch: int, meter
         decode(model, rollout.videos, size)
 
     def energies() -> Tensor:  # [G]
-        each = torch.zeros(rollout.trajectory.z[: size.n_branches].shape[:3], device=model.device)
+        each = torch.zeros(rollout.trajectory.z[: size.num_generations].shape[:3], device=model.device)
         for where, part, sampler in pieces(backbone, rollout, task.sampler, replay_batch):
             each[where] = replay_energies(backbone, part, sampler)
         return trajectory_energy(each)
@@ -307,7 +308,7 @@ def naive(model: Model, task: Task, meter: Meter) -> tuple[Tensor, list[Tensor]]
                 trails.append([])
 
                 def reads(start: int, routes=routes) -> Tensor:
-                    if routes is None or start >= plan.fork + plan.n_blocks * WINDOW.block:
+                    if routes is None or start >= plan.fork + plan.perturb_num_blocks * WINDOW.block:
                         return routing.ordinary_frames(start, WINDOW)
                     return routing.branch_frames(routes, start, WINDOW, NEAREST)[0]
 
@@ -562,9 +563,10 @@ def plan_update(size: Size, dtype: torch.dtype, settings: list[tuple[int, int]])
 
 def print_plan(size: Size, dtype: torch.dtype, settings: list[tuple[int, int]], tflops: float) -> None:
     fixed, cost, table = plan_update(size, dtype, settings)
-    g, n_read = size.n_branches, WINDOW.sink + WINDOW.past + size.bank_size
+    g, n_read = size.num_generations, WINDOW.sink + WINDOW.past + size.bank_size
     print(f"{size.latent[1] * 8} x {size.latent[2] * 8} pixels, {size.num_frames} latent frames, K = {g}, "
-          f"P = {size.n_blocks}, fork at frame {size.fork}, videos to frame {size.stop}, LoRA rank {size.rank}, "
+          f"P = {size.perturb_num_blocks}, fork at frame {size.fork}, videos to frame {size.stop}, "
+          f"LoRA rank {size.rank}, "
           f"{str(dtype).removeprefix('torch.')}\n")  # fmt: skip
     print("| what | GiB |\n|---|---|")
     for what, size_of in (
@@ -641,13 +643,13 @@ def main() -> None:
         parser.error("the authors' schedule is written out for LongLive alone: give --bank_size or --naive")
     if args.global_frames is not None:
         size = replace(size, global_frames=args.global_frames)
-    if size.fork not in (forks := routing.eligible_forks(size.num_frames, WINDOW, NEAREST, size.n_blocks)):
+    if size.fork not in (forks := routing.eligible_forks(size.num_frames, WINDOW, NEAREST, size.perturb_num_blocks)):
         parser.error(f"a fork at frame {size.fork} is not possible; these are: {forks}")
     if min(args.branch_batch, args.replay_batch) < 1:
         parser.error("branch_batch and replay_batch must be 1 or more")
     dtype = getattr(torch, args.dtype or ("float32" if args.small else "bfloat16"))
     if args.plan:
-        g = size.n_branches
+        g = size.num_generations
         print_plan(size, dtype, [(1, 1), (1, 2), (1, 4), (3, 4), (g + 1, 4 * g)], args.tflops)
         return
     if args.device == "cpu" and not args.small:

@@ -162,7 +162,7 @@ def test_a_given_tau_is_used_as_it_is(make_pipeline, monkeypatch):
 def test_what_a_group_reports_is_what_happened(plain):
     """Rewards from its own videos, energies and log pi from the paper's formula, plan and shapes."""
     group, config = plain.steps[0].groups[0], plain.config
-    assert group.script in SCRIPTS and group.plan.fork in (21, 24) and group.plan.n_blocks == 5
+    assert group.script in SCRIPTS and group.plan.fork in (21, 24) and group.plan.perturb_num_blocks == 5
     assert group.videos.shape == (4, 18, 3, 64, 64) and group.rollout.videos.shape == (4, 39, 8, 4, 4)
     assert_close(group.videos, plain.pipeline.decode(group.rollout.videos[:, 21:39]))
     for name, reward in plain.rewards.rewards.items():

@@ -93,9 +93,9 @@ def test_planned_work_is_what_the_update_does(small, planned):
     size, rows = bench.SMALL, table[2, 3]
     assert rows["prefix"]["forwards"] == size.fork // 3 * 5
     each = (size.stop - size.fork) // 3 * 5 + 4  # and at the prompt switch, frame 39, 4 blocks are encoded again
-    assert rows["branches"]["forwards"] == (size.n_branches + 1) * each
-    assert rows["replay"]["forwards"] == size.n_branches * (6 * 4 + 5)  # 6 blocks to the end of the chunk
-    assert rows["replay with gradient"]["forwards"] == size.n_branches * (6 * size.grad_steps + 5)
+    assert rows["branches"]["forwards"] == (size.num_generations + 1) * each
+    assert rows["replay"]["forwards"] == size.num_generations * (6 * 4 + 5)  # 6 blocks to the end of the chunk
+    assert rows["replay with gradient"]["forwards"] == size.num_generations * (6 * size.grad_steps + 5)
 
 
 def test_live_counts_bytes_that_are_alive():

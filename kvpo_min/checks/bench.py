@@ -438,12 +438,12 @@ def scaling(pipeline: Pipeline, rewards: Mixture, options) -> dict:
     config = replace(config, tau=1.0)
     window = routing.Window()
 
-    def seconds(config: TrainConfig, fork: int, n_blocks: int) -> float:
+    def seconds(config: TrainConfig, fork: int, perturb_num_blocks: int) -> float:
         """Of what comes after the prefix."""
         generator = torch.Generator().manual_seed(config.seed)
-        frames = routing.pool(fork, window, config.nearest, n_blocks)
+        frames = routing.pool(fork, window, config.nearest, perturb_num_blocks)
         routes = routing.uniform_routes(frames, window.past - config.nearest, config.num_generations, generator)
-        task = make_task(pipeline, config, routing.Plan(fork, frames, routes, n_blocks))
+        task = make_task(pipeline, config, routing.Plan(fork, frames, routes, perturb_num_blocks))
         times = []
         for _ in range(options.pairs):
             meter = Meter()

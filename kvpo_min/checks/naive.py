@@ -113,7 +113,7 @@ def update(pipeline, policies, rewards, config, task, meter, context="own"):
                 for start in range(plan.fork, task.stop, WINDOW.block):
                     video.switch_prompt(start)
                     frames = ordinary_frames(start, WINDOW)
-                    if routes is not None and start < plan.fork + plan.n_blocks * WINDOW.block:
+                    if routes is not None and start < plan.fork + plan.perturb_num_blocks * WINDOW.block:
                         frames = branch_frames(routes, start, WINDOW, config.nearest)[0]
                     made = video.make(start, frames)
                     if start < task.chunk.stop:

@@ -204,7 +204,10 @@ def plan_pairs(case: dict) -> Pairs:
         ),
         "eligible forks": (len(forks), theirs["eligible_blocks_count"]),
         "fork": (plan.fork, theirs["perturb_block_abs_frame"]),
-        "end of the routed blocks": (plan.fork + window.block * plan.n_blocks, theirs["perturb_block_end_frame"]),
+        "end of the routed blocks": (
+            plan.fork + window.block * plan.perturb_num_blocks,
+            theirs["perturb_block_end_frame"],
+        ),
         "pool": (
             [plan.pool.start, plan.pool.stop],
             [theirs["stable_older_frame_start"], theirs["stable_older_frame_end"]],

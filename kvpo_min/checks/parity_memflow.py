@@ -56,7 +56,10 @@ def plan_pairs(case: dict) -> Pairs:
         "chunks": (chunk_starts(c["total"], c["chunk"], c["minnew"]), starts),
         "eligible forks": (len(slot_forks(*sizes, **layout)), theirs["eligible_blocks_count"]),
         "fork": (plan.fork, theirs["perturb_block_abs_frame"]),
-        "end of the routed blocks": (plan.fork + window.block * plan.n_blocks, theirs["perturb_block_end_frame"]),
+        "end of the routed blocks": (
+            plan.fork + window.block * plan.perturb_num_blocks,
+            theirs["perturb_block_end_frame"],
+        ),
         "slots that can be drawn": (len(plan.pool), theirs["num_older_available"]),
         "slots of the branches": (plan.routes, planned_routes(theirs)),
     }
