@@ -40,8 +40,9 @@ from kvpo_min.chr import (
     pool,
 )
 from kvpo_min.grpo import anchor_advantages, fuse, kvpo_loss, safety_scale
-from kvpo_min.rollout import KVHistory, Rollout, Sampler, fork, replay
-from kvpo_min.tve import energy_weights, gibbs_log_prob, schedule, step_energies, trajectory_energy
+from kvpo_min.kvpo import replay_energies
+from kvpo_min.rollout import KVHistory, Sampler, fork
+from kvpo_min.tve import energy_weights, gibbs_log_prob, schedule, trajectory_energy
 from kvpo_min.wan import WanBackbone
 from kvpo_min.wan.checkpoints import wan_from_original
 
@@ -376,9 +377,9 @@ def update_pairs(config: dict, weights: dict, info: dict, tensors: dict[str, Ten
         "clean predictions": (rollout.trajectory.x0[:n], torch.stack([tensors[f"x0_{g}"] for g in range(n)])),
     }
     with torch.no_grad():
-        energies_old = replayed_energies(backbone, rollout, sampler)  # [G, B, S]
+        energies_old = replay_energies(backbone, rollout, sampler, context="own")  # [G, B, S]
     backbone = new_backbone(config, changed(weights, info["theta_rule"])).requires_grad_(True)
-    energies = replayed_energies(backbone, rollout, sampler, info["grad_steps"])
+    energies = replay_energies(backbone, rollout, sampler, info["grad_steps"], context="own")
     for name, theirs in info["expected"].items():
         floor = name.removeprefix("sigma_floor_")
         level = sigma_at_int_timestep(sampler.sigmas, shift)
@@ -395,11 +396,6 @@ def update_pairs(config: dict, weights: dict, info: dict, tensors: dict[str, Ten
         pairs[f"loss/{floor}"] = loss.total, theirs["loss"]
         pairs |= gradient_pairs(backbone, loss.total, theirs, floor, tensors)
     return pairs
-
-
-def replayed_energies(backbone: WanBackbone, rollout: Rollout, sampler: Sampler, grad_steps: int = 0) -> Tensor:
-    v = replay(backbone, rollout, sampler, grad_steps, context="own")
-    return step_energies(v, rollout.trajectory[: len(v)].velocity)
 
 
 def gradient_pairs(backbone: WanBackbone, loss: Tensor, theirs: dict, floor: str, tensors: dict[str, Tensor]) -> Pairs:
