@@ -139,7 +139,9 @@ def denoise(backbone: Backbone, noise: Tensor, sigmas: Tensor, start: int, text:
     diffusers' `FlowMatchEulerDiscreteScheduler(shift=5, stochastic_sampling=True)`; eta 0: without
     stochastic_sampling).
     noise [B, S, F, C, H, W] -> x0 [B, F, C, H, W], inputs z [B, S, ...] and predictions [B, S, ...] of every step."""
-    x, z, predictions = noise[:, 0], [], []
+    x = noise[:, 0]
+    z = []
+    predictions = []
     for s, sigma in enumerate(sigmas):
         z.append(x)
         v = backbone.velocity(x, sigma.expand(len(x)), start, text, kv)
@@ -327,7 +329,7 @@ def replay(
     context: str = "stored",
     branches: int | None = None,
 ) -> Tensor:
-    """Velocities of the policy at hand at a rollout's noisy inputs, under the ordinary context (paper: u against
+    """Velocities of the active policy at a rollout's noisy inputs, under the ordinary context (paper: u against
     v_theta).
 
     -> [G, B, S, F, C, H, W]; the first `grad_steps` steps carry gradient. `branches`: how many (default: all but the
@@ -345,7 +347,10 @@ def replay(
             f'context must be "stored" or "own", grad_steps 0..{n_steps} and branches 1..{len(trajectory.z)}, got '
             f"{context!r}, {grad_steps} and {g}"
         )
-    history, bank, contexts, predicted = rollout.prefix.history, rollout.prefix.bank, [], []
+    history = rollout.prefix.history
+    bank = rollout.prefix.bank
+    contexts = []
+    predicted = []
     for b in range(n_blocks):
         here = start + b * window.block
         bank = bank and bank.merge(partial(backbone.text_keys, rollout.text))

@@ -432,7 +432,10 @@ def check_04(answer) -> Verdict:
 
 
 def _fewer_shared(answer, frames: range, n: int, g: int) -> Verdict:
-    shared, used, plans, pool = [], set(), set(), f"frames {frames[0]} to {frames[-1]}"
+    shared = []
+    used = set()
+    plans = set()
+    pool = f"frames {frames[0]} to {frames[-1]}"
     for seed in range(20):
         try:
             routes, again = (answer(frames, n, g, torch.Generator().manual_seed(seed)) for _ in range(2))

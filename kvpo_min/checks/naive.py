@@ -71,7 +71,9 @@ class Video:
 
     def make(self, start, frames):
         """One block: predict x0, re-noise, four times, then encode. -> inputs z and predictions x0, [S, F, C, H, W]"""
-        noise, z, predictions = self.noise[:, start // WINDOW.block], [], []
+        noise = self.noise[:, start // WINDOW.block]
+        z = []
+        predictions = []
         x = noise[:, 0]
         for s, sigma in enumerate(self.sigmas):
             z.append(x)

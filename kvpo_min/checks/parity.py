@@ -265,7 +265,9 @@ def call_pairs(backbone: WanBackbone, info: dict, tensors: dict[str, Tensor]) ->
         config["local_attn_size"], config["sink_size"], info["m_nearest_frames"], block, capacity
     )
     text, routes = tensors["text_embeds"], torch.tensor([info["routed_frames"]])
-    history, taken, pairs = KVHistory(), {}, {}
+    history = KVHistory()
+    taken = {}
+    pairs = {}
     for call in info["calls"]:
         start, x = call["start_frame"], tensors[call["input"]]
         if call["routed"]:

@@ -370,7 +370,9 @@ def train(pipeline, scripts: Sequence[str], rewards: Mixture, config: AstrolabeC
     optimizer = torch.optim.AdamW(weights.values(), lr=config.learning_rate, weight_decay=config.adam_weight_decay)
     generator = torch.Generator().manual_seed(config.seed)
 
-    window, sigmas, device = Window(), pipeline.sigmas, pipeline.backbone.device
+    window = Window()
+    sigmas = pipeline.sigmas
+    device = pipeline.backbone.device
     window = replace(window, history=window.sink + switch_reach(window))  # nothing is routed
     n_segments = len(pipeline.segments(scripts[0]))
     sampler = Sampler(sigmas, window, switches=pipeline.switches[: n_segments - 1])
@@ -381,7 +383,10 @@ def train(pipeline, scripts: Sequence[str], rewards: Mixture, config: AstrolabeC
             f"selective KL compares the reward {config.primary!r} with others, got {sorted(rewards.rewards)}; "
             "name one of them as `primary`, add another reward, or set selective=False"
         )
-    risk, tau_kl, age, G = Risk(), config.tau_kl, 0, config.num_generations
+    risk = Risk()
+    tau_kl = config.tau_kl
+    age = 0
+    G = config.num_generations
 
     for step in range(config.max_train_steps):
         begun, order = time.perf_counter(), torch.randperm(len(scripts), generator=generator)

@@ -177,7 +177,9 @@ def sde_fork(
     prefix = generate(backbone, prefix or Stream(), texts, noise[-1:], plan.fork, sampler)
     if segment != prefix.segment:
         prefix = switch_prompt(backbone, prefix, texts[segment], sampler, segment)
-    history, text, recorded = prefix.history, texts[segment], []
+    history = prefix.history
+    text = texts[segment]
+    recorded = []
     for start in range(plan.fork, stop, window.block):
         kv = history.read(ordinary_frames(start, window))
         eps, trail = noise[:, start // window.block], []
@@ -274,7 +276,7 @@ def cm_grpo_regression(trajectory: Trajectory, v: Tensor, A: Tensor, A_max: floa
 def distance_log_prob(anchor_x0: Tensor, candidates_x0: Tensor, tau: float) -> Tensor:
     """log pi(i) = log_softmax over candidates of -mean squared distance / tau; [G, B, S, a].
 
-    anchor_x0 [a, B, S, F, C, H, W] are predictions of the policy at hand, candidates_x0 [G, ...] of the one that made
+    anchor_x0 [a, B, S, F, C, H, W] are predictions of the active policy, candidates_x0 [G, ...] of the one that made
     them (AR-CoPO, arXiv 2603.17461: clean predictions for consistency samplers). An anchor that is itself a candidate
     has distance 0 there and nearly all the mass unless tau is of the order of the distances."""
     d = (candidates_x0[:, None] - anchor_x0[None]).square().mean((-4, -3, -2, -1))  # [G, a, B, S]
@@ -355,7 +357,9 @@ def best_of_n(
     noise [N, blocks, S, F, C, H, W]; judge(latents [N, frames, C, H, W] of the chunk, its first frame) -> [N], higher
     is better. -> the video, the winners' numbers and all rewards [N], one a chunk. The reward of the winner overstates
     what was gained (it was chosen for it): report a held-out one too."""
-    stream, winners, rewards = Stream(), [], []
+    stream = Stream()
+    winners = []
+    rewards = []
     for begin, end in zip([0, *borders], borders, strict=False):
         if end <= begin:
             raise ValueError(f"borders must ascend from above 0, got {list(borders)}")
@@ -509,12 +513,14 @@ def update(
 ) -> dict:  # fmt: skip
     """One update of whatever weights the optimizer holds: fork, reward of the fork's chunk, replay, loss, step.
 
-    The policy that makes the rollout is the one at hand, so `inner_steps` > 1 is where clipping acts. The first
+    The policy that makes the rollout is the trained one, so `inner_steps` > 1 is where clipping acts. The first
     `tau_groups` groups of a softmax policy set its temperature (log scores spread by `tau_target` in a group) and are
     not trained on. -> numbers for a log; "forwards"
     are generator passes (one block of one video at one level, or its encoding), the budget of a fair comparison.
     """
-    backbone, sigmas, window = pipeline.backbone, pipeline.sigmas, routing.Window()
+    backbone = pipeline.backbone
+    sigmas = pipeline.sigmas
+    window = routing.Window()
     texts = [pipeline.embed([text]) for text in pipeline.segments(script)]
     sampler = Sampler(sigmas, window, switches=pipeline.switches[: len(texts) - 1])
     plan = routing.plan(num_frames, window, nearest, perturb_num_blocks, num_generations, generator)

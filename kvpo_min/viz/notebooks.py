@@ -572,7 +572,9 @@ def film_rows(pixels: Tensor, labels: Sequence[str], every: int = 3, first: int 
     _check_labels(pixels, labels)
     films = _bytes(pixels[:, ::every].repeat_interleave(scale, -2).repeat_interleave(scale, -1))
     n, columns, height, width = films.shape[:4]
-    font, gap, line = ImageFont.load_default(size=16), 10, 26
+    font = ImageFont.load_default(size=16)
+    gap = 10
+    line = 26
     left = 16 + math.ceil(max(font.getlength(part) for label in labels for part in label.split("\n")))
     sheet = Image.new("RGB", (left + columns * (width + gap), line + n * (height + gap)), "white")
     draw = ImageDraw.Draw(sheet)
