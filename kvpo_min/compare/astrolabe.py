@@ -142,19 +142,6 @@ def selective_kl(v: Tensor, v_ref: Tensor, mask: Tensor, weight: Tensor | float 
     return (weight * (v - v_ref.detach()).square().mean(dims))[mask].mean()
 
 
-def reward_lower_bound(
-    proxy: float, risky: float, kl: float, safe_error: float, risky_error: float, r_max: float
-) -> float:
-    """What the true reward cannot fall below (the paper's Theorem 2), all under the policy:
-    mean proxy reward - safe_error - risky * (risky_error + 2 r_max sqrt(kl)).
-
-    risky: probability of the region U where rewards disagree; kl: its velocity distance to the reference, which is
-    twice the KL divergence inside U; safe_error: largest error of the proxy outside U; risky_error: its mean error in U
-    under the reference. Both rewards must stay within +-r_max: the paper asks it of the true one only, its proof of
-    both."""
-    return proxy - safe_error - risky * (risky_error + 2 * r_max * math.sqrt(kl))
-
-
 def refresh_due(kl: float, age: int, tau_kl: float, k_max: int) -> bool:
     """Is the reference to be replaced by the policy: it has drifted too far, or `age` updates is too long ago."""
     return kl > tau_kl or age > k_max
