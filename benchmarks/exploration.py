@@ -47,7 +47,16 @@ WAYS = {
 
 @torch.no_grad()
 def measure(
-    pipeline, scripts, n_frames: int, n_branches: int, kind="routing", nearest=1, past=6, strength=0.5, seed=0, bank=0
+    pipeline,
+    scripts,
+    n_frames: int,
+    num_generations: int,
+    kind="routing",
+    nearest=1,
+    past=6,
+    strength=0.5,
+    seed=0,
+    bank=0,
 ) -> dict:
     """One way to explore, over one fork a script."""
     rewards, window, sigmas = pocket_rewards(), routing.Window(past=past), pipeline.sigmas
@@ -56,7 +65,7 @@ def measure(
     for script in tqdm(scripts, leave=False):
         texts = [pipeline.embed([text]) for text in pipeline.segments(script)]
         sampler = Sampler(sigmas, window, switches=pipeline.switches[: len(texts) - 1])
-        plan = routing.plan(n_frames, window, nearest, 5, n_branches, generator)
+        plan = routing.plan(n_frames, window, nearest, 5, num_generations, generator)
         end = routing.chunk_of(plan.fork, n_frames).stop
         shape = (window.block, *pipeline.latent_shape)
         z = draw_noise(end // window.block, len(sigmas), shape, generator)
@@ -64,18 +73,18 @@ def measure(
         begin = Stream(bank=Bank(bank)) if bank else Stream()
         made = fork(pipeline.backbone, texts, z, plan, end, end, sampler, nearest, prefix=begin)
         pixels = pipeline.decode(made.videos[:, plan.fork :])
-        prefix = pipeline.decode(made.videos[:1, : plan.fork]).expand(n_branches + 1, -1, -1, -1, -1)
+        prefix = pipeline.decode(made.videos[:1, : plan.fork]).expand(num_generations + 1, -1, -1, -1, -1)
         whole = world.judge(torch.cat([prefix, pixels], 1))
 
         def reads(branch: int, start: int, plan=plan, window=window) -> torch.Tensor:
-            if kind != "routing" or branch == n_branches:
+            if kind != "routing" or branch == num_generations:
                 return routing.ordinary_frames(start, window)
             return routing.branch_frames(plan.routes, start, window, nearest)[branch]
 
-        ends = world.settled(whole, [script] * (n_branches + 1), reads)
-        right, routed = (ends.after == ends.should).float(), ends.video < n_branches
+        ends = world.settled(whole, [script] * (num_generations + 1), reads)
+        right, routed = (ends.after == ends.should).float(), ends.video < num_generations
         reading = world.judge(pixels)
-        told = [world.story(reading, g) for g in range(n_branches + 1)]
+        told = [world.story(reading, g) for g in range(num_generations + 1)]
         parts = {}
         for name in ("scene", "colour", "shape", "motion"):
             each = getattr(reading, name)
@@ -85,7 +94,7 @@ def measure(
         scores = score(pipeline, rewards, pixels, [script] * len(pixels), plan.fork)
         total = rewards.total(scores)
         rows.append({
-            "different": sum(t != told[-1] for t in told[:-1]) / n_branches,
+            "different": sum(t != told[-1] for t in told[:-1]) / num_generations,
             **{f"different {name}": share for name, share in parts.items()},
             "remembered": right[routed].mean().item() if len(right) else float("nan"),
             "anchor remembered": right[~routed].mean().item() if len(right) else float("nan"),

@@ -59,20 +59,20 @@ def unrouted(pipeline, scripts: list[str], seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def try_fork(pipeline, script: str, seed: int, n_branches: int) -> tuple[Tensor, Tensor, Endings]:
+def try_fork(pipeline, script: str, seed: int, num_generations: int) -> tuple[Tensor, Tensor, Endings]:
     """The policy that acts makes a prefix, routed branches and the anchor, from the noise of `seed`.
     -> videos [G + 1, T, 3, H, W], the frames that branches read at the fork [G, L], and how they end"""
     generator = torch.Generator().manual_seed(seed)
     noise = draw_noise(LENGTH // WINDOW.block, len(pipeline.sigmas), (WINDOW.block, *pipeline.latent_shape), generator)
     pool = routing.pool(FORK, WINDOW, NEAREST, BLOCKS)
-    routes = routing.uniform_routes(pool, WINDOW.past - NEAREST, n_branches, generator)
+    routes = routing.uniform_routes(pool, WINDOW.past - NEAREST, num_generations, generator)
     plan = routing.Plan(FORK, pool, routes, BLOCKS)
     texts = [pipeline.embed([script])]
     made = fork(pipeline.backbone, texts, noise, plan, LENGTH, LENGTH, pipeline.sampler(), NEAREST)
     videos = pipeline.decode(made.videos)
 
     def reads(video: int, start: int) -> Tensor:
-        if video == n_branches:
+        if video == num_generations:
             return routing.ordinary_frames(start, WINDOW)
         return routing.branch_frames(routes, start, WINDOW, NEAREST)[video]
 
@@ -103,7 +103,7 @@ class Found:
 
 
 def forks_that_show_it(
-    pipeline, policies, scripts: list[str], like: Tensor, seeds: int, n_branches: int
+    pipeline, policies, scripts: list[str], like: Tensor, seeds: int, num_generations: int
 ) -> Iterator[Found]:
     """Tries every script with noise from every seed: first unrouted, all at once, then forks of those that changed."""
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
@@ -116,7 +116,7 @@ def forks_that_show_it(
         print(f"seed {seed}: {int(changed.sum())} of {len(scripts)} prompts end as is liked only after training")
         for k in changed.nonzero()[:, 0].tolist():
             with acting(policies, "initial"):
-                videos, reads, ends = try_fork(pipeline, scripts[k], seed + 10000 * k, n_branches)
+                videos, reads, ends = try_fork(pipeline, scripts[k], seed + 10000 * k, num_generations)
             if chosen := four_of(ends, like):
                 shown = [*chosen, -1]
                 scenes, end = [world.SCENES[s] for s in ends.scene[shown].tolist()], world.SCENES[int(after.scene[k])]

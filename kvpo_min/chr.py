@@ -54,23 +54,23 @@ class Plan:
     fork: int  # first frame of the first routed block; everything before it is shared
     pool: range  # frames that could be drawn
     routes: Tensor  # [G, n_routed] routed frames of each branch, ascending; the same in all routed blocks
-    n_blocks: int  # routed blocks, counted from the fork
+    perturb_num_blocks: int  # routed blocks, counted from the fork
     slots: bool = False  # the authors' MemFlow: routes are slots of the rolling cache (`slot_frames`), not frames
 
 
-def chunk_starts(total: int, first: int = 21, rest: int = 18) -> list[int]:
-    """First frames of the chunks of a video of `total` frames: `first` frames, then `rest` each (DS:417-438)."""
-    if min(total, first, rest) < 1:
-        raise ValueError(f"total, first and rest must be at least 1 frame, got {total}, {first}, {rest}")
-    return [0, *range(first, total, rest)]
+def chunk_starts(num_frames: int, first: int = 21, rest: int = 18) -> list[int]:
+    """First frames of the chunks of a video of `num_frames` frames: `first` frames, then `rest` each (DS:417-438)."""
+    if min(num_frames, first, rest) < 1:
+        raise ValueError(f"num_frames, first and rest must be at least 1 frame, got {num_frames}, {first}, {rest}")
+    return [0, *range(first, num_frames, rest)]
 
 
-def chunk_of(frame: int, total: int) -> range:
+def chunk_of(frame: int, num_frames: int) -> range:
     """The frames of the chunk that holds `frame`. From a fork to the end of its chunk the authors replay and score."""
-    if not 0 <= frame < total:
-        raise ValueError(f"frame must be one of the video, 0..{total - 1}, got {frame}")
-    starts = chunk_starts(total)
-    return range(max(s for s in starts if s <= frame), min([s for s in starts if s > frame] + [total]))
+    if not 0 <= frame < num_frames:
+        raise ValueError(f"frame must be one of the video, 0..{num_frames - 1}, got {frame}")
+    starts = chunk_starts(num_frames)
+    return range(max(s for s in starts if s <= frame), min([s for s in starts if s > frame] + [num_frames]))
 
 
 def ordinary_frames(start: int, window: Window) -> Tensor:
@@ -84,76 +84,81 @@ def ordinary_frames(start: int, window: Window) -> Tensor:
     return torch.tensor([*range(min(window.sink, start)), *last], dtype=torch.long)  # [L]
 
 
-def pool(fork: int, window: Window, nearest: int, n_blocks: int, gap: int = 0) -> range:
-    """Frames that may be routed to blocks fork, ..., fork + block * (n_blocks - 1); empty if there are none.
+def pool(fork: int, window: Window, nearest: int, perturb_num_blocks: int, gap: int = 0) -> range:
+    """Frames that may be routed to blocks fork, ..., fork + block * (perturb_num_blocks - 1); empty if there are none.
 
     The oldest must still be resident when the last of these blocks is made. The newest lies before the `nearest`
     frames, and `gap` frames before those. gap 0 is the paper's; gap = window.block is the authors' (DS:86-113).
     """
     if not 0 <= nearest < window.past:
         raise ValueError(f"nearest must be 0..{window.past - 1}, to leave room for a routed frame, got {nearest}")
-    if fork < 0 or n_blocks < 1 or gap < 0:
+    if fork < 0 or perturb_num_blocks < 1 or gap < 0:
         raise ValueError(
-            f"fork must be a frame, n_blocks at least 1 and gap 0 or more, got {fork}, {n_blocks} and {gap}"
+            "fork must be a frame, perturb_num_blocks at least 1 and gap 0 or more, "
+            f"got {fork}, {perturb_num_blocks} and {gap}"
         )
-    last = fork + window.block * (n_blocks - 1)
+    last = fork + window.block * (perturb_num_blocks - 1)
     lo = max(window.sink, last - (window.history - window.sink))
     return range(lo, max(lo, fork - nearest - gap))
 
 
 def eligible_forks(
-    total: int, window: Window, nearest: int, n_blocks: int,
+    num_frames: int, window: Window, nearest: int, perturb_num_blocks: int,
     first_chunks: int = 7, first: int = 21, rest: int = 18, gap: int = 0,
 ) -> list[int]:  # fmt: skip
     """Starts of the blocks where a group can fork (rule of DS:86-113), ascending, possibly none.
 
-    A fork needs a full attention window of frames before it, `n_blocks` whole blocks in its chunk, a chunk among the
-    `first_chunks`, and a pool of at least past - nearest frames: a routed block reads exactly as many frames as an
-    ordinary one, so that anchor and branches run as one batch.
+    A fork needs a full attention window of frames before it, `perturb_num_blocks` whole blocks in its chunk, a chunk
+    among the `first_chunks`, and a pool of at least past - nearest frames: a routed block reads exactly as many frames
+    as an ordinary one, so that anchor and branches run as one batch.
     """
-    if n_blocks < 1:
-        raise ValueError(f"n_blocks must be at least 1 block, got {n_blocks}")
+    if perturb_num_blocks < 1:
+        raise ValueError(f"perturb_num_blocks must be at least 1 block, got {perturb_num_blocks}")
     if first % window.block or rest % window.block:
         raise ValueError(f"chunks must hold whole blocks of {window.block} frames, got chunks of {first} and {rest}")
-    forks, starts = [], chunk_starts(total, first, rest)
-    for start, end in list(zip(starts, [*starts[1:], total], strict=True))[:first_chunks]:
-        for fork in range(start, end - n_blocks * window.block + 1, window.block):
-            enough = len(pool(fork, window, nearest, n_blocks, gap)) >= window.past - nearest
+    forks, starts = [], chunk_starts(num_frames, first, rest)
+    for start, end in list(zip(starts, [*starts[1:], num_frames], strict=True))[:first_chunks]:
+        for fork in range(start, end - perturb_num_blocks * window.block + 1, window.block):
+            enough = len(pool(fork, window, nearest, perturb_num_blocks, gap)) >= window.past - nearest
             if enough and fork >= window.sink + window.past + window.block:
                 forks.append(fork)
     return forks
 
 
-def uniform_routes(frames: Sequence[int], n_routed: int, n_branches: int, generator: Generator) -> Tensor:
+def uniform_routes(frames: Sequence[int], n_routed: int, num_generations: int, generator: Generator) -> Tensor:
     """Each branch draws `n_routed` of `frames` uniformly, none twice: [G, n_routed], ascending (the paper's)."""
-    _check_draw(frames, n_routed, n_branches)
-    index = torch.stack([torch.randperm(len(frames), generator=generator)[:n_routed] for _ in range(n_branches)])
+    _check_draw(frames, n_routed, num_generations)
+    index = torch.stack([torch.randperm(len(frames), generator=generator)[:n_routed] for _ in range(num_generations)])
     return torch.tensor(frames)[index].sort(dim=1).values  # [G, n_routed]
 
 
-def dispersed_routes(frames: Sequence[int], n_routed: int, n_branches: int, generator: Generator) -> Tensor:
+def dispersed_routes(frames: Sequence[int], n_routed: int, num_generations: int, generator: Generator) -> Tensor:
     """Branches take shifted windows of one shared permutation of `frames`: [G, n_routed], ascending (DS:366-415).
 
     The shift is len(frames) // G, at least 1: with a shift of 1 two neighbours differ in a single frame, and when
     n_routed is the whole pool all branches are the same.
     """
-    _check_draw(frames, n_routed, n_branches)
+    _check_draw(frames, n_routed, num_generations)
     permutation = torch.randperm(len(frames), generator=generator)
-    shift = max(1, len(frames) // n_branches)
-    slots = torch.arange(n_branches)[:, None] * shift + torch.arange(n_routed)  # [G, n_routed]
+    shift = max(1, len(frames) // num_generations)
+    slots = torch.arange(num_generations)[:, None] * shift + torch.arange(n_routed)  # [G, n_routed]
     return torch.tensor(frames)[permutation[slots % len(frames)]].sort(dim=1).values  # [G, n_routed]
 
 
-def plan(total: int, window: Window, nearest: int, n_blocks: int, n_branches: int, generator: Generator) -> Plan:
+def plan(
+    num_frames: int, window: Window, nearest: int, perturb_num_blocks: int, num_generations: int, generator: Generator
+) -> Plan:
     """The paper's plan: a uniform fork, then uniform routes of past - nearest frames. Arguments as `eligible_forks`."""
-    fork = _pick(eligible_forks(total, window, nearest, n_blocks), generator)
-    frames = pool(fork, window, nearest, n_blocks)
-    return Plan(fork, frames, uniform_routes(frames, window.past - nearest, n_branches, generator), n_blocks)
+    fork = _pick(eligible_forks(num_frames, window, nearest, perturb_num_blocks), generator)
+    frames = pool(fork, window, nearest, perturb_num_blocks)
+    return Plan(
+        fork, frames, uniform_routes(frames, window.past - nearest, num_generations, generator), perturb_num_blocks
+    )
 
 
 def plan_official(
     seed: int, sample_idx: int, seed_context: int,
-    total: int, window: Window, nearest: int, n_blocks: int, n_branches: int,
+    num_frames: int, window: Window, nearest: int, perturb_num_blocks: int, num_generations: int,
     first_chunks: int = 7, first: int = 21, rest: int = 18,
 ) -> Plan:  # fmt: skip
     """The authors' plan, integer for integer (DS:39-183): two generators seeded one apart, gap, dispersed routes.
@@ -161,11 +166,13 @@ def plan_official(
     `seed_context` tells the updates apart: the authors use (update + 1) * 1_000_003 (KV:997-998).
     """
     seed = seed + 97 * sample_idx + seed_context
-    forks = eligible_forks(total, window, nearest, n_blocks, first_chunks, first, rest, gap=window.block)
+    forks = eligible_forks(num_frames, window, nearest, perturb_num_blocks, first_chunks, first, rest, gap=window.block)
     fork = _pick(forks, Generator().manual_seed(seed))
-    frames = pool(fork, window, nearest, n_blocks, gap=window.block)
+    frames = pool(fork, window, nearest, perturb_num_blocks, gap=window.block)
     generator = Generator().manual_seed(seed + 1)
-    return Plan(fork, frames, dispersed_routes(frames, window.past - nearest, n_branches, generator), n_blocks)
+    return Plan(
+        fork, frames, dispersed_routes(frames, window.past - nearest, num_generations, generator), perturb_num_blocks
+    )
 
 
 def slot_pool(fork: int, window: Window, nearest: int) -> range:
@@ -175,14 +182,20 @@ def slot_pool(fork: int, window: Window, nearest: int) -> range:
 
 
 def slot_forks(
-    total: int, window: Window, nearest: int, n_blocks: int, first_chunks: int = 7, first: int = 21, rest: int = 18
+    num_frames: int,
+    window: Window,
+    nearest: int,
+    perturb_num_blocks: int,
+    first_chunks: int = 7,
+    first: int = 21,
+    rest: int = 18,
 ) -> list[int]:
     """`eligible_forks` of the authors' MemFlow, whose pool is `slot_pool`."""
-    starts = chunk_starts(total, first, rest)
+    starts = chunk_starts(num_frames, first, rest)
     return [
         fork
-        for start, end in list(zip(starts, [*starts[1:], total], strict=True))[:first_chunks]
-        for fork in range(start, end - n_blocks * window.block + 1, window.block)
+        for start, end in list(zip(starts, [*starts[1:], num_frames], strict=True))[:first_chunks]
+        for fork in range(start, end - perturb_num_blocks * window.block + 1, window.block)
         if fork >= window.sink + window.past + window.block
         and len(slot_pool(fork, window, nearest)) >= window.sink + window.past - nearest
     ]
@@ -190,17 +203,17 @@ def slot_forks(
 
 def plan_slots(
     seed: int, sample_idx: int, seed_context: int,
-    total: int, window: Window, nearest: int, n_blocks: int, n_branches: int,
+    num_frames: int, window: Window, nearest: int, perturb_num_blocks: int, num_generations: int,
     first_chunks: int = 7, first: int = 21, rest: int = 18,
 ) -> Plan:  # fmt: skip
     """The authors' plan for MemFlow, integer for integer (its DS:36-136): as `plan_official`, but routes are slots of
     the rolling cache, as many as the window has past frames less `nearest`; the sink keeps no place of its own."""
     seed = seed + 97 * sample_idx + seed_context
-    forks = slot_forks(total, window, nearest, n_blocks, first_chunks, first, rest)
+    forks = slot_forks(num_frames, window, nearest, perturb_num_blocks, first_chunks, first, rest)
     fork = _pick(forks, Generator().manual_seed(seed))
     slots, n_routed = slot_pool(fork, window, nearest), window.sink + window.past - nearest
-    routes = dispersed_routes(slots, n_routed, n_branches, Generator().manual_seed(seed + 1))
-    return Plan(fork, slots, routes, n_blocks, slots=True)
+    routes = dispersed_routes(slots, n_routed, num_generations, Generator().manual_seed(seed + 1))
+    return Plan(fork, slots, routes, perturb_num_blocks, slots=True)
 
 
 def slot_frames(routes: Tensor, start: int, window: Window) -> Tensor:
@@ -226,7 +239,7 @@ def prefix_frames(plan: Plan, window: Window) -> set[int]:
     """Frames before the fork that the routes of a plan need."""
     if not plan.slots:
         return set(plan.routes.flatten().tolist())
-    blocks = range(plan.fork, plan.fork + plan.n_blocks * window.block, window.block)
+    blocks = range(plan.fork, plan.fork + plan.perturb_num_blocks * window.block, window.block)
     read = torch.cat([slot_frames(plan.routes, start, window) for start in blocks], 1)
     return {f for f in read.flatten().tolist() if f < plan.fork}
 
@@ -287,15 +300,15 @@ def overlap(routes: Tensor) -> Tensor:
     return shared / (2 * routes.shape[1] - shared)
 
 
-def _check_draw(frames: Sequence[int], n_routed: int, n_branches: int) -> None:
-    if n_routed < 1 or n_branches < 1:
-        raise ValueError(f"n_routed and n_branches must be at least 1, got {n_routed} and {n_branches}")
+def _check_draw(frames: Sequence[int], n_routed: int, num_generations: int) -> None:
+    if n_routed < 1 or num_generations < 1:
+        raise ValueError(f"n_routed and num_generations must be at least 1, got {n_routed} and {num_generations}")
     if len(frames) < n_routed:
         raise ValueError(f"cannot draw {n_routed} frames from a pool of {len(frames)}: fork later, or route fewer")
 
 
 def _pick(forks: list[int], generator: Generator) -> int:
     if not forks:
-        raise ValueError("no block can fork: make the video longer, the window smaller, or n_blocks fewer, which "
-                         "must fit into one chunk")  # fmt: skip
+        raise ValueError("no block can fork: make the video longer, the window smaller, or perturb_num_blocks fewer, "
+                         "which must fit into one chunk")  # fmt: skip
     return forks[int(torch.randint(len(forks), (1,), generator=generator))]

@@ -64,19 +64,19 @@ def fuse(
     global_: Tensor | None,
     local_weight: float = 1.0,
     global_weight: float = 0.5,
-    mode: str = "std",
+    fuse_mode: str = "std",
     adv_clip_max: float = 2.5,
 ) -> Tensor:
     """A [G] = clamp(local_weight * n(local) + global_weight * n(global_), -adv_clip_max, adv_clip_max) (KV:617-668).
 
     local [G]: advantages for the chunk that was forked; global_ [G]: for what follows it (authors: one clip a segment),
     None if there is just one signal.
-    n by mode: "none" leaves a signal as it is, "std" divides it by its population standard deviation over branches,
-    "zscore" first subtracts its mean, which takes the anchor out. A signal without spread is left as it is. With "std"
-    all branches can end on one side of the clamp and differ no more.
+    n by fuse_mode: "none" leaves a signal as it is, "std" divides it by its population standard deviation over the
+    branches, "zscore" first subtracts its mean, which takes the anchor out. A signal without spread is left as it is.
+    With "std" all branches can end on one side of the clamp and differ no more.
     """
-    if mode not in ("none", "std", "zscore"):
-        raise ValueError(f'mode must be "none", "std" or "zscore", got {mode!r}')
+    if fuse_mode not in ("none", "std", "zscore"):
+        raise ValueError(f'fuse_mode must be "none", "std" or "zscore", got {fuse_mode!r}')
 
     if local.ndim != 1 or (global_ is not None and global_.shape != local.shape):
         shape = None if global_ is None else list(global_.shape)
@@ -84,9 +84,9 @@ def fuse(
 
     def n(signal):
         std = signal.std(correction=0)
-        if mode == "none" or std <= EPS:
+        if fuse_mode == "none" or std <= EPS:
             return signal
-        return (signal - signal.mean() if mode == "zscore" else signal) / (std + EPS)
+        return (signal - signal.mean() if fuse_mode == "zscore" else signal) / (std + EPS)
 
     A = local_weight * n(local) + (0.0 if global_ is None else global_weight * n(global_))
     return A.clamp(-adv_clip_max, adv_clip_max)
@@ -102,9 +102,9 @@ def branch_is_safe(rewards: Mapping[str, Tensor], anchor: Mapping, weights: Mapp
     return bool(sum(w * (r[name] - torch.as_tensor(anchor[name]).to(r[name])) for name, w in weights.items()).max() > 0)
 
 
-def safety_scale(safe: bool, unsafe: float = 0.0) -> float:
-    """Factor on the loss: 1 for a safe group, else `unsafe`: 0 is the paper's, 0.5 the authors' (KV:545-572)."""
-    return 1.0 if safe else unsafe
+def safety_scale(safe: bool, unsafe_scale: float = 0.0) -> float:
+    """Factor on the loss: 1 for a safe group, else `unsafe_scale`: 0 is the paper's, 0.5 the authors' (KV:545-572)."""
+    return 1.0 if safe else unsafe_scale
 
 
 def log_ratio(log_p: Tensor, log_p_old: Tensor) -> Tensor:

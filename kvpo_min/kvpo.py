@@ -129,7 +129,7 @@ def draw(
     generator: torch.Generator, plan: routing.Plan | None = None,
 ) -> Task:  # fmt: skip
     """Script, plan (if it is not given) and noise of one group of update `step`, from a CPU generator. `order`: indices
-    of the scripts still to come, the next one last; it is used up, and drawn anew when it is empty."""
+    of the scripts still to come, the next one last; it is used up, and drawn again when it is empty."""
     if not order:  # every script once before any comes again
         order[:] = torch.randperm(len(scripts), generator=generator).tolist()
     index, window = order.pop(), routing.Window()
@@ -144,7 +144,9 @@ def draw(
 def roll_out(pipeline: Pipeline, policies, config: TrainConfig, task: Task, prefix: Stream | None = None) -> Rollout:
     """Prefix, G branches and the anchor, made by the adapter `old`. The keys and values that replays read stay on it.
     `prefix`: what `make_prefix` gave (default: made here, where nothing else holds it, so that it can be freed)."""
-    sampler, plan, noise = pipeline.sampler(config.num_segments), task.plan, task.noise.to(pipeline.backbone.device)
+    sampler = pipeline.sampler(config.num_segments)
+    plan = task.plan
+    noise = task.noise.to(pipeline.backbone.device)
     with acting(policies, "old"):
         made = fork(
             pipeline.backbone, texts_of(pipeline, task), noise, plan, task.stop, task.chunk.stop, sampler,
@@ -226,8 +228,13 @@ def preserve(pipeline: Pipeline, policies, config: TrainConfig, task: Task, roll
     and the initial policy's velocities on the prefix's own blocks, noised to the first two levels, under the ordinary
     context. A group compares its branches, so it can neither teach nor protect what they share, while the adapter acts
     on every block: without this the journey before the fork drifts unseen. -> that mean, before the update."""
-    sampler, device, backbone = pipeline.sampler(config.num_segments), pipeline.backbone.device, pipeline.backbone
-    window, prefix, total, count = sampler.window, rollout.prefix, 0.0, 0
+    sampler = pipeline.sampler(config.num_segments)
+    device = pipeline.backbone.device
+    backbone = pipeline.backbone
+    window = sampler.window
+    prefix = rollout.prefix
+    total = 0.0
+    count = 0
     x0 = torch.stack([block[0] for block in prefix.x0])  # [blocks, F, C, H, W]
     noise = task.noise[0, : len(x0), :2].to(device)  # [blocks, 2, F, C, H, W]
     s = sampler.sigmas[:2, None, None, None, None]

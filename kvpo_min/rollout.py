@@ -4,7 +4,7 @@
    forward) keeps what it saw. Prefix frames are stored once for all branches.
 2. `generate`: block by block, 4 steps each: predict x0, re-noise with the given noise, then encode the clean block.
 3. `fork`: one prefix, then G branches and the anchor in one batch, from the same noise; each branch reads the frames
-   of its route while `n_blocks` blocks are made (all steps and the encoding), and the ordinary ones afterwards.
+   of its route while `perturb_num_blocks` blocks are made (all steps and the encoding), afterwards the ordinary ones.
 4. `replay`: velocities of any policy at the recorded noisy inputs, under the ordinary context. All steps and branches
    of all blocks in one batch, because the context between blocks is the branch's own stored x0. Where that is too
    much at once, `pieces` cuts a replay into small ones.
@@ -139,7 +139,9 @@ def denoise(backbone: Backbone, noise: Tensor, sigmas: Tensor, start: int, text:
     diffusers' `FlowMatchEulerDiscreteScheduler(shift=5, stochastic_sampling=True)`; eta 0: without
     stochastic_sampling).
     noise [B, S, F, C, H, W] -> x0 [B, F, C, H, W], inputs z [B, S, ...] and predictions [B, S, ...] of every step."""
-    x, z, predictions = noise[:, 0], [], []
+    x = noise[:, 0]
+    z = []
+    predictions = []
     for s, sigma in enumerate(sigmas):
         z.append(x)
         v = backbone.velocity(x, sigma.expand(len(x)), start, text, kv)
@@ -274,10 +276,10 @@ def fork(
     Noise [G + 1, ...] gives each its own from the fork on (for comparison: exploring by noise); the prefix uses the
     last.
 
-    plan.routes [G, n_routed]; blocks in [fork, fork + n_blocks * block) are routed. `record_until`: end of the
-    trajectory (the fork's chunk). `branch_batch` bounds how many run at once; the numbers do not depend on it.
+    plan.routes [G, n_routed]; blocks in [fork, fork + perturb_num_blocks * block) are routed. `record_until`: end of
+    the trajectory (the fork's chunk). `branch_batch` bounds how many run at once; the numbers do not depend on it.
     """
-    window, n_branches = sampler.window, len(plan.routes)
+    window, num_generations = sampler.window, len(plan.routes)
     if not 0 <= plan.fork < record_until <= stop:
         raise ValueError(
             f"expected 0 <= fork < record_until <= stop (frames), got {plan.fork}, {record_until} and {stop}"
@@ -291,10 +293,10 @@ def fork(
     segment = segment_at(plan.fork, sampler.switches)
     if segment != prefix.segment:  # a switch on the fork itself: new words first, then the snapshot
         prefix = switch_prompt(backbone, prefix, texts[segment], sampler, segment)
-    routed_end = plan.fork + plan.n_blocks * window.block
+    routed_end = plan.fork + plan.perturb_num_blocks * window.block
 
     videos, recorded = [], []
-    for members in torch.arange(n_branches + 1).split(branch_batch or n_branches + 1):
+    for members in torch.arange(num_generations + 1).split(branch_batch or num_generations + 1):
         trail: list[tuple[Tensor, Tensor]] = []
 
         def reads(start: int, members=members) -> Tensor:
@@ -327,7 +329,7 @@ def replay(
     context: str = "stored",
     branches: int | None = None,
 ) -> Tensor:
-    """Velocities of the policy at hand at a rollout's noisy inputs, under the ordinary context (paper: u against
+    """Velocities of the active policy at a rollout's noisy inputs, under the ordinary context (paper: u against
     v_theta).
 
     -> [G, B, S, F, C, H, W]; the first `grad_steps` steps carry gradient. `branches`: how many (default: all but the
@@ -345,7 +347,10 @@ def replay(
             f'context must be "stored" or "own", grad_steps 0..{n_steps} and branches 1..{len(trajectory.z)}, got '
             f"{context!r}, {grad_steps} and {g}"
         )
-    history, bank, contexts, predicted = rollout.prefix.history, rollout.prefix.bank, [], []
+    history = rollout.prefix.history
+    bank = rollout.prefix.bank
+    contexts = []
+    predicted = []
     for b in range(n_blocks):
         here = start + b * window.block
         bank = bank and bank.merge(partial(backbone.text_keys, rollout.text))
@@ -390,20 +395,20 @@ def _velocities(backbone, z, sampler, start, text, contexts, grad_steps, replay_
 
 
 def pieces(
-    backbone: Backbone, rollout: Rollout, sampler: Sampler, batch: int, n_steps: int = 0, context: str = "stored"
+    backbone: Backbone, rollout: Rollout, sampler: Sampler, replay_batch: int, n_steps: int = 0, context: str = "stored"
 ) -> Iterator[tuple[tuple[slice, slice, slice], Rollout, Sampler]]:
     """Cuts a replay of the first `n_steps` steps (0: all) into rollouts of one block, its steps and a few branches, at
-    most `batch` forwards each: the steps first, because they share what they read. Between blocks the same x0 are
-    encoded as in `replay`; with context="own" by the policy that acts, which costs one more forward a block.
+    most `replay_batch` forwards each: the steps first, because they share what they read. Between blocks the same x0
+    are encoded as in `replay`; with context="own" by the policy that acts, which costs one more forward a block.
     Yields where the piece belongs in [G, B, S], its rollout, its sampler."""
     window, trajectory, routes = sampler.window, rollout.trajectory, rollout.plan.routes
-    n_branches, (n_blocks, every) = len(routes), trajectory.z.shape[1:3]
-    if batch < 1 or not 0 <= n_steps <= every:
-        raise ValueError(f"batch must be at least 1 and n_steps 0..{every}, got {batch} and {n_steps}")
+    num_generations, (n_blocks, every) = len(routes), trajectory.z.shape[1:3]
+    if replay_batch < 1 or not 0 <= n_steps <= every:
+        raise ValueError(f"replay_batch must be at least 1 and n_steps 0..{every}, got {replay_batch} and {n_steps}")
     n_steps = n_steps or every
-    at_once, together = min(batch, n_steps), max(1, batch // n_steps)
-    for first in range(0, n_branches, together):
-        members = slice(first, min(first + together, n_branches))
+    at_once, together = min(replay_batch, n_steps), max(1, replay_batch // n_steps)
+    for first in range(0, num_generations, together):
+        members = slice(first, min(first + together, num_generations))
         history, bank = rollout.prefix.history, rollout.prefix.bank
         for b in range(n_blocks):
             here = rollout.prefix.frame + b * window.block

@@ -421,16 +421,21 @@ def check_03_order(answer, distances) -> Verdict:
 
 
 def check_04(answer) -> Verdict:
-    """answer: a function like `chr.uniform_routes`, `(frames, n_routed, n_branches, generator) -> [G, n_routed]`, whose
-    branches share fewer frames than uniform draws do."""
+    """answer: a function like `chr.uniform_routes`, `(frames, n_routed, num_generations, generator) -> [G, n_routed]`,
+    whose branches share fewer frames than uniform draws do."""
     if answer is None:
-        return Verdict(False, "Write a function (frames, n_routed, n_branches, generator) -> routes [G, n_routed].")
+        return Verdict(
+            False, "Write a function (frames, n_routed, num_generations, generator) -> routes [G, n_routed]."
+        )
     verdicts = [_fewer_shared(answer, range(3, last), 5, 8) for last in (20, 17)]
     return next((verdict for verdict in verdicts if not verdict), verdicts[0])
 
 
 def _fewer_shared(answer, frames: range, n: int, g: int) -> Verdict:
-    shared, used, plans, pool = [], set(), set(), f"frames {frames[0]} to {frames[-1]}"
+    shared = []
+    used = set()
+    plans = set()
+    pool = f"frames {frames[0]} to {frames[-1]}"
     for seed in range(20):
         try:
             routes, again = (answer(frames, n, g, torch.Generator().manual_seed(seed)) for _ in range(2))
@@ -1037,7 +1042,7 @@ def check_08_paired(answer) -> Verdict:
     return Verdict(True, "Prompts differ far more than training changes them, and pairs take that out.")
 
 
-def check_08_diagnose(answer, runs: dict, n_branches: int) -> Verdict:
+def check_08_diagnose(answer, runs: dict, num_generations: int) -> Verdict:
     """answer: {run: "healthy", "hacked" or "dead"}; runs: {run: lines of metrics.jsonl, with a held-out curve}."""
     kinds = ("healthy", "hacked", "dead")
     named = isinstance(answer, dict) and set(answer) == set(runs)
@@ -1049,7 +1054,7 @@ def check_08_diagnose(answer, runs: dict, n_branches: int) -> Verdict:
 
     for run, logs in runs.items():
         entropies = [line["entropy"] for line in logs if "entropy" in line]
-        if max(entropies[-5:]) < 0.12 * math.log(n_branches):
+        if max(entropies[-5:]) < 0.12 * math.log(num_generations):
             kind, sign = "dead", "its entropy is near 0, so one branch has all the probability"
         elif change(logs, "reward") > 0 and min(change(logs, "coherent"), change(logs, "journey")) < -0.1:
             kind, sign = "hacked", "its reward rises while what the judge sees falls"
@@ -1095,12 +1100,12 @@ def check_08_alarm(answer) -> Verdict:
     return Verdict(True, "It rings where the reward rises and coherent falls, and nowhere else.")
 
 
-def entropy_curves(n_branches: int, seed: int = 0) -> dict[str, list[float]]:
+def entropy_curves(num_generations: int, seed: int = 0) -> dict[str, list[float]]:
     """Made-up entropies of 60 updates, in nats: "healthy" (noisy, most of log G), "dips" (healthy, with two single
     updates near 0, which happens when one group has a clear winner), "low but alive" (a quarter of log G), "collapse"
     (from update 30 on one branch has nearly everything), "slow collapse" (the same within 20 updates)."""
     generator = torch.Generator().manual_seed(seed)
-    most, n = math.log(n_branches), 60
+    most, n = math.log(num_generations), 60
     noise = 0.08 * torch.randn(5, n, generator=generator)
     step = torch.arange(n)
     level = torch.stack([
@@ -1114,11 +1119,11 @@ def entropy_curves(n_branches: int, seed: int = 0) -> dict[str, list[float]]:
     return {name: (most * curve).tolist() for name, curve in zip(names, curves, strict=True)}
 
 
-def check_08(answer, recorded: list[float] | None = None, n_branches: int = 8) -> Verdict:
-    """answer: a stop rule `(entropies so far, n_branches) -> bool`, asked after every update. `recorded`: the entropies
-    of a real run of `n_branches` branches, which did not collapse."""
+def check_08(answer, recorded: list[float] | None = None, num_generations: int = 8) -> Verdict:
+    """answer: a stop rule `(entropies so far, num_generations) -> bool`, asked after every update. `recorded`: the
+    entropies of a real run of `num_generations` branches, which did not collapse."""
     if answer is None:
-        return Verdict(False, "Write a function (entropies, n_branches) -> bool: should the run stop now?")
+        return Verdict(False, "Write a function (entropies, num_generations) -> bool: should the run stop now?")
 
     def stops(curve: list[float], g: int) -> int | None:
         """The update after which the rule stops the run; None: never."""
@@ -1146,7 +1151,7 @@ def check_08(answer, recorded: list[float] | None = None, n_branches: int = 8) -
                     if t < dead - 15:
                         says = f"With {g} branches the run {name!r} is stopped after update {t}"
                         return Verdict(False, f"{says}, long before it is dead at {dead}.")
-        t = stops(recorded, n_branches) if recorded else None
+        t = stops(recorded, num_generations) if recorded else None
     except Exception as error:  # an answer may be anything
         return Verdict(False, f"It raised {error!r}.")
     if t is not None:
@@ -1376,7 +1381,7 @@ def check_09_memory(answer) -> Verdict:
         named = []
     if sorted(named) != sorted(names):
         return Verdict(False, f"Expected each of {', '.join(names)} once, got {answer!r}.")
-    changes = ({"n_branches": 16}, {"past": 12}, {"height": 720, "width": 1280})
+    changes = ({"num_generations": 16}, {"past": 12}, {"height": 720, "width": 1280})
     cost = {name: sum(memory_plan(**change).values()) for name, change in zip(names, changes, strict=True)}
     if named == sorted(names, key=cost.get):
         return Verdict(True, ", ".join(f"{name} {cost[name]:.1f} GiB" for name in named) + ".")

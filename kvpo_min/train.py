@@ -119,7 +119,9 @@ def train(
     saved, whole = state["step"], (generator.get_state(), list(state["order"]))  # of the last whole update
     try:
         while state["step"] < config.max_train_steps:
-            begun, step, grad_norm = time.perf_counter(), state["step"], 0.0
+            begun = time.perf_counter()
+            step = state["step"]
+            grad_norm = 0.0
             old_is_current = step % config.old_policy_every == 0
             if old_is_current:
                 copy_adapter(policies, "default", "old")
@@ -142,7 +144,7 @@ def train(
                     copy_adapter(policies, "default", "ema", 1 - config.ema_decay)
                 state["step"], state["skips"] = step + 1, state["skips"] + 1 if failure else 0
                 stop = state["skips"] == SKIPS
-                state["skips"] %= SKIPS  # whoever resumes has mended it
+                state["skips"] %= SKIPS  # a run that is resumed counts from 0
                 seconds = time.perf_counter() - begun
                 record = Step(step, [] if failure else groups, state["tau"], grad_norm, learning_rate, seconds,
                               dict(rewards.weights), [] if failure else elsewhere, str(failure or ""))  # fmt: skip

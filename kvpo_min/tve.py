@@ -115,8 +115,8 @@ def gibbs_log_prob(E: Tensor, tau: float) -> Tensor:
     return torch.log_softmax(-E / tau, dim=-1)
 
 
-def calibrate_tau(E_groups: Tensor, target: float = 1.0) -> float:
-    """tau at which log scores -E / tau spread by `target` inside a group; from the energies [N, G] of N groups.
+def calibrate_tau(E_groups: Tensor, tau_target: float = 1.0) -> float:
+    """tau at which log scores -E / tau spread by `tau_target` inside a group; from the energies [N, G] of N groups.
 
     The spread is the population standard deviation over the branches of a group, averaged over groups. Raw energies
     of one group differ by far less than the authors' tau of 2 (by .01 to .1 on the pocket model), and there the
@@ -124,14 +124,15 @@ def calibrate_tau(E_groups: Tensor, target: float = 1.0) -> float:
     first groups, and keep the result: a tau that follows the energies would change the objective while it is being
     optimised. Raises ValueError if the energies do not differ.
     """
-    if E_groups.ndim != 2 or E_groups.shape[1] < 2 or not target > 0:
+    if E_groups.ndim != 2 or E_groups.shape[1] < 2 or not tau_target > 0:
         raise ValueError(
-            f"expected energies [N, G] with 2 branches or more and target > 0, got {list(E_groups.shape)} and {target}"
+            "expected energies [N, G] with 2 branches or more and tau_target > 0, "
+            f"got {list(E_groups.shape)} and {tau_target}"
         )
     spread = E_groups.std(dim=1, correction=0).mean().item()
     if not 0 < spread < math.inf:
         raise ValueError(f"energies of a group must differ and be finite, got a spread of {spread}: were they routed?")
-    return spread / target
+    return spread / tau_target
 
 
 def gibbs_entropy(log_p: Tensor) -> Tensor:

@@ -206,7 +206,7 @@ def test_a_run_that_diverges_is_a_row(make, tmp_path, monkeypatch):
 def test_passes_that_cannot_be_counted_end_the_arena(make, tmp_path, monkeypatch):
     """They are counted in `forward`; a backbone that does without would train for ever."""
     monkeypatch.setattr(ring, "counting", lambda backbone, counts: contextlib.nullcontext())
-    with pytest.raises(ValueError, match="passes of this backbone cannot be counted"):
+    with pytest.raises(ValueError, match="passes.*backbone"):
         list(arena(make, REWARDS, options_for(tmp_path / "a.csv", "rwr")))
 
 
@@ -348,7 +348,7 @@ def test_rows_made_with_other_settings_are_not_mixed(make, tmp_path):
     options = options_for(tmp_path / "a.csv")
     row = fake(options, "rwr", 1e-3, 0, 0.1, settings=json.dumps({"nearest": 1, "gone": 3}))
     ring.append_row(tmp_path / "a.csv", row)
-    with pytest.raises(ValueError, match="rows of rwr made with nearest 1, now it is 2"):
+    with pytest.raises(ValueError, match="rwr.*nearest 1.*2"):
         list(arena(make, REWARDS, options))
     assert not ring.check(replace(options, methods="cm_grpo"), shared_key(options, REWARDS), [row])
 

@@ -759,20 +759,25 @@ def test_windows_that_their_history_cannot_hold(past, sink, short):
 
 @cases(100)
 @given(
-    fork=st.integers(-5, 60), nearest=st.integers(-3, 9), n_blocks=st.integers(-2, 6), gap=st.integers(-3, 3),
+    fork=st.integers(-5, 60), nearest=st.integers(-3, 9), perturb_num_blocks=st.integers(-2, 6), gap=st.integers(-3, 3),
 )  # fmt: skip
-def test_pools_hold_past_frames_or_are_refused(fork, nearest, n_blocks, gap):
-    if 0 <= nearest < WINDOW.past and fork >= 0 and n_blocks >= 1 and gap >= 0:
-        frames = routing.pool(fork, WINDOW, nearest, n_blocks, gap)
+def test_pools_hold_past_frames_or_are_refused(fork, nearest, perturb_num_blocks, gap):
+    if 0 <= nearest < WINDOW.past and fork >= 0 and perturb_num_blocks >= 1 and gap >= 0:
+        frames = routing.pool(fork, WINDOW, nearest, perturb_num_blocks, gap)
         return all(WINDOW.sink <= f < fork - nearest - gap for f in frames) or pytest.fail(f"{frames}")
-    refused(lambda: routing.pool(fork, WINDOW, nearest, n_blocks, gap), "got")
+    refused(lambda: routing.pool(fork, WINDOW, nearest, perturb_num_blocks, gap), "got")
 
 
 @cases(60)
-@given(total=st.integers(-3, 30), n_blocks=st.integers(4, 9), branches=st.integers(1, 3), nearest=st.integers(0, 5))
-def test_videos_in_which_no_block_can_fork(total, n_blocks, branches, nearest):
+@given(
+    total=st.integers(-3, 30),
+    perturb_num_blocks=st.integers(4, 9),
+    branches=st.integers(1, 3),
+    nearest=st.integers(0, 5),
+)
+def test_videos_in_which_no_block_can_fork(total, perturb_num_blocks, branches, nearest):
     generator = torch.Generator().manual_seed(0)
-    refused(lambda: routing.plan(total, WINDOW, nearest, n_blocks, branches, generator),
+    refused(lambda: routing.plan(total, WINDOW, nearest, perturb_num_blocks, branches, generator),
             "no block can fork" if total > 0 else "at least 1 frame")  # fmt: skip
 
 
@@ -891,7 +896,10 @@ def test_pieces_that_do_not_fit_are_refused(batch, n_steps, rollout):
     _, made, sampler = rollout
     if batch >= 1 and 0 <= n_steps <= 4:
         batch = 0
-    refused(lambda: next(pieces(Silent(), made, sampler, batch, n_steps)), "batch must be at least 1 and n_steps 0..4")
+    refused(
+        lambda: next(pieces(Silent(), made, sampler, batch, n_steps)),
+        "replay_batch must be at least 1 and n_steps 0..4",
+    )
 
 
 @cases(60)

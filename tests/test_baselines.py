@@ -192,7 +192,7 @@ def test_exploration_changes_what_it_says(kind, noise):
     if kind == "routing":
         assert z is noise and plan is PLAN
         return
-    assert z.shape == (4, 6, 4, *SHAPE) and plan.n_blocks == 0 and torch.equal(z[-1:], noise)
+    assert z.shape == (4, 6, 4, *SHAPE) and plan.perturb_num_blocks == 0 and torch.equal(z[-1:], noise)
     changed = (z[:-1] != noise).flatten(3).any(3)  # [G, blocks, S]
     want = torch.zeros(6, 4, dtype=torch.bool)
     want[4:, {"fresh": slice(None), "initial": slice(0, 1), "consistency": slice(1, None)}[kind]] = True
@@ -205,7 +205,7 @@ def test_exploration_changes_what_it_says(kind, noise):
 
 
 def test_pivot_block_alone(noise):
-    z, _ = explore("initial", replace(PLAN, n_blocks=1), noise, seeded(2))
+    z, _ = explore("initial", replace(PLAN, perturb_num_blocks=1), noise, seeded(2))
     changed = (z[:-1] != noise).flatten(3).any(3).any(0)
     assert changed.nonzero().tolist() == [[4, 0]]
 
@@ -301,7 +301,7 @@ def test_policy_gradient_at_ratio_1(kernel):
     assert_close(first[:, :, 1], 3 * got[:, :, 1])
     assert first[:, :, [0, 2, 3]].abs().max() == 0
     for steps in ([3], []):
-        with pytest.raises(ValueError, match="the last has no noise"):
+        with pytest.raises(ValueError, match="no noise"):
             flow_grpo_loss(trajectory, v, v_old, A, kernel, steps=steps)
 
 
@@ -522,7 +522,7 @@ def test_best_of_n_chunks(backbone):
 
 
 REWARDS = Mixture({"vq": lambda videos, prompts: videos[:, :, 0].mean((1, 2, 3))}, {"vq": 1.0})
-SMALL = dict(num_frames=21, num_generations=3, n_blocks=2, tau_groups=1)
+SMALL = dict(num_frames=21, num_generations=3, perturb_num_blocks=2, tau_groups=1)
 
 
 def trainable(pipeline):

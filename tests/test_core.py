@@ -107,31 +107,38 @@ def test_ordinary_frames():
 
 
 def test_pool_of_paper_and_authors():
-    assert pool(42, LONGLIVE, nearest=1, n_blocks=5, gap=3) == range(24, 38)  # kvpo_spec 2.2
-    assert pool(42, LONGLIVE, nearest=1, n_blocks=5) == range(24, 41)  # no hole before the nearest frame
-    assert pool(21, LONGLIVE, nearest=0, n_blocks=5) == range(3, 21)  # everything after the sink
-    assert len(pool(6, LONGLIVE, nearest=5, n_blocks=5)) == 0
+    assert pool(42, LONGLIVE, nearest=1, perturb_num_blocks=5, gap=3) == range(24, 38)  # kvpo_spec 2.2
+    assert pool(42, LONGLIVE, nearest=1, perturb_num_blocks=5) == range(24, 41)  # no hole before the nearest frame
+    assert pool(21, LONGLIVE, nearest=0, perturb_num_blocks=5) == range(3, 21)  # everything after the sink
+    assert len(pool(6, LONGLIVE, nearest=5, perturb_num_blocks=5)) == 0
 
 
 def test_eligible_forks():
     authors = [21, 24, 39, 42, 57, 60, 75, 78, 93, 96, 111, 114]  # kvpo_spec 2.1
-    assert eligible_forks(147, LONGLIVE, nearest=1, n_blocks=5, gap=3) == authors
-    assert eligible_forks(147, LONGLIVE, nearest=1, n_blocks=5) == authors
-    assert eligible_forks(147, LONGLIVE, nearest=1, n_blocks=5, first_chunks=2) == [21, 24]
-    assert eligible_forks(39, LONGLIVE, nearest=1, n_blocks=5) == [21, 24]
-    assert eligible_forks(21, LONGLIVE, nearest=1, n_blocks=3) == [12]
-    assert eligible_forks(21, LONGLIVE, nearest=1, n_blocks=5) == []
-    assert eligible_forks(39, LONGLIVE, nearest=0, n_blocks=1) == [12, 15, 18, 21, 24, 27, 30, 33, 36]
-    assert eligible_forks(32, LONGLIVE, nearest=0, n_blocks=1) == [12, 15, 18, 21, 24, 27]  # 30 and 31 are no block
+    assert eligible_forks(147, LONGLIVE, nearest=1, perturb_num_blocks=5, gap=3) == authors
+    assert eligible_forks(147, LONGLIVE, nearest=1, perturb_num_blocks=5) == authors
+    assert eligible_forks(147, LONGLIVE, nearest=1, perturb_num_blocks=5, first_chunks=2) == [21, 24]
+    assert eligible_forks(39, LONGLIVE, nearest=1, perturb_num_blocks=5) == [21, 24]
+    assert eligible_forks(21, LONGLIVE, nearest=1, perturb_num_blocks=3) == [12]
+    assert eligible_forks(21, LONGLIVE, nearest=1, perturb_num_blocks=5) == []
+    assert eligible_forks(39, LONGLIVE, nearest=0, perturb_num_blocks=1) == [12, 15, 18, 21, 24, 27, 30, 33, 36]
+    assert eligible_forks(32, LONGLIVE, nearest=0, perturb_num_blocks=1) == [
+        12,
+        15,
+        18,
+        21,
+        24,
+        27,
+    ]  # 30 and 31 are no block
     # Reach: 12 frames of history hold 9 after the sink, of which routing 3 blocks uses up 6; too few remain for 6.
-    assert eligible_forks(147, Window(history=12), nearest=0, n_blocks=3) == []
+    assert eligible_forks(147, Window(history=12), nearest=0, perturb_num_blocks=3) == []
 
 
 def test_no_route_reads_the_future_and_all_rows_are_alike():
     for seed in range(20):
         for nearest in (0, 1, 2):
-            p = plan(147, LONGLIVE, nearest, n_blocks=5, n_branches=8, generator=seeded(seed))
-            assert p.fork in eligible_forks(147, LONGLIVE, nearest, 5) and p.n_blocks == 5
+            p = plan(147, LONGLIVE, nearest, perturb_num_blocks=5, num_generations=8, generator=seeded(seed))
+            assert p.fork in eligible_forks(147, LONGLIVE, nearest, 5) and p.perturb_num_blocks == 5
             assert p.routes.shape == (8, 6 - nearest)
             for start in range(p.fork, p.fork + 15, 3):
                 frames = branch_frames(p.routes, start, LONGLIVE, nearest)
@@ -154,30 +161,32 @@ def test_plan_comes_from_its_generator():
 
 def test_plan_official_differs_from_the_papers_only_where_documented():
     p = plan_official(42, 0, 1_000_003, 147, LONGLIVE, 1, 5, 8)  # kvpo_spec 2.2
-    assert (p.fork, p.pool, p.n_blocks) == (42, range(24, 38), 5)
+    assert (p.fork, p.pool, p.perturb_num_blocks) == (42, range(24, 38), 5)
     assert p.routes[0].tolist() == [25, 31, 34, 35, 36] and p.routes[7].tolist() == [26, 27, 32, 33, 37]
 
 
 def test_uniform_routes_are_uniform():
-    frames, n_branches = range(3, 17), 7000
-    routes = uniform_routes(frames, 5, n_branches, seeded())
-    assert routes.shape == (n_branches, 5)
+    frames, num_generations = range(3, 17), 7000
+    routes = uniform_routes(frames, 5, num_generations, seeded())
+    assert routes.shape == (num_generations, 5)
     assert (routes.diff(dim=1) > 0).all()  # ascending, none twice
-    share = torch.bincount(routes.flatten(), minlength=17)[3:] / n_branches
+    share = torch.bincount(routes.flatten(), minlength=17)[3:] / num_generations
     # Standard error of a share is sqrt(5/14 * 9/14 / 7000) = .0057; allow 5 of them.
     assert_close(share, torch.full((14,), 5 / 14), rtol=0, atol=0.029)
     assert uniform_routes(range(4), 4, 2, seeded()).tolist() == [[0, 1, 2, 3]] * 2
 
 
-@pytest.mark.parametrize("n_frames, n_routed, n_branches", [(14, 5, 8), (30, 9, 8), (12, 6, 3), (6, 6, 4), (7, 2, 16)])
-def test_dispersed_routes_against_a_loop(n_frames, n_routed, n_branches):
+@pytest.mark.parametrize(
+    "n_frames, n_routed, num_generations", [(14, 5, 8), (30, 9, 8), (12, 6, 3), (6, 6, 4), (7, 2, 16)]
+)
+def test_dispersed_routes_against_a_loop(n_frames, n_routed, num_generations):
     frames = range(10, 10 + n_frames)
     order = torch.randperm(n_frames, generator=seeded(5)).tolist()
-    shift = max(1, n_frames // n_branches)
+    shift = max(1, n_frames // num_generations)
     expected = []
-    for g in range(n_branches):
+    for g in range(num_generations):
         expected.append(sorted(frames[order[(g * shift + i) % n_frames]] for i in range(n_routed)))
-    assert dispersed_routes(frames, n_routed, n_branches, seeded(5)).tolist() == expected
+    assert dispersed_routes(frames, n_routed, num_generations, seeded(5)).tolist() == expected
 
 
 def test_overlap_against_sets():
@@ -211,10 +220,10 @@ def test_route_mask_against_a_loop():
 @pytest.mark.parametrize(
     "call, match",
     [
-        (lambda: Window(sink=-1), r"Window.sink must be at least 0 frames, got -1"),
-        (lambda: Window(past=0), r"Window.past must be at least 1 frames, got 0"),
-        (lambda: Window(block=0), r"Window.block must be at least 1 frames, got 0"),
-        (lambda: Window(history=8), r"Window.history must be at least 9 frames, got 8"),
+        (lambda: Window(sink=-1), r"Window.sink.*got -1"),
+        (lambda: Window(past=0), r"Window.past.*got 0"),
+        (lambda: Window(block=0), r"Window.block.*got 0"),
+        (lambda: Window(history=8), r"Window.history.*9.*got 8"),
         (lambda: chunk_starts(0), r"at least 1 frame, got 0, 21, 18"),
         (lambda: chunk_starts(39, rest=0), r"at least 1 frame, got 39, 21, 0"),
         (lambda: ordinary_frames(-1, LONGLIVE), r"0 or more, got -1"),
@@ -222,17 +231,17 @@ def test_route_mask_against_a_loop():
         (lambda: pool(21, LONGLIVE, -1, 5), r"nearest must be 0..5, .* got -1"),
         (lambda: chunk_of(39, 39), r"0..38, got 39"),
         (lambda: chunk_of(-3, 39), r"0..38, got -3"),
-        (lambda: eligible_forks(39, LONGLIVE, 1, 0), r"n_blocks must be at least 1 block, got 0"),
-        (lambda: eligible_forks(147, Window(4, 8, 4, 40), 1, 2), r"whole blocks of 4 frames, got chunks of 21 and 18"),
-        (lambda: plan(147, Window(2, 8, 2, 40), 1, 2, 4, seeded()), r"whole blocks of 2 frames"),
-        (lambda: uniform_routes(range(4), 5, 2, seeded()), r"cannot draw 5 frames from a pool of 4"),
-        (lambda: dispersed_routes(range(4), 5, 2, seeded()), r"cannot draw 5 frames from a pool of 4"),
+        (lambda: eligible_forks(39, LONGLIVE, 1, 0), r"perturb_num_blocks.*got 0"),
+        (lambda: eligible_forks(147, Window(4, 8, 4, 40), 1, 2), r"4 frames, got.*21 and 18"),
+        (lambda: plan(147, Window(2, 8, 2, 40), 1, 2, 4, seeded()), r"2 frames"),
+        (lambda: uniform_routes(range(4), 5, 2, seeded()), r"5 frames.*pool of 4"),
+        (lambda: dispersed_routes(range(4), 5, 2, seeded()), r"5 frames.*pool of 4"),
         (lambda: uniform_routes(range(4), 0, 2, seeded()), r"at least 1, got 0 and 2"),
         (lambda: dispersed_routes(range(4), 1, 0, seeded()), r"at least 1, got 1 and 0"),
-        (lambda: plan(21, LONGLIVE, 1, 5, 4, seeded()), r"no block can fork: make the video longer"),
-        (lambda: plan_official(42, 0, 0, 21, LONGLIVE, 1, 5, 4), r"no block can fork: make the video longer"),
-        (lambda: branch_frames(torch.tensor([[5, 21]]), 21, LONGLIVE, 1), r"can read frames 0..20, got 0..21"),
-        (lambda: branch_frames(torch.tensor([[5, -2]]), 21, LONGLIVE, 1), r"can read frames 0..20, got -2..20"),
+        (lambda: plan(21, LONGLIVE, 1, 5, 4, seeded()), r"no block can fork"),
+        (lambda: plan_official(42, 0, 0, 21, LONGLIVE, 1, 5, 4), r"no block can fork"),
+        (lambda: branch_frames(torch.tensor([[5, 21]]), 21, LONGLIVE, 1), r"got 0..21"),
+        (lambda: branch_frames(torch.tensor([[5, -2]]), 21, LONGLIVE, 1), r"got -2..20"),
         (
             lambda: branch_frames(torch.tensor([[5, 20]]), 21, LONGLIVE, 1),
             r"read twice: .* lie in 3..19 .* \[\[5, 20\]\]",
@@ -371,16 +380,16 @@ NAN = float("nan")
         (lambda: step_energies(torch.ones(1, 1, 1), torch.ones(1, 1, 1)), r"\[..., F, C, H, W\], got \[1, 1, 1\]"),
         (lambda: trajectory_energy(torch.ones(2, 3)), r"energies \[G, B, S\] .* got \[2, 3\] and None"),
         (lambda: trajectory_energy(torch.ones(2, 3, 4), torch.ones(3)), r"weights \[S\], got \[2, 3, 4\] and \[3\]"),
-        (lambda: gibbs_log_prob(torch.ones(2), 0.0), r"tau must be above 0, got 0.0"),
-        (lambda: gibbs_log_prob(torch.ones(2), NAN), r"tau must be above 0, got nan"),
+        (lambda: gibbs_log_prob(torch.ones(2), 0.0), r"tau.*got 0.0"),
+        (lambda: gibbs_log_prob(torch.ones(2), NAN), r"tau.*got nan"),
         (lambda: calibrate_tau(torch.ones(8)), r"energies \[N, G\] .* got \[8\]"),
         (lambda: calibrate_tau(torch.ones(8, 1)), r"2 branches or more .* got \[8, 1\]"),
         (lambda: calibrate_tau(torch.rand(2, 4), 0.0), r"target > 0, got \[2, 4\] and 0.0"),
-        (lambda: calibrate_tau(torch.ones(2, 4)), r"must differ and be finite, got a spread of 0.0"),
-        (lambda: calibrate_tau(torch.tensor([[1.0, NAN]])), r"must differ and be finite, got a spread of nan"),
+        (lambda: calibrate_tau(torch.ones(2, 4)), r"spread of 0.0"),
+        (lambda: calibrate_tau(torch.tensor([[1.0, NAN]])), r"spread of nan"),
         (
             lambda: calibrate_tau(torch.tensor([[1.0, 1e300]], dtype=torch.float64)),
-            r"must differ and be finite, got a spread of inf",
+            r"spread of inf",
         ),
     ],
 )
@@ -573,7 +582,7 @@ def test_component_without_variance_adds_exactly_nothing():
 def test_all_equal_rewards_give_zero_advantage_and_gradient(mode):
     rewards = {"vq": torch.full((4,), 0.3), "mq": torch.full((4,), 1.7)}
     A = anchor_advantages(rewards, {"vq": 0.3, "mq": 1.7}, {"vq": 1.0, "mq": 1.0})
-    A = fuse(A, A, mode=mode)
+    A = fuse(A, A, fuse_mode=mode)
     assert A.tolist() == [0, 0, 0, 0]
     E = torch.rand(4, generator=seeded(), requires_grad=True)
     log_p = gibbs_log_prob(E, 0.1)
@@ -583,15 +592,15 @@ def test_all_equal_rewards_give_zero_advantage_and_gradient(mode):
 
 def test_fuse_by_hand():
     local, global_ = torch.tensor([0.0, 2.0]), torch.tensor([4.0, 8.0])  # population std 1 and 2, means 1 and 6
-    assert_close(fuse(local, global_, mode="none", adv_clip_max=100.0), torch.tensor([2.0, 6.0]))
-    assert_close(fuse(local, global_, mode="std", adv_clip_max=100.0), torch.tensor([1.0, 4.0]))
-    assert_close(fuse(local, global_, mode="zscore"), torch.tensor([-1.5, 1.5]))
-    assert_close(fuse(local, global_, 2.0, 0.25, mode="zscore"), torch.tensor([-2.25, 2.25]))
+    assert_close(fuse(local, global_, fuse_mode="none", adv_clip_max=100.0), torch.tensor([2.0, 6.0]))
+    assert_close(fuse(local, global_, fuse_mode="std", adv_clip_max=100.0), torch.tensor([1.0, 4.0]))
+    assert_close(fuse(local, global_, fuse_mode="zscore"), torch.tensor([-1.5, 1.5]))
+    assert_close(fuse(local, global_, 2.0, 0.25, fuse_mode="zscore"), torch.tensor([-2.25, 2.25]))
     assert_close(fuse(local, global_, adv_clip_max=2.5), torch.tensor([1.0, 2.5]))
     assert_close(fuse(-local, -global_, adv_clip_max=2.5), torch.tensor([-1.0, -2.5]))
     assert_close(fuse(local, None), local)
     flat = torch.tensor([3.0, 3.0])
-    assert fuse(flat, None, mode="zscore", adv_clip_max=9.0).equal(flat)  # no spread to divide by
+    assert fuse(flat, None, fuse_mode="zscore", adv_clip_max=9.0).equal(flat)  # no spread to divide by
 
 
 def test_safety():
@@ -644,7 +653,7 @@ def test_safety_and_advantages_agree_in_bfloat16():
         (
             lambda: branch_is_safe(ONE, {"vq": torch.ones(3)}, {"vq": 1}),
             ValueError,
-            r"anchor\['vq'\] must be one number",
+            r"anchor\['vq'\].*one number",
         ),
         (
             lambda: anchor_advantages(ONE, {"vq": torch.ones(3)}, {"vq": 1}),
@@ -658,7 +667,7 @@ def test_safety_and_advantages_agree_in_bfloat16():
                 {"vq": torch.ones(2), "ta": torch.ones(3)}, {"vq": 1, "ta": 1}, {"vq": 1, "ta": 1}
             ),
             ValueError,
-            r"rewards\['ta'\] must be \[G\] like the others, got \[3\]",
+            r"rewards\['ta'\].*got \[3\]",
         ),
         (
             lambda: anchor_advantages({"vq": torch.ones(2, 1)}, {"vq": 1}, {"vq": 1}),
@@ -668,14 +677,14 @@ def test_safety_and_advantages_agree_in_bfloat16():
         (
             lambda: anchor_advantages({"vq": torch.tensor([1.0, NAN])}, {"vq": 1}, {"vq": 1}),
             ValueError,
-            r"rewards\['vq'\] must be finite, got \[1.0, nan\]",
+            r"rewards\['vq'\].*got \[1.0, nan\]",
         ),
         (
             lambda: anchor_advantages({"vq": torch.ones(2)}, {"vq": torch.tensor(NAN)}, {"vq": 1}),
             ValueError,
-            r"anchor\['vq'\] must be finite, got nan",
+            r"anchor\['vq'\].*got nan",
         ),
-        (lambda: fuse(torch.ones(2), None, mode="max"), ValueError, r'"none", "std" or "zscore", got \'max\''),
+        (lambda: fuse(torch.ones(2), None, fuse_mode="max"), ValueError, r'"none", "std" or "zscore", got \'max\''),
         (lambda: fuse(torch.ones(2), torch.ones(3)), ValueError, r"alike, got \[2\] and \[3\]"),
         (lambda: fuse(torch.ones(3, 2), None), ValueError, r"\[G\] alike, got \[3, 2\] and None"),
         (lambda: kvpo_loss(*[torch.ones(3, 2)] * 4), ValueError, r"\[G\] like log_p, got \[3, 2\] and \[3, 2\]"),
@@ -683,7 +692,7 @@ def test_safety_and_advantages_agree_in_bfloat16():
         (
             lambda: kvpo_loss(torch.ones(2), torch.ones(2), torch.ones(1), torch.ones(2)),
             ValueError,
-            r"log_p_init must be \[G\] like log_p, got \[1\] and \[2\]",
+            r"log_p_init.*got \[1\] and \[2\]",
         ),
     ],
 )

@@ -628,9 +628,9 @@ def test_numbers_of_a_configuration_are_bounded(name):
 
 def test_shares_and_devices_of_a_configuration():
     for bad in ({"text_dropout": 1.5}, {"ema_decay": 1.0}):
-        with pytest.raises(ValueError, match=r"text_dropout is a share of 1 and ema_decay is below 1, got"):
+        with pytest.raises(ValueError, match=r"text_dropout.*ema_decay.*got"):
             distill.DistillConfig(**bad)
-    with pytest.raises(ValueError, match="device 'abacus' is not there"):
+    with pytest.raises(ValueError, match="abacus"):
         distill.DistillConfig(device="abacus")
 
 

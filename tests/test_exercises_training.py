@@ -184,9 +184,9 @@ def test_07_says_what_is_wrong(says):
 # ------------------------------------------------------------------------------------------------------ 08 a stop rule
 
 
-def stop(entropies, n_branches, patience=5, share=0.12):
+def stop(entropies, num_generations, patience=5, share=0.12):
     last = entropies[-patience:]
-    return len(last) == patience and max(last) < share * math.log(n_branches)
+    return len(last) == patience and max(last) < share * math.log(num_generations)
 
 
 def test_08_accepts_right_answers():

@@ -175,24 +175,24 @@ def test_the_student_tells_what_its_words_say(pipeline):
     assert promised["journey"] >= 0.95 and promised["remembered"] >= 0.85  # of valid .95 is wanted, .76 reached
 
 
-def settlings(pipeline, routed, n_scripts=4, n_branches=4):
+def settlings(pipeline, routed, n_scripts=4, num_generations=4):
     """Forks of travellers six frames before they settle; the anchor is the last of each. Not routed: every branch reads
     the ordinary frames, and has noise of its own. -> scenes at the end, and those that the readable frames demand,
     [scripts, branches + 1]"""
     window, sampler, ends = routing.Window(), Sampler(pipeline.sigmas), []
     for k, script in enumerate(world.prompt_set(n_scripts, 1, seed=77, event="settles")):
         generator = torch.Generator().manual_seed(k)
-        routes = routing.uniform_routes(routing.pool(21, window, 2, 5), 4, n_branches, generator)
+        routes = routing.uniform_routes(routing.pool(21, window, 2, 5), 4, num_generations, generator)
         usual = routing.ordinary_frames(27, window)
-        shown = [*routing.branch_frames(routes, 27, window, 2), usual] if routed else [usual] * (n_branches + 1)
+        shown = [*routing.branch_frames(routes, 27, window, 2), usual] if routed else [usual] * (num_generations + 1)
         if not routed:
-            routes = torch.arange(15, 19).expand(n_branches, -1)
+            routes = torch.arange(15, 19).expand(num_generations, -1)
         plan = routing.Plan(21, range(3, 19), routes, 5 if routed else 1)
-        noise = draw_noise(13, 4, (3, *pipeline.latent_shape), generator, 1 if routed else n_branches + 1)
+        noise = draw_noise(13, 4, (3, *pipeline.latent_shape), generator, 1 if routed else num_generations + 1)
         with torch.no_grad():
             made = fork(pipeline.backbone, [pipeline.embed([script])], noise, plan, 39, 39, sampler, nearest=2)
             reading = pipeline.read(pipeline.decode(made.videos))
-        scripts = [script] * (n_branches + 1)
+        scripts = [script] * (num_generations + 1)
         ends.append(world.settled(reading, scripts, lambda video, start, shown=shown: shown[video]))
     return torch.stack([e.end for e in ends]), torch.stack([e.should for e in ends])
 

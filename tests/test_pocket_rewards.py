@@ -401,10 +401,10 @@ def test_rewards_refuse_what_they_cannot_score():
             reward(video(), ["a disc"] * 5)
         with pytest.raises(ValueError, match=r"got torch.uint8"):
             reward(torch.zeros(2, 4, 3, SIZE, SIZE, dtype=torch.uint8), ["a disc"] * 2)
-    with pytest.raises(ValueError, match="motion is seen in at least 3 frames, got 2"):
+    with pytest.raises(ValueError, match="at least 3 frames, got 2"):
         pocket_rewards()(video()[None, :2], ["a disc"])  # a change of step needs three frames
     assert TA(video()[None, :2], ["a disc moves left"]).isfinite()  # a step needs two
-    with pytest.raises(ValueError, match="motion is seen in at least 2 frames, got 1"):
+    with pytest.raises(ValueError, match="at least 2 frames, got 1"):
         TA(video()[None, :1], ["a disc moves left"])
 
 
@@ -429,5 +429,5 @@ def test_a_look_of_ones_own():
     pixels = video("red", "square")[None]
     assert TextAlignment(replace(LOOK, shapes={}))(pixels, ["red"]) > 0.7
     small = replace(LOOK, shapes={"dot": torch.ones(1, 5, 5)})
-    with pytest.raises(ValueError, match=r"masks must be as large as the videos, got \[5, 5\] and \[64, 64\]"):
+    with pytest.raises(ValueError, match=r"masks.*\[5, 5\] and \[64, 64\]"):
         TextAlignment(small)(pixels, ["a dot"])

@@ -127,5 +127,5 @@ def test_it_is_refused_with_a_memory_bank(make_pipeline, tmp_path):
     pipeline = replace(make_pipeline(), bank=Bank())
     config = replace(CONFIG, output_dir=str(tmp_path), max_train_steps=1, perturb_num_blocks=3)
     rewards = Mixture({"vq": lambda videos, prompts: videos.mean((1, 2, 3, 4))}, {"vq": 1.0})
-    with pytest.raises(ValueError, match="prefix_coef must be 0 with a memory bank"):
+    with pytest.raises(ValueError, match="prefix_coef.*bank"):
         next(train(pipeline, ["a red disc moves left"], rewards, config))

@@ -342,11 +342,11 @@ def test_a_bank_in_bfloat16(loaded):
 def test_components_that_do_not_belong_together(folder, options, parts, tmp_path):
     small = WanTransformer3DModel.from_config({**parts["transformer"].config, "in_channels": 8})
     small.save_pretrained(tmp_path / "eight" / "transformer")
-    with pytest.raises(ValueError, match="8 channels into 16, the autoencoder has 16"):
+    with pytest.raises(ValueError, match="8 channels.*16"):
         load_wan(str(tmp_path / "eight"), TEXTS, tmp_path / "cache", options)
     wide = WanTransformer3DModel.from_config({**parts["transformer"].config, "text_dim": 48})
     wide.save_pretrained(tmp_path / "wide" / "transformer")
-    with pytest.raises(ValueError, match="text of 48 numbers, the encoder gives 32"):
+    with pytest.raises(ValueError, match="48 numbers.*32"):
         load_wan(str(tmp_path / "wide"), TEXTS, tmp_path / "cache", options)
     other = AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, is_residual=True)
     other.save_pretrained(tmp_path / "wan22" / "vae")
@@ -415,7 +415,7 @@ def test_scripts_as_long_as_they_are(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"prompts": list("abcdef"[:n])}) + "\n" for n in (1, 2, 4, 6)))
     assert read_prompts(path) == ["a", "a | b", "a | b | c | d", "a | b | c | d"]
-    with pytest.raises(FileNotFoundError, match="there is no prompts file"):
+    with pytest.raises(FileNotFoundError, match="no prompts file"):
         read_prompts(tmp_path / "absent.txt")
 
 

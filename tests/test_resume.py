@@ -306,7 +306,7 @@ def test_a_full_disk_before_the_first_checkpoint(saving, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="training_state.pt could not be written: No space left.*no earlier checkpoint"):
+    with pytest.raises(OSError, match="training_state.pt.*No space left.*no earlier checkpoint"):
         saving(1)
     assert not list(tmp_path.iterdir())
 
@@ -323,7 +323,7 @@ def test_a_damaged_checkpoint_is_named_and_changes_nothing(saving, make_pipeline
         damage(folder / name)
         run = Run(make_pipeline(), output_dir=str(tmp_path), resume_from_checkpoint="latest")
         before = run.weights()
-        with pytest.raises(ValueError, match="checkpoint-1 is damaged, or comes from another version"):
+        with pytest.raises(ValueError, match="checkpoint-1 is damaged"):
             next(run)
         assert bitwise(run.weights(), before)
 
@@ -431,7 +431,7 @@ def test_skips_in_a_row_are_counted_across_a_resume(make_pipeline, tmp_path):
 def test_a_learning_rate_that_blows_up_stops_the_run_and_says_so(make_pipeline, tmp_path):
     settings = SHORT | dict(output_dir=str(tmp_path), max_train_steps=9, checkpointing_steps=50)
     run = Run(make_pipeline(), only(ranked), learning_rate=1e30, **settings)
-    with pytest.raises(FloatingPointError, match="updates 1 to 3 were skipped.*not finite.*lower learning_rate"):
+    with pytest.raises(FloatingPointError, match="updates 1 to 3.*not finite.*learning_rate"):
         run.go()
     assert whole(tmp_path) == [4]
     for name in ("default", "old", "ema"):
@@ -609,9 +609,9 @@ def test_files_are_the_old_or_the_new_ones(tmp_path, make_pipeline, monkeypatch)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
     try:
-        with pytest.raises(OSError, match="adapter.aside could not be written: .*File too large"):
+        with pytest.raises(OSError, match="adapter.aside.*File too large"):
             folders.save_adapter(policies, tmp_path, "other")
-        with pytest.raises(OSError, match="summary.json.aside could not be written: File too large"):
+        with pytest.raises(OSError, match="summary.json.aside.*File too large"):
             system.write_text(tmp_path / "summary.json", "x" * 1000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

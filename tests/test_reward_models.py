@@ -317,7 +317,7 @@ def test_videoalign_worker(tmp_path):
     lengths = torch.tensor([float(len(p)) for p in PROMPTS])
     assert_close(rewards["ta"](VIDEOS, PROMPTS), red + lengths, rtol=1e-5, atol=1e-3)
     assert rewards["mq"](VIDEOS, PROMPTS).tolist() == [0, 0, 0]
-    with pytest.raises(RewardError, match="component must be vq, mq or ta, got 'beauty'"):
+    with pytest.raises(RewardError, match="component.*'beauty'"):
         rewards["vq"].part("beauty")(VIDEOS, PROMPTS)
     assert rewards["vq"].worker is rewards["mq"].worker
     rewards["vq"].close()
@@ -407,7 +407,7 @@ def test_clip_score_of_a_video_does_not_depend_on_its_neighbours(clip_folder):
     alone = torch.cat([reward(v[None], [p]) for v, p in zip(VIDEOS, prompts, strict=True)])
     assert_close(together, alone, rtol=1e-5, atol=1e-6)
     assert together.dtype == torch.float32 and not together.requires_grad
-    with pytest.raises(ValueError, match="frames must be at least 1"):
+    with pytest.raises(ValueError, match="frames.*at least 1"):
         ClipReward(clip_folder, frames=0)
 
 
@@ -424,7 +424,7 @@ def test_even_frames():
 def test_clip_scores_that_are_no_numbers_skip_the_update(clip_folder):
     reward = ClipReward(clip_folder, frames=2)
     reward.scale = float("nan")
-    with pytest.raises(RewardError, match="ClipReward must give finite scores"):
+    with pytest.raises(RewardError, match="ClipReward.*finite"):
         reward(VIDEOS, ["red"] * len(VIDEOS))
 
 

@@ -68,7 +68,7 @@ def test_wrong_videos_are_refused(shape, n_prompts, got):
 
 @pytest.mark.parametrize("prompts", ["ab", [1, 2], [None, "a"], [["a"], ["b"]]])
 def test_wrong_prompts_are_refused(prompts):
-    with pytest.raises(ValueError, match="a reward takes a list of prompts, got"):
+    with pytest.raises(ValueError, match="list of prompts, got"):
         check_videos(VIDEOS, prompts)
 
 
@@ -85,7 +85,7 @@ def test_pixels_of_another_kind_or_range_are_refused():
 
 
 def test_too_few_frames_for_motion_are_refused():
-    with pytest.raises(ValueError, match="motion is seen in at least 3 frames, got 2"):
+    with pytest.raises(ValueError, match="at least 3 frames, got 2"):
         check_videos(VIDEOS[:, :2], PROMPTS, 3)
     assert check_videos(VIDEOS[:, :3], PROMPTS, 3).shape[1] == 3
 
@@ -113,7 +113,7 @@ def test_pixels_are_scored_in_float32_or_better(dtype):
 )
 def test_a_reward_that_fails_is_named(bad, error):
     mixture = Mixture({"vq": lambda v, p: torch.zeros(2), "mine": bad}, {"vq": 1.0, "mine": 1.0})
-    with pytest.raises(error, match=r"reward 'mine' must give 2 finite numbers, got") as caught:
+    with pytest.raises(error, match=r"'mine'.*2 finite numbers") as caught:
         mixture(VIDEOS, PROMPTS)
     assert isinstance(caught.value, NotFinite) == (error is NotFinite)  # a run skips an update for these alone
 
@@ -121,10 +121,10 @@ def test_a_reward_that_fails_is_named(bad, error):
 def test_weights_must_fit_the_rewards():
     rewards = {"bright": brightness, "words": length}
     for weights in ({}, {"bright": 1.0}, {"bright": 1.0, "words": 1.0, "more": 1.0}):
-        with pytest.raises(ValueError, match=r"weights for \['bright', 'words'\] are needed, got weights for"):
+        with pytest.raises(ValueError, match=r"\['bright', 'words'\].*got"):
             Mixture(rewards, weights)
     for weight in (math.nan, math.inf, None, "1"):
-        with pytest.raises(ValueError, match="the weight of reward 'words' must be a finite number"):
+        with pytest.raises(ValueError, match="'words'.*finite"):
             Mixture(rewards, {"bright": 1.0, "words": weight})
 
 

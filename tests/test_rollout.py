@@ -231,7 +231,7 @@ def test_memory_does_not_grow_and_nothing_that_is_read_is_dropped(backbone, monk
 
 def test_a_missing_frame_is_an_error_that_names_it():
     history = KVHistory().append(0, torch.zeros(1, 2, 1, 3, 1, 1, 1)).append(6, torch.zeros(1, 2, 1, 3, 1, 1, 1))
-    with pytest.raises(KeyError, match=r"frames \[3, 9\] are not in the history, which holds \[0, 1, 2, 6, 7, 8\]"):
+    with pytest.raises(KeyError, match=r"\[3, 9\].*\[0, 1, 2, 6, 7, 8\]"):
         history.read(torch.tensor([0, 3, 6, 9]))
     with pytest.raises(KeyError, match=r"frames \[4\]"):
         history.read(torch.tensor([[0, 1], [0, 4]]))

@@ -162,7 +162,7 @@ def test_a_given_tau_is_used_as_it_is(make_pipeline, monkeypatch):
 def test_what_a_group_reports_is_what_happened(plain):
     """Rewards from its own videos, energies and log pi from the paper's formula, plan and shapes."""
     group, config = plain.steps[0].groups[0], plain.config
-    assert group.script in SCRIPTS and group.plan.fork in (21, 24) and group.plan.n_blocks == 5
+    assert group.script in SCRIPTS and group.plan.fork in (21, 24) and group.plan.perturb_num_blocks == 5
     assert group.videos.shape == (4, 18, 3, 64, 64) and group.rollout.videos.shape == (4, 39, 8, 4, 4)
     assert_close(group.videos, plain.pipeline.decode(group.rollout.videos[:, 21:39]))
     for name, reward in plain.rewards.rewards.items():
@@ -239,7 +239,7 @@ def test_layers_of_other_names_are_refused_by_name(make_pipeline):
     pipeline = make_pipeline()
     stranger = torch.nn.ModuleDict({"query": torch.nn.Linear(2, 2)})
     pipeline.backbone.transformer = stranger
-    with pytest.raises(ValueError, match="'to_q', .* diffusers' names: name them so, or give train"):
+    with pytest.raises(ValueError, match="'to_q', .*diffusers"):
         add_policies(pipeline, TrainConfig(rank=2))
 
 
@@ -449,7 +449,7 @@ def test_an_unsafe_update_after_a_safe_one_does_not_coast_on_momentum(make_pipel
 
 def test_rewards_of_a_wrong_shape_stop_the_run_at_once(make_pipeline):
     """They are no accident; numbers that are not finite are skipped first (test_resume.py)."""
-    with pytest.raises(ValueError, match="reward 'it' must give 4 finite numbers"):
+    with pytest.raises(ValueError, match="'it'.*4 finite numbers"):
         next(Run(make_pipeline(), only(lambda videos, prompts: torch.ones(1))))
 
 
@@ -567,7 +567,7 @@ def test_half_an_update_is_no_update(make_pipeline):
 def test_rewards_that_keep_failing_stop_the_run_after_a_checkpoint(make_pipeline, tmp_path):
     settings = dict(output_dir=str(tmp_path), max_train_steps=9, checkpointing_steps=50)
     run = Run(make_pipeline(), failing(1, 3, 4, 5), **settings)
-    with pytest.raises(RewardError, match="3 updates in a row could not be had; reward worker `judge` died"):
+    with pytest.raises(RewardError, match="3 updates in a row.*`judge` died"):
         while True:
             next(run)
     assert [bool(step.skipped) for step in run.steps] == [False, True, False, True, True, True]
@@ -580,7 +580,7 @@ def test_rewards_that_keep_failing_stop_the_run_after_a_checkpoint(make_pipeline
 def test_what_was_trained_is_not_overwritten_by_new_adapters(make_pipeline):
     run = Run(make_pipeline()).go()
     before = run.weights()
-    with pytest.raises(ValueError, match="has adapters already: give train"):
+    with pytest.raises(ValueError, match="adapters already"):
         next(train(run.pipeline, run.scripts, run.rewards, run.config))
     assert bitwise(run.weights(), before)
 
@@ -705,7 +705,7 @@ def test_two_processes_skip_together(tmp_path):
 
 def test_groups_must_share_out_evenly(make_pipeline, monkeypatch):
     monkeypatch.setattr(training, "processes", lambda: (1, 2))
-    with pytest.raises(ValueError, match="2 processes cannot share groups_per_update 3: give a multiple of 2"):
+    with pytest.raises(ValueError, match="2 processes.*groups_per_update 3"):
         next(Run(make_pipeline(), groups_per_update=3))
 
 
@@ -786,9 +786,9 @@ def test_segments_are_scored_with_their_own_words(make_pipeline):
 
 
 def test_scripts_must_fit_the_mode(make_pipeline):
-    with pytest.raises(ValueError, match=r"num_segments is 2, but the scripts have \[1\]"):
+    with pytest.raises(ValueError, match=r"num_segments is 2.*\[1\]"):
         next(Run(make_pipeline(), num_segments=2, num_frames=57))
-    with pytest.raises(ValueError, match=r"num_segments is 1, but the scripts have \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"num_segments is 1.*\[1, 2\]"):
         next(Run(make_pipeline(), scripts=[*SCRIPTS, LONG_SCRIPTS[0]]))
     with pytest.raises(ValueError, match=r"same number of segments, got \[1, 2\]"):
         next(sample(make_pipeline(), [SCRIPTS[0], LONG_SCRIPTS[0]], 12))
@@ -891,7 +891,7 @@ def test_resuming_a_finished_run_does_nothing(resumed, make_pipeline):
 def test_a_checkpoint_must_fit(resumed, make_pipeline):
     _, first, _ = resumed
     path = str(find_checkpoint(TrainConfig(output_dir=first.config.output_dir, resume_from_checkpoint="latest")))
-    with pytest.raises(ValueError, match="checkpoint-3: the saved adapter does not fit"):
+    with pytest.raises(ValueError, match="checkpoint-3.*adapter"):
         next(Run(make_pipeline(), rank=2, max_train_steps=5, resume_from_checkpoint=path))
 
 
@@ -914,7 +914,7 @@ def test_find_checkpoint(tmp_path):
     def find(which):
         return find_checkpoint(TrainConfig(output_dir=str(tmp_path), resume_from_checkpoint=which))
 
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint in .*--checkpointing_steps"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint.*--checkpointing_steps"):
         find("latest")
     with pytest.raises(FileNotFoundError, match="is not a checkpoint"):
         find(str(tmp_path / "checkpoint-3"))

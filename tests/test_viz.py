@@ -161,18 +161,6 @@ def test_energy_plot_shows_energies_and_the_gibbs_policy():
     assert [label.get_text() for label in left.get_xticklabels()] == ["0\n+1.0", "1\n-2.0", "2\n+0.5"]
 
 
-def test_story_shows_four_branches_the_anchor_and_what_they_read(group):
-    prefix, branches = torch.rand(group.fork, 3, 8, 10), torch.rand(6, 9, 3, 8, 10)
-    figure = viz.story_figure(prefix, branches, group.frames, ["l0", "l1", "l2", "l3", "l4", ""])
-    strips = [axes for axes in figure.axes if axes.collections]
-    assert [axes.get_title(loc="left") for axes in strips] == [*(f"branch {g}: l{g}" for g in range(4)), "anchor"]
-    for g, axes in enumerate(strips[:4]):
-        assert sorted(int(p.vertices[:, 0].min()) for p in axes.collections[0].get_paths()) == group.frames[g].tolist()
-    films = [axes.images[0].get_array() for axes in figure.axes[1:] if axes.images]
-    expected = (branches[1, 4].movedim(0, -1) * 255).round().byte()  # the fifth of the nine frames of branch 1
-    assert_close(torch.tensor(films[1][:, 4 * 12 : 4 * 12 + 10]), expected)
-
-
 def test_figures_draw_themselves_and_leave_no_state(group):
     import matplotlib.pyplot
 
@@ -190,8 +178,6 @@ def test_figures_draw_themselves_and_leave_no_state(group):
         (lambda: viz.before_after(solid(0.1), solid(0.1, 0.2), ["one"]), "differ"),
         (lambda: viz.save_video("x.mp4", torch.rand(3, 8, 8)), "one video"),
         (lambda: viz.reward_curve([]), "nothing to plot"),
-        (lambda: viz.story_figure(solid(0.1)[0], solid(0.1, 0.2), torch.tensor([[9]]), ["a", ""]), "below 4"),
-        (lambda: viz.story_figure(solid(0.1)[0], solid(0.1, 0.2), torch.tensor([[1], [2]]), ["a", ""]), "1 rows"),
     ],
 )
 def test_viz_errors(call, match):

@@ -100,20 +100,6 @@ def test_branch_lines_by_hand():
     assert [line.get_color() for line in axes.lines] == list(viz.TAGS[:2])
 
 
-def test_reward_scatter_places_branches_and_the_anchor():
-    rewards = {"vq": torch.tensor([0.1, 0.2]), "mq": torch.tensor([0.3, 0.4]), "ta": torch.tensor([0.5, 0.6])}
-    left, right = viz.reward_scatter(rewards, {"vq": 0.7, "mq": 0.8, "ta": 0.9}).axes
-    points = torch.cat([torch.tensor(c.get_offsets().tolist()) for c in left.collections])
-    assert_close(points, torch.tensor([[0.1, 0.3], [0.2, 0.4], [0.7, 0.8]], dtype=points.dtype))
-    assert (right.get_xlabel(), right.get_ylabel()) == ("TA", "MQ")
-
-
-def test_score_lines_draw_the_judge_dashed():
-    axes = viz.score_lines({"uphill": {"VQ": [0.1, 0.9], "judge: valid": [1.0, 0.0]}}).axes[0]
-    assert [line.get_linestyle() for line in axes.lines] == ["-", "--"]
-    assert list(axes.lines[1].get_ydata()) == [1.0, 0.0]
-
-
 def test_stored_pictures_keep_their_colours_in_fewer_bytes():
     from PIL import Image
 

@@ -177,7 +177,7 @@ def test_the_memory_plan_elsewhere():
     for at_once, counted in ((1, 15.602), (5, 36.000)):
         assert sum(memory_plan(4, 12, 320, 512, 256, at_once).values()) == pytest.approx(counted, rel=0.01)
     assert "gradients" in memory_plan(past=3, branch_batch=1) or sum(memory_plan(past=3).values()) < 23
-    for sizes in (dict(height=481), dict(n_branches=0), dict(branch_batch=10), dict(past=0)):
+    for sizes in (dict(height=481), dict(num_generations=0), dict(branch_batch=10), dict(past=0)):
         with pytest.raises(ValueError):
             memory_plan(**sizes)
 

@@ -301,7 +301,7 @@ def test_embeddings_do_not_depend_on_the_batch_or_the_call():
     assert together.equal(torch.cat([world.embed([text]) for text in texts]))
     assert together.equal(world.embed(texts))
     for text in ("a pink disc", " ".join(["it"] * (TEXT_LEN + 1))):
-        with pytest.raises(PromptError, match="cannot be embedded: at most 12 of the words a it and red"):
+        with pytest.raises(PromptError, match="at most 12 of the words a it"):
             world.embed([text])
 
 
@@ -312,7 +312,7 @@ def test_prompt_sets():
     for event in ("settles", "changes colour", "wanders"):
         held = world.prompt_set(30, 1, seed=0, event=event)
         assert held == [script for script in world.prompt_set(400, 1, seed=0) if event in script][:30]
-    with pytest.raises(ValueError, match="no script of 1 segments holds 'melts': take 'settles', 'wanders', 'turns'"):
+    with pytest.raises(ValueError, match="'melts'.*'settles', 'wanders', 'turns'"):
         world.prompt_set(1, 1, seed=0, event="melts")
 
 

@@ -438,12 +438,12 @@ def scaling(pipeline: Pipeline, rewards: Mixture, options) -> dict:
     config = replace(config, tau=1.0)
     window = routing.Window()
 
-    def seconds(config: TrainConfig, fork: int, n_blocks: int) -> float:
+    def seconds(config: TrainConfig, fork: int, perturb_num_blocks: int) -> float:
         """Of what comes after the prefix."""
         generator = torch.Generator().manual_seed(config.seed)
-        frames = routing.pool(fork, window, config.nearest, n_blocks)
+        frames = routing.pool(fork, window, config.nearest, perturb_num_blocks)
         routes = routing.uniform_routes(frames, window.past - config.nearest, config.num_generations, generator)
-        task = make_task(pipeline, config, routing.Plan(fork, frames, routes, n_blocks))
+        task = make_task(pipeline, config, routing.Plan(fork, frames, routes, perturb_num_blocks))
         times = []
         for _ in range(options.pairs):
             meter = Meter()
@@ -487,7 +487,9 @@ def stream(pipeline: Pipeline, num_frames: int, seed: int) -> dict[str, list[flo
     texts = [pipeline.embed(pipeline.segments(pipeline.sample_scripts(1, 1, seed)[0]))]
     shape = (window.block, *pipeline.latent_shape)
     noise = draw_noise(num_frames // window.block, len(pipeline.sigmas), shape, generator)
-    it, sampler, seconds = Stream(), Sampler(pipeline.sigmas, window), []
+    it = Stream()
+    sampler = Sampler(pipeline.sigmas, window)
+    seconds = []
     for stop in [*routing.chunk_starts(num_frames)[1:], num_frames]:
         begun, done = time.perf_counter(), len(it.x0)
         it = generate(pipeline.backbone, it, texts, noise, stop, sampler)
@@ -534,7 +536,9 @@ def peak_memory() -> int:
 
 def table(result: Mapping) -> str:
     """What `bench` found, for people."""
-    names, seconds, differences = list(result["phases"]), result["seconds"], result["difference"]
+    names = list(result["phases"])
+    seconds = result["seconds"]
+    differences = result["difference"]
     it = result["about"]
     lines = [
         f"{it['model']}, {it['num_frames']} frames, K = {it['branches']}, P = {it['routed_blocks']}, "

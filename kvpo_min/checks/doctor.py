@@ -61,7 +61,7 @@ def doctor_config(options: DoctorOptions):
 
 
 def check_update(options: DoctorOptions) -> list[Check]:
-    """Runs one update on the model at hand and looks at everything that must hold in it."""
+    """Runs one update and checks everything that must hold in it."""
     config = doctor_config(options)
     scripts, _ = run_prompts(config, event="settles")  # where memory decides, so that routes must show
     check_geometry(config)

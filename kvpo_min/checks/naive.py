@@ -71,7 +71,9 @@ class Video:
 
     def make(self, start, frames):
         """One block: predict x0, re-noise, four times, then encode. -> inputs z and predictions x0, [S, F, C, H, W]"""
-        noise, z, predictions = self.noise[:, start // WINDOW.block], [], []
+        noise = self.noise[:, start // WINDOW.block]
+        z = []
+        predictions = []
         x = noise[:, 0]
         for s, sigma in enumerate(self.sigmas):
             z.append(x)
@@ -113,7 +115,7 @@ def update(pipeline, policies, rewards, config, task, meter, context="own"):
                 for start in range(plan.fork, task.stop, WINDOW.block):
                     video.switch_prompt(start)
                     frames = ordinary_frames(start, WINDOW)
-                    if routes is not None and start < plan.fork + plan.n_blocks * WINDOW.block:
+                    if routes is not None and start < plan.fork + plan.perturb_num_blocks * WINDOW.block:
                         frames = branch_frames(routes, start, WINDOW, config.nearest)[0]
                     made = video.make(start, frames)
                     if start < task.chunk.stop:

@@ -40,8 +40,9 @@ from kvpo_min.chr import (
     pool,
 )
 from kvpo_min.grpo import anchor_advantages, fuse, kvpo_loss, safety_scale
-from kvpo_min.rollout import KVHistory, Rollout, Sampler, fork, replay
-from kvpo_min.tve import energy_weights, gibbs_log_prob, schedule, step_energies, trajectory_energy
+from kvpo_min.kvpo import replay_energies
+from kvpo_min.rollout import KVHistory, Sampler, fork
+from kvpo_min.tve import energy_weights, gibbs_log_prob, schedule, trajectory_energy
 from kvpo_min.wan import WanBackbone
 from kvpo_min.wan.checkpoints import wan_from_original
 
@@ -204,7 +205,10 @@ def plan_pairs(case: dict) -> Pairs:
         ),
         "eligible forks": (len(forks), theirs["eligible_blocks_count"]),
         "fork": (plan.fork, theirs["perturb_block_abs_frame"]),
-        "end of the routed blocks": (plan.fork + window.block * plan.n_blocks, theirs["perturb_block_end_frame"]),
+        "end of the routed blocks": (
+            plan.fork + window.block * plan.perturb_num_blocks,
+            theirs["perturb_block_end_frame"],
+        ),
         "pool": (
             [plan.pool.start, plan.pool.stop],
             [theirs["stable_older_frame_start"], theirs["stable_older_frame_end"]],
@@ -261,7 +265,9 @@ def call_pairs(backbone: WanBackbone, info: dict, tensors: dict[str, Tensor]) ->
         config["local_attn_size"], config["sink_size"], info["m_nearest_frames"], block, capacity
     )
     text, routes = tensors["text_embeds"], torch.tensor([info["routed_frames"]])
-    history, taken, pairs = KVHistory(), {}, {}
+    history = KVHistory()
+    taken = {}
+    pairs = {}
     for call in info["calls"]:
         start, x = call["start_frame"], tensors[call["input"]]
         if call["routed"]:
@@ -373,9 +379,9 @@ def update_pairs(config: dict, weights: dict, info: dict, tensors: dict[str, Ten
         "clean predictions": (rollout.trajectory.x0[:n], torch.stack([tensors[f"x0_{g}"] for g in range(n)])),
     }
     with torch.no_grad():
-        energies_old = replayed_energies(backbone, rollout, sampler)  # [G, B, S]
+        energies_old = replay_energies(backbone, rollout, sampler, context="own")  # [G, B, S]
     backbone = new_backbone(config, changed(weights, info["theta_rule"])).requires_grad_(True)
-    energies = replayed_energies(backbone, rollout, sampler, info["grad_steps"])
+    energies = replay_energies(backbone, rollout, sampler, info["grad_steps"], context="own")
     for name, theirs in info["expected"].items():
         floor = name.removeprefix("sigma_floor_")
         level = sigma_at_int_timestep(sampler.sigmas, shift)
@@ -392,11 +398,6 @@ def update_pairs(config: dict, weights: dict, info: dict, tensors: dict[str, Ten
         pairs[f"loss/{floor}"] = loss.total, theirs["loss"]
         pairs |= gradient_pairs(backbone, loss.total, theirs, floor, tensors)
     return pairs
-
-
-def replayed_energies(backbone: WanBackbone, rollout: Rollout, sampler: Sampler, grad_steps: int = 0) -> Tensor:
-    v = replay(backbone, rollout, sampler, grad_steps, context="own")
-    return step_energies(v, rollout.trajectory[: len(v)].velocity)
 
 
 def gradient_pairs(backbone: WanBackbone, loss: Tensor, theirs: dict, floor: str, tensors: dict[str, Tensor]) -> Pairs:

@@ -56,7 +56,10 @@ def plan_pairs(case: dict) -> Pairs:
         "chunks": (chunk_starts(c["total"], c["chunk"], c["minnew"]), starts),
         "eligible forks": (len(slot_forks(*sizes, **layout)), theirs["eligible_blocks_count"]),
         "fork": (plan.fork, theirs["perturb_block_abs_frame"]),
-        "end of the routed blocks": (plan.fork + window.block * plan.n_blocks, theirs["perturb_block_end_frame"]),
+        "end of the routed blocks": (
+            plan.fork + window.block * plan.perturb_num_blocks,
+            theirs["perturb_block_end_frame"],
+        ),
         "slots that can be drawn": (len(plan.pool), theirs["num_older_available"]),
         "slots of the branches": (plan.routes, planned_routes(theirs)),
     }
@@ -66,14 +69,18 @@ def plan_pairs(case: dict) -> Pairs:
 def call_pairs(backbone: WanBackbone, info: dict, tensors: dict[str, Tensor]) -> tuple[Pairs, Pairs, Pairs]:
     """All recorded calls in their order. -> frames that the bank holds and attention reads, scores, velocities"""
     window, _, bank = settings(info)
-    history, phase, at_fork = KVHistory(), "prefix", None
+    history = KVHistory()
+    phase = "prefix"
+    at_fork = None
     frames_held, scores, velocities = {}, {}, {}
     slots = torch.tensor([info["routed_slots"]])
     for call in info["calls"]:
         if call["phase"] != phase:  # branch and replay both begin with the keys and the bank of the fork
             phase, at_fork = call["phase"], at_fork or (history, bank)
             history, bank = at_fork
-        start, x, text = call["start_frame"], tensors[call["input"]], tensors[f"text_embeds_{call['text']}"]
+        start = call["start_frame"]
+        x = tensors[call["input"]]
+        text = tensors[f"text_embeds_{call['text']}"]
         stop, where = start + x.shape[1], call["output"]
         before = bank
         if call["kind"] == "recache":
@@ -85,7 +92,9 @@ def call_pairs(backbone: WanBackbone, info: dict, tensors: dict[str, Tensor]) ->
             if call["merges_bank"]:
                 bank = bank.merge(lambda text=text: backbone.text_keys(text))
             frames = slot_frames(slots, start, window)[0] if call["routed"] else ordinary_frames(start, window)
-            kv, mask, first = history.read(frames, bank.kv), None, start
+            kv = history.read(frames, bank.kv)
+            mask = None
+            first = start
             reads, own = frames.tolist(), [*range(start, stop)]
         for one in call.get("retrieval", ()):
             words = backbone.text_keys(text) * (not one["text_key_is_zero"])
@@ -132,7 +141,9 @@ def rollout_of(backbone: WanBackbone, info: dict, tensors: dict[str, Tensor], ba
     -> rollout, sampler, and z and x0 of the prefix, {start: ([1, S, F, C, H, W], same)}"""
     window, nearest, _ = settings(info)
     sampler = Sampler(torch.tensor(info["denoising_timesteps"]) / 1000, window, switches=(info["switch_frame"],))
-    noise, start, total = recorded_noise(info, tensors, sampler.sigmas), info["fork_frame"], info["total_frames"]
+    noise = recorded_noise(info, tensors, sampler.sigmas)
+    start = info["fork_frame"]
+    total = info["total_frames"]
     texts, made = [tensors["text_embeds_0"], tensors["text_embeds_1"]], {}
 
     def record(block: int, z: Tensor, x0: Tensor) -> None:
@@ -156,7 +167,10 @@ def rollout_pairs(config: dict, weights: dict, info: dict, tensors: dict[str, Te
     """The same through `generate`, `fork` and `replay`. -> velocities; score of the branch and its gradients"""
     backbone = new_backbone(config, weights).requires_grad_(True)
     rollout, sampler, made = rollout_of(backbone, info, tensors, settings(info)[2])
-    pairs, scored, block, start = {}, {}, info["num_frame_per_block"], info["fork_frame"]
+    pairs = {}
+    scored = {}
+    block = info["num_frame_per_block"]
+    start = info["fork_frame"]
     for first, (z, x0) in made.items():
         for s, sigma in enumerate(sampler.sigmas):
             name = f"{first // block}_{s}"

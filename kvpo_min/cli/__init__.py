@@ -1,8 +1,8 @@
 """The command line: `kvpo-min demo | train | sample | eval | export | distill | arena | bench | doctor | parity`. Each
 command is one file here, with a function `main(argv)`.
 
-What the user can mend (words, values, files, folders) ends with one line on stderr and exit code 2, before anything is
-written. Exit codes: 0 done, 1 a check or an update failed, 2 wrong input or a full disk, 130 interrupted (Ctrl-C or
+What the user can correct (words, values, files, folders) ends with one line on stderr and exit code 2, before anything
+is written. Exit codes: 0 done, 1 a check or an update failed, 2 wrong input or a full disk, 130 interrupted (Ctrl-C or
 SIGTERM). Only the command that was asked for is imported, so that `kvpo-min --help` answers at once.
 """
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[0] not in COMMANDS:
             raise ValueError(f"unknown command '{argv[0]}'{nearest_known(argv[0], list(COMMANDS))}")
         return importlib.import_module(f"kvpo_min.cli.{argv[0]}").main(argv[1:])
-    except (ValueError, OSError) as error:  # the user's to mend; anything else is ours and keeps its traceback
+    except (ValueError, OSError) as error:  # the user can correct it; anything else is a bug and keeps its traceback
         return fail(error, 2)
     except FloatingPointError as error:
         return fail(error, 1)

@@ -12,7 +12,7 @@ OPTIONS = (distill.DistillConfig,)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Stages resume by themselves, so a folder with stages in it is gone on with; one with anything else is refused."""
+    """Stages resume by themselves, so a folder that holds stages is resumed; a folder with anything else is refused."""
     (config,) = split_options(parse_options("distill", OPTIONS, argv), *OPTIONS)
     folder = Path(config.output_dir)
     started = any((folder / stage).is_dir() for stage in ("autoencoder", "teacher", "student"))

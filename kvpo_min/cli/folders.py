@@ -120,7 +120,7 @@ def resumes_in_place(config) -> bool:
 
 
 def check_resume(checkpoint: Path, config, options: RunOptions, wan=None) -> None:
-    """A run goes on as it was: refuses options that differ from the checkpoint's, and a run that is over."""
+    """Refuses to resume with options that differ from the checkpoint's, or a run that is finished."""
     state = read_state(checkpoint)
     beside = checkpoint.parent / "config.yaml"
     saved = (read_yaml(beside) if beside.exists() else {}) | state["config"]

@@ -185,7 +185,9 @@ def parse_options(command: str, classes: Sequence[type], argv: Sequence[str], de
 
 def split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The files that --config names, and the other tokens."""
-    files, rest, tokens = [], [], iter(argv)
+    files = []
+    rest = []
+    tokens = iter(argv)
     for token in tokens:
         if token.startswith("--config="):
             files.append(token.removeprefix("--config="))

@@ -142,7 +142,9 @@ def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, repor
     measures stands in the line of the update that it follows, and what was so before the first one under "eval0/".
     -> (why it stopped early, or ""; exit code; all lines of metrics; how many of them are of earlier calls; the first
     and the last `Step` of this call that were not skipped, as `set_aside` leaves them)"""
-    path, logs, steps = folder / "metrics.jsonl", [], []
+    path = folder / "metrics.jsonl"
+    logs = []
+    steps = []
 
     def go_on_after(checkpoint: Path) -> list[dict]:
         """A checkpoint's lines: those in the file may go further, or less far, or end in the middle. What was measured
@@ -155,7 +157,9 @@ def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, repor
 
     if config.resume_from_checkpoint:
         logs = go_on_after(find_checkpoint(config))
-    earlier, stopped, code = len(logs), "", 0
+    earlier = len(logs)
+    stopped = ""
+    code = 0
     updates = loop.train(pipeline, scripts, rewards, config, policies, True)
     begin = {k.replace("eval/", "eval0/"): v for k, v in curve(0).items()} if curve and not earlier else {}
     shown = Progress(config.max_train_steps, logs, begin)

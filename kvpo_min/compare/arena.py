@@ -252,7 +252,10 @@ def twice(scripts: Sequence[str]) -> list[str]:
 def measure(pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, videos: Iterator[Tensor]) -> dict:
     """-> {"each": {name of PAIRED: [n]}, a number for each of PLAIN, "passes_per_video"}. videos: latents
     [b, T, C, H, W] of `twice(scripts)`, in any batches."""
-    n, told, begin, counts = len(scripts), twice(scripts), 0, Counter()
+    n = len(scripts)
+    told = twice(scripts)
+    begin = 0
+    counts = Counter()
     scores, readings, looks = [], [], []
     with counting(pipeline.backbone, counts):
         for latents in videos:
@@ -278,7 +281,7 @@ def measure(pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, videos
 
 
 def ordinary(pipeline: Pipeline, scripts: Sequence[str], num_frames: int) -> Iterator[Tensor]:
-    """The videos of the policy at hand, for `measure`."""
+    """The videos of the active policy, for `measure`."""
     return sample(pipeline, twice(scripts), num_frames, seed=NOISE)
 
 
@@ -286,7 +289,10 @@ def best_videos(
     pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, config: TrainConfig, method: str, seed: int
 ) -> Iterator[Tensor]:
     """The same for Best-of-N: the first of the N = G candidates has the noise that `ordinary` gives it."""
-    window, sigmas, num_frames, n = Window(), pipeline.sigmas, config.num_frames, config.num_generations
+    window = Window()
+    sigmas = pipeline.sigmas
+    num_frames = config.num_frames
+    n = config.num_generations
     window = replace(window, history=window.sink + switch_reach(window))  # nothing is routed
     borders = [*(chunk_starts(num_frames)[1:] if method == "best_of_n_chunks" else []), num_frames]
     shape = (num_frames // window.block, len(sigmas), (window.block, *pipeline.latent_shape))
@@ -357,7 +363,9 @@ def runs_of(options: ArenaOptions, here: dict[str, str], rows: Sequence[dict[str
     no further runs."""
     rates = numbers(options.learning_rates, float, "learning_rates")
     points = tuple(round(options.forwards * k / options.evaluations) for k in range(1, options.evaluations + 1))
-    names, sweeps, results = methods_of(options.methods), {}, []
+    names = methods_of(options.methods)
+    sweeps = {}
+    results = []
     for name in names:
         if name in TRAINED or "+" in name:
             last = points[-1:]
@@ -406,7 +414,9 @@ def updates(
         return
     weights = adapter_weights(policies, "default").values()
     optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
-    generator, state, order = torch.Generator().manual_seed(config.seed), State(tau=config.tau), []
+    generator = torch.Generator().manual_seed(config.seed)
+    state = State(tau=config.tau)
+    order = []
     for k in itertools.count():
         order = order or torch.randperm(len(scripts), generator=generator).tolist()
         group = torch.Generator().manual_seed((1_000_003 * config.seed + k) % 2**63)
@@ -425,7 +435,11 @@ def compete(
     whose loss, gradient or rewards are not finite has rows with a note, and no numbers after it."""
     config, n_segments = config_of(run.method, options, run.learning_rate, run.seed), MODES[options.mode][1]
     settings = {"settings": json.dumps(settings_of(run.method, config))}
-    counts, steps, seconds, note, stream = Counter(forward=0, backward=0), 0, 0.0, "", None
+    counts = Counter(forward=0, backward=0)
+    steps = 0
+    seconds = 0.0
+    note = ""
+    stream = None
     if run.method not in UNTRAINED:
         scripts = prompt_set(SCRIPTS, n_segments, run.seed, options.event)
         stream = updates(pipeline, run.method, scripts, rewards, config, add_policies(pipeline, config))
@@ -496,7 +510,9 @@ def check(options: ArenaOptions, here: dict[str, str], rows: Sequence[dict[str, 
 
 def arena(make_pipeline: Callable[[], Pipeline], rewards: Mixture, options: ArenaOptions) -> Iterator[dict[str, str]]:
     """Computes what the CSV lacks and yields each row once it is on the disk."""
-    path, here, before = Path(options.csv), shared_key(options, rewards), {}
+    path = Path(options.csv)
+    here = shared_key(options, rewards)
+    before = {}
     rows = read_rows(path, mend=True)
     check(options, here, rows)
     if "grid" in options.methods.split(","):
@@ -538,7 +554,9 @@ def plan(make_pipeline: Callable[[], Pipeline], rewards: Mixture, options: Arena
              "|---" * 7 + "|"]  # fmt: skip
     for method in dict.fromkeys(run.method for run in todo):
         mine = [run for run in todo if run.method == method]
-        pipeline, config, counts = make_pipeline(), config_of(method, options, 1e-4, 0), Counter(forward=0, backward=0)
+        pipeline = make_pipeline()
+        config = config_of(method, options, 1e-4, 0)
+        counts = Counter(forward=0, backward=0)
         if method in UNTRAINED:
             made = best_videos(pipeline, few[:1], rewards, config, method, 0)
             one, cost = timed(measure, pipeline, few[:1], rewards, made), "- | - | -"

@@ -142,19 +142,6 @@ def selective_kl(v: Tensor, v_ref: Tensor, mask: Tensor, weight: Tensor | float 
     return (weight * (v - v_ref.detach()).square().mean(dims))[mask].mean()
 
 
-def reward_lower_bound(
-    proxy: float, risky: float, kl: float, safe_error: float, risky_error: float, r_max: float
-) -> float:
-    """What the true reward cannot fall below (the paper's Theorem 2), all under the policy:
-    mean proxy reward - safe_error - risky * (risky_error + 2 r_max sqrt(kl)).
-
-    risky: probability of the region U where rewards disagree; kl: its velocity distance to the reference, which is
-    twice the KL divergence inside U; safe_error: largest error of the proxy outside U; risky_error: its mean error in U
-    under the reference. Both rewards must stay within +-r_max: the paper asks it of the true one only, its proof of
-    both."""
-    return proxy - safe_error - risky * (risky_error + 2 * r_max * math.sqrt(kl))
-
-
 def refresh_due(kl: float, age: int, tau_kl: float, k_max: int) -> bool:
     """Is the reference to be replaced by the policy: it has drifted too far, or `age` updates is too long ago."""
     return kl > tau_kl or age > k_max
@@ -370,7 +357,9 @@ def train(pipeline, scripts: Sequence[str], rewards: Mixture, config: AstrolabeC
     optimizer = torch.optim.AdamW(weights.values(), lr=config.learning_rate, weight_decay=config.adam_weight_decay)
     generator = torch.Generator().manual_seed(config.seed)
 
-    window, sigmas, device = Window(), pipeline.sigmas, pipeline.backbone.device
+    window = Window()
+    sigmas = pipeline.sigmas
+    device = pipeline.backbone.device
     window = replace(window, history=window.sink + switch_reach(window))  # nothing is routed
     n_segments = len(pipeline.segments(scripts[0]))
     sampler = Sampler(sigmas, window, switches=pipeline.switches[: n_segments - 1])
@@ -381,7 +370,10 @@ def train(pipeline, scripts: Sequence[str], rewards: Mixture, config: AstrolabeC
             f"selective KL compares the reward {config.primary!r} with others, got {sorted(rewards.rewards)}; "
             "name one of them as `primary`, add another reward, or set selective=False"
         )
-    risk, tau_kl, age, G = Risk(), config.tau_kl, 0, config.num_generations
+    risk = Risk()
+    tau_kl = config.tau_kl
+    age = 0
+    G = config.num_generations
 
     for step in range(config.max_train_steps):
         begun, order = time.perf_counter(), torch.randperm(len(scripts), generator=generator)

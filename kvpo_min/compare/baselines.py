@@ -98,7 +98,7 @@ def explore(
     W] and the plan. noise [1, ...] is the anchor's; it stays as it is for the last row and before the fork.
 
     fresh: all noise from the fork on is each branch's own.
-    initial: eps = sqrt(1 - s^2) eps* + s delta for the initial noise of the plan's n_blocks blocks (Neighbor GRPO,
+    initial: eps = sqrt(1 - s^2) eps* + s delta for the initial noise of the plan's routed blocks (Neighbor GRPO,
       arXiv 2511.16955, s 0.3; AR-CoPO, 2603.17461, one pivot block, s 0.5).
     consistency: the re-noising of those blocks, mixed likewise; s = 1 is the sampler's own randomness (CM-GRPO).
     routing: nothing but the plan (KVPO). `strength` s in (0, 1] is not used by fresh and routing.
@@ -111,15 +111,15 @@ def explore(
         return noise, plan
     if not 0 < strength <= 1:
         raise ValueError(f"strength must lie in (0, 1], got {strength}")
-    n_branches, first = len(plan.routes), plan.fork // block
-    out = noise.repeat(n_branches + 1, *[1] * (noise.ndim - 1))
-    last = noise.shape[1] if kind == "fresh" else first + plan.n_blocks
+    num_generations, first = len(plan.routes), plan.fork // block
+    out = noise.repeat(num_generations + 1, *[1] * (noise.ndim - 1))
+    last = noise.shape[1] if kind == "fresh" else first + plan.perturb_num_blocks
     steps = {"fresh": slice(None), "initial": slice(0, 1), "consistency": slice(1, None)}[kind]
     s = 1.0 if kind == "fresh" else strength
     shared = out[:-1, first:last, steps]
     delta = torch.randn(shared.shape, generator=generator).to(noise)
     out[:-1, first:last, steps] = (1 - s**2) ** 0.5 * shared + s * delta
-    return out, replace(plan, n_blocks=0)  # nothing is routed
+    return out, replace(plan, perturb_num_blocks=0)  # nothing is routed
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -177,7 +177,9 @@ def sde_fork(
     prefix = generate(backbone, prefix or Stream(), texts, noise[-1:], plan.fork, sampler)
     if segment != prefix.segment:
         prefix = switch_prompt(backbone, prefix, texts[segment], sampler, segment)
-    history, text, recorded = prefix.history, texts[segment], []
+    history = prefix.history
+    text = texts[segment]
+    recorded = []
     for start in range(plan.fork, stop, window.block):
         kv = history.read(ordinary_frames(start, window))
         eps, trail = noise[:, start // window.block], []
@@ -274,7 +276,7 @@ def cm_grpo_regression(trajectory: Trajectory, v: Tensor, A: Tensor, A_max: floa
 def distance_log_prob(anchor_x0: Tensor, candidates_x0: Tensor, tau: float) -> Tensor:
     """log pi(i) = log_softmax over candidates of -mean squared distance / tau; [G, B, S, a].
 
-    anchor_x0 [a, B, S, F, C, H, W] are predictions of the policy at hand, candidates_x0 [G, ...] of the one that made
+    anchor_x0 [a, B, S, F, C, H, W] are predictions of the active policy, candidates_x0 [G, ...] of the one that made
     them (AR-CoPO, arXiv 2603.17461: clean predictions for consistency samplers). An anchor that is itself a candidate
     has distance 0 there and nearly all the mass unless tau is of the order of the distances."""
     d = (candidates_x0[:, None] - anchor_x0[None]).square().mean((-4, -3, -2, -1))  # [G, a, B, S]
@@ -355,7 +357,9 @@ def best_of_n(
     noise [N, blocks, S, F, C, H, W]; judge(latents [N, frames, C, H, W] of the chunk, its first frame) -> [N], higher
     is better. -> the video, the winners' numbers and all rewards [N], one a chunk. The reward of the winner overstates
     what was gained (it was chosen for it): report a held-out one too."""
-    stream, winners, rewards = Stream(), [], []
+    stream = Stream()
+    winners = []
+    rewards = []
     for begin, end in zip([0, *borders], borders, strict=False):
         if end <= begin:
             raise ValueError(f"borders must ascend from above 0, got {list(borders)}")
@@ -504,25 +508,27 @@ def policy_loss(
 
 def update(
     pipeline, script: str, rewards: Mixture, method: Method, optimizer, generator: torch.Generator, state: State,
-    num_frames: int = 39, num_generations: int = 8, n_blocks: int = 5, nearest: int = 1, inner_steps: int = 1,
+    num_frames: int = 39, num_generations: int = 8, perturb_num_blocks: int = 5, nearest: int = 1, inner_steps: int = 1,
     tau_groups: int = 4, tau_target: float = 1.0, max_grad_norm: float = 1.0,
 ) -> dict:  # fmt: skip
     """One update of whatever weights the optimizer holds: fork, reward of the fork's chunk, replay, loss, step.
 
-    The policy that makes the rollout is the one at hand, so `inner_steps` > 1 is where clipping acts. The first
+    The policy that makes the rollout is the trained one, so `inner_steps` > 1 is where clipping acts. The first
     `tau_groups` groups of a softmax policy set its temperature (log scores spread by `tau_target` in a group) and are
     not trained on. -> numbers for a log; "forwards"
     are generator passes (one block of one video at one level, or its encoding), the budget of a fair comparison.
     """
-    backbone, sigmas, window = pipeline.backbone, pipeline.sigmas, routing.Window()
+    backbone = pipeline.backbone
+    sigmas = pipeline.sigmas
+    window = routing.Window()
     texts = [pipeline.embed([text]) for text in pipeline.segments(script)]
     sampler = Sampler(sigmas, window, switches=pipeline.switches[: len(texts) - 1])
-    plan = routing.plan(num_frames, window, nearest, n_blocks, num_generations, generator)
-    plan = replace(plan, n_blocks=method.pivot_blocks or plan.n_blocks)
+    plan = routing.plan(num_frames, window, nearest, perturb_num_blocks, num_generations, generator)
+    plan = replace(plan, perturb_num_blocks=method.pivot_blocks or plan.perturb_num_blocks)
     chunk_end = routing.chunk_of(plan.fork, num_frames).stop
     # blocks that the loss sees: those whose noise is the branch's own; routing acts on to the end of the chunk
     whole = method.pivot_blocks is None and method.exploration in ("fresh", "routing")
-    recorded = chunk_end if whole else plan.fork + plan.n_blocks * window.block
+    recorded = chunk_end if whole else plan.fork + plan.perturb_num_blocks * window.block
     noise = draw_noise(chunk_end // window.block, len(sigmas), (window.block, *pipeline.latent_shape), generator)
     noise, plan = explore(method.exploration, plan, noise, generator, window.block, method.strength)
     noise = noise.to(backbone.device)

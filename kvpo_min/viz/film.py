@@ -69,9 +69,15 @@ def _write(draw, x: float, y: float, text: str, size: int, colour: str = INK) ->
 def _tag(draw, x: float, y: float, size: int, branch: int | None) -> None:
     """A letter on a square of the branch's colour, its left at x and its middle at height y; None: the anchor."""
     if branch is None:
-        name, colour, width, letters = "anchor", ANCHOR, 2.2 * size, 0.55
+        name = "anchor"
+        colour = ANCHOR
+        width = 2.2 * size
+        letters = 0.55
     else:
-        name, colour, width, letters = branch_letter(branch), TAGS[branch % len(TAGS)], size, 0.7
+        name = branch_letter(branch)
+        colour = TAGS[branch % len(TAGS)]
+        width = size
+        letters = 0.7
     draw.rounded_rectangle((x, y - size / 2, x + width, y + size / 2), size // 5, colour)
     draw.text((x + width / 2, y), name, "white", _font(round(letters * size)), anchor="mm")
 
@@ -133,7 +139,10 @@ def film_fork(
     from PIL import Image, ImageDraw
 
     _check_fork(past, reads, branches, labels, len(reads) + 1)
-    start, height, margin, tag = len(past), 64, 16, 30
+    start = len(past)
+    height = 64
+    margin = 16
+    tag = 30
     rows = [*map(set, reads.tolist()), set(ordinary_frames(start, window or Window()).tolist())]
     numbers = _shown_past(start, rows)
     tiles = _pictures(past[numbers], 24)

@@ -121,36 +121,6 @@ def branch_bars(panels: Mapping[str, Tensor], ylabel: str = "", line: float | No
     return figure
 
 
-def reward_scatter(rewards: Mapping[str, Tensor], anchor: Mapping[str, Tensor], pairs=(("vq", "mq"), ("ta", "mq"))):
-    """A group's branches and its anchor (grey cross) by pairs of reward components. -> Figure
-
-    rewards: name -> [G]; anchor: name -> number."""
-    figure = _figure(4 * len(pairs), 3.4)
-    for axes, (x, y) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
-        for g, (a, b) in enumerate(zip(rewards[x].tolist(), rewards[y].tolist(), strict=True)):
-            axes.scatter(a, b, s=110, color=branch_colour(g), edgecolor="#555555", linewidth=0.5)
-            axes.annotate(str(g), (a, b), ha="center", va="center", fontsize=7)
-        axes.scatter(float(anchor[x]), float(anchor[y]), s=90, marker="X", color=ANCHOR, label="anchor")
-        _plain(axes, "", x.upper(), y.upper())
-        axes.legend(frameon=False, fontsize=8)
-    return figure
-
-
-def score_lines(panels: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str = "step"):
-    """Several lines in each panel, from 0 to 1: what a reward says and what the judge says. -> Figure
-
-    panels: title -> {name: values}, the same names; one that begins with "judge" is drawn dashed."""
-    figure = _figure(3.6 * len(panels), 3.2)
-    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for k, (name, values) in enumerate(lines.items()):
-            style = "--" if name.startswith("judge") else "-"
-            axes.plot(values, style, color="black" if style == "--" else branch_colour(k + 4), label=name)
-        axes.set_ylim(-0.03, 1.03)
-        _plain(axes, title, xlabel)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False, fontsize=8)
-    return figure
-
-
 def branch_lines(values: Tensor, ylabel: str = "", xlabel: str = "update"):
     """One line a branch, in the branches' colours. values [updates, G] -> Figure"""
     figure = _figure(6, 3)
@@ -204,19 +174,6 @@ def images(pixels: Tensor, titles: Sequence[str], columns: int = 0, inches: floa
     for axes, picture, title in zip(grid.flat, _bytes(pixels), titles, strict=False):
         axes.imshow(picture, interpolation="nearest")
         axes.set_title(title, fontsize=11, pad=3)
-    return figure
-
-
-def reward_bars(rewards: Mapping[str, Tensor], anchor: Mapping[str, Tensor]):
-    """How far each branch is above or below the anchor, component by component. rewards name -> [G]. -> Figure"""
-    figure = _figure(2.4 * len(rewards), 2.4)
-    for axes, (name, values) in zip(figure.subplots(1, len(rewards), squeeze=False)[0], rewards.items(), strict=True):
-        over = [v - float(anchor[name]) for v in values.tolist()]
-        axes.bar(range(len(over)), over, color=[_tag_colour(g) for g in range(len(over))], edgecolor="#555555")
-        axes.axhline(0, color=ANCHOR, linewidth=2)
-        axes.set_xticks(range(len(over)))
-        _plain(axes, f"{name} (anchor {float(anchor[name]):.3f})", "branch", "above the anchor")
-        axes.title.set_fontsize(9)
     return figure
 
 
@@ -615,7 +572,9 @@ def film_rows(pixels: Tensor, labels: Sequence[str], every: int = 3, first: int 
     _check_labels(pixels, labels)
     films = _bytes(pixels[:, ::every].repeat_interleave(scale, -2).repeat_interleave(scale, -1))
     n, columns, height, width = films.shape[:4]
-    font, gap, line = ImageFont.load_default(size=16), 10, 26
+    font = ImageFont.load_default(size=16)
+    gap = 10
+    line = 26
     left = 16 + math.ceil(max(font.getlength(part) for label in labels for part in label.split("\n")))
     sheet = Image.new("RGB", (left + columns * (width + gap), line + n * (height + gap)), "white")
     draw = ImageDraw.Draw(sheet)

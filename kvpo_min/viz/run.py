@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from kvpo_min.chr import BANK, DROPPED, NEAREST, ROUTED, SINK, Window, ordinary_frames, route_mask
@@ -14,13 +13,10 @@ from kvpo_min.viz.style import (
     FACES,
     HATCHES,
     NAMES,
-    _bytes,
-    _check_labels,
     _figure,
     _plain,
     branch_colour,
 )
-from kvpo_min.viz.video import tile
 
 # --------------------------------------------------------------------------------------------------------------- routes
 
@@ -172,75 +168,6 @@ def energy_plot(step, group: int = 0):
 
 
 # ---------------------------------------------------------------------------------------------------------------- story
-
-
-def _film(pixels: Tensor, count: int, columns: int = 0):
-    """About `count` evenly spaced frames of [T, 3, H, W] side by side -> numpy uint8 [H', W', 3] and their numbers"""
-    t = len(pixels)
-    index = torch.linspace(0, t - 1, min(count, t)).round().long()
-    return _bytes(tile(pixels[index][:, None], columns or len(index)))[0], index.tolist()
-
-
-def story_figure(
-    prefix: Tensor, branches: Tensor, frames: Tensor, labels: Sequence[str], window: Window | None = None,
-    bank: Tensor | None = None,
-):  # fmt: skip
-    """One group as a picture: the shared prefix on the left, up to four branches and the anchor on the right. -> Figure
-
-    prefix [Tp, 3, H, W] from frame 0 on; branches [G + 1, Tc, 3, H, W] from frame Tp on, anchor last; frames [G, L]
-    that the branches read at Tp, drawn as a strip above each film; labels: one a branch and the anchor's ("": none);
-    bank [1, n] (`Bank.held`): frames of a memory bank, hatched in the strips where nothing else shows them.
-    Raises ValueError when these do not fit together."""
-    _check_labels(branches, labels)
-    start, n = len(prefix), len(branches) - 1
-    if n < 1 or len(frames) != n or int(frames.max()) >= start:
-        raise ValueError(
-            f"expected {n} rows of frames below {start} for {n} branches and the anchor, got {list(frames.shape)} "
-            f"up to frame {int(frames.max())}"
-        )
-    rows, columns = [*range(min(4, n)), n], min(9, branches.shape[1])
-    # all in inches, so that every frame has the same size: constrained layout would shrink the row with the numbers
-    frame, title, reads, gap = 0.8, 0.24, 0.12, 0.05
-    row = title + reads + gap + frame + 0.12
-    film, _ = _film(prefix, 8, 2)
-    height = len(rows) * row + 0.3
-    left_height = height - 0.75
-    left_width = left_height * film.shape[1] / film.shape[0]
-    right_width = columns * frame * branches.shape[-1] / branches.shape[-2]
-    width = left_width + right_width + 0.5
-    figure = _figure(width, height)
-    figure.set_layout_engine("none")
-
-    def place(x: float, top: float, w: float, h: float):
-        return figure.add_axes((x / width, 1 - (top + h) / height, w / width, h / height))
-
-    axes = place(0.1, 0.5, left_width, left_height)
-    axes.imshow(film, interpolation="nearest", aspect="auto")
-    axes.set_axis_off()
-    figure.text(0.1 / width, 1 - 0.1 / height, f"the past they share\nframes 0 to {start - 1}", va="top", fontsize=9)
-    for r, g in enumerate(rows):
-        anchor, top, x = g == n, r * row, left_width + 0.4
-        colour = ANCHOR if anchor else branch_colour(g)
-        read = ordinary_frames(start, window or Window()) if anchor else frames[g]
-        strip = place(x, top + title, right_width, reads)
-        strip.set(xlim=(0, start), ylim=(0, 1), facecolor="#eeeeee", xticks=[], yticks=[])
-        strip.broken_barh([(f, 1.0) for f in read.tolist()], (0, 1), facecolor=colour, edgecolor="white", linewidth=0.5)
-        if held := sorted(set([] if bank is None else bank.flatten().tolist()) - set(read.tolist())):
-            strip.broken_barh([(f, 1.0) for f in held], (0, 1), facecolor=FACES[BANK], hatch=HATCHES[BANK],
-                              edgecolor="#999999", linewidth=0.5)  # fmt: skip
-        strip.spines[:].set_visible(False)
-        name = "anchor" if anchor else f"branch {g}"
-        strip.set_title(f"{name}: {labels[g]}" if labels[g] else name, loc="left", fontsize=9, pad=2)
-        film, index = _film(branches[g], columns)
-        axes = place(x, top + title + reads + gap, right_width, frame)
-        axes.imshow(film, interpolation="nearest", aspect="auto")
-        step = film.shape[1] / len(index)
-        last = r + 1 == len(rows)
-        axes.set_xticks([(k + 0.5) * step for k in range(len(index))], [str(start + i) if last else "" for i in index])
-        axes.set_yticks([])
-        axes.tick_params(length=0, labelsize=8)
-        axes.spines[:].set(color=colour, linewidth=2)
-    return figure
 
 
 def who_decides(bars: Mapping[str, Mapping[str, float]]):

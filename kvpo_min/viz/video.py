@@ -25,7 +25,9 @@ def contact_sheet(pixels: Tensor, labels: Sequence[str], every: int = 0, first: 
     every = every or max(1, math.ceil(pixels.shape[1] / 14))
     shown = _bytes(pixels[:, ::every]).repeat(scale, 2).repeat(scale, 3)  # [N, columns, H, W, 3]
     n, columns, height, width = shown.shape[:4]
-    font, line, gap = ImageFont.load_default(size=12 if scale == 1 else 16), 18 if scale == 1 else 24, 2 * scale
+    font = ImageFont.load_default(size=12 if scale == 1 else 16)
+    line = 18 if scale == 1 else 24
+    gap = 2 * scale
     row = line + height + gap
     text = max(font.getlength(label) for label in labels)
     sheet = Image.new("RGB", (max(columns * (width + gap), math.ceil(text) + 8), line + n * row), "white")

@@ -357,23 +357,23 @@ FORWARD, GRADIENT = 88e3, 461e3  # bytes a token of one forward; of a forward an
 
 
 def memory_plan(
-    n_branches: int = 8, past: int = 6, height: int = 480, width: int = 832, rank: int = 256, branch_batch: int = 1,
-    bank_size: int = 0,
+    num_generations: int = 8, past: int = 6, height: int = 480, width: int = 832, rank: int = 256,
+    branch_batch: int = 1, bank_size: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """GiB of the largest moment of one update of Wan2.1-1.3B, by part; the sum is what a GPU needs, without the CUDA
     context (0.5 to 1 GiB).
 
-    n_branches: G; past: frames of the window between sink and block; height, width in pixels; `branch_batch` branches
-    are made at once; bank_size: frames of MemFlow's memory bank. Fork at frame 57 of 147, 5 routed blocks, one replayed
-    step with gradient per forward pair (replay_batch 2), everything else as in `configs/longlive_single_gpu.yaml`. The
-    parts are formulas; FORWARD and GRADIENT were counted by `benchmarks/wan_update.py --plan`, which runs the whole
-    update on the meta device, and the
-    sums lie within 1% of its tables (docs/single_gpu.md). Raises ValueError for sizes that Wan does not take."""
+    num_generations: G; past: frames of the window between sink and block; height, width in pixels; `branch_batch`
+    branches are made at once; bank_size: frames of MemFlow's memory bank. Fork at frame 57 of 147, 5 routed blocks, one
+    replayed step with gradient per forward pair (replay_batch 2), everything else as in
+    `configs/longlive_single_gpu.yaml`. The parts are formulas; FORWARD and GRADIENT were counted by
+    `benchmarks/wan_update.py --plan`, which runs the whole update on the meta device, and the sums
+    lie within 1% of its tables (docs/single_gpu.md). Raises ValueError for sizes that Wan does not take."""
     WanOptions(height=height, width=width)  # refuses what is no multiple of a token
-    if min(n_branches, past, rank, branch_batch) < 1 or branch_batch > n_branches + 1 or bank_size < 0:
+    if min(num_generations, past, rank, branch_batch) < 1 or branch_batch > num_generations + 1 or bank_size < 0:
         raise ValueError(
-            f"n_branches, past and rank must be at least 1, branch_batch 1 to n_branches + 1 and bank_size 0 or more, "
-            f"got {n_branches}, {past}, {rank}, {branch_batch} and {bank_size}"
+            "num_generations, past and rank must be at least 1, branch_batch 1 to num_generations + 1 and bank_size 0 "
+            f"or more, got {num_generations}, {past}, {rank}, {branch_batch} and {bank_size}"
         )
     sink, block, history, fork, total, routed = 3, 3, 33, 57, 147, 5
     layers, dim = WAN_1_3B["num_layers"], WAN_1_3B["num_attention_heads"] * WAN_1_3B["attention_head_dim"]
@@ -391,7 +391,7 @@ def memory_plan(
     own = max(block * (routed - 1), min(history, 2 * (sink + past) + block) - sink)  # what rollout.generate keeps
     blocks = (75 - fork) // block  # that are replayed
     fixed = {"transformer": BASE, "VAE": VAE, "adapters": 2 * adapter, "optimizer": 2 * adapter}
-    videos = latent * (total * 4 + n_branches * (total + 2 * blocks * 4 * block))  # noise; videos; z and x0
+    videos = latent * (total * 4 + num_generations * (total + 2 * blocks * 4 * block))  # noise; videos; z and x0
     branches = {
         "shared past": (sink + pool) * frame,
         "branches' own frames": branch_batch * own * frame,
