@@ -88,6 +88,7 @@ class TrainConfig:
     tau_groups: int = knob(8, least=1)  # groups that set tau
     tau_target: float = knob(0.4, above=0)  # spread of the log scores -E / tau in a group that tau is set for
     kl_coef: float = knob(1.0, official=10.0, least=0)
+    anchor_in_group: bool = False  # ours: the anchor is one of the continuations that the policy chooses among
     prefix_coef: float = knob(0.0, least=0)  # ours: weight of the preservation of the shared prefix; 0: none
     clip_range_low: float = knob(0.1, above=0)
     clip_range_high: float = knob(0.2, above=0)

@@ -111,11 +111,13 @@ def update(
     log_p, loss = send_back(pipeline, config, rollout, energies, advantages, scale, tau)
     preserved = preserve(pipeline, policies, config, task, rollout) if config.prefix_coef else 0.0
     (local, anchor), (after, anchor_after) = *signals, *[(None, None)] * (2 - len(signals))
+    g = config.num_generations
     return Group(
         script=task.script, plan=task.plan, rollout=rollout, videos=videos,
         rewards=local, anchor=anchor, global_rewards=after, global_anchor=anchor_after,
-        advantages=advantages, safe=safe, energies=energies["default"].detach(),
-        log_p=log_p["default"].detach(), log_p_old=log_p["old"], log_p_init=log_p["initial"], ratio=loss.ratio,
+        advantages=advantages[:g], safe=safe, energies=energies["default"].detach()[:g],
+        log_p=log_p["default"].detach()[:g], log_p_old=log_p["old"][:g], log_p_init=log_p["initial"][:g],
+        ratio=loss.ratio[:g],
         loss=loss.total.item(), kl=loss.kl.item(), entropy=loss.entropy.item(), clip_fraction=loss.clip_fraction.item(),
         prefix_drift=preserved,
     )  # fmt: skip
@@ -177,6 +179,8 @@ def score_group(
 def compare(signals: Sequence[Signal], weights: Mapping[str, float], config: TrainConfig) -> tuple[Tensor, bool]:
     """-> advantages [G] over the anchor, local and global signal in one, and whether any branch beats the anchor."""
     each = [anchor_advantages(branches, anchor, weights) for branches, anchor in signals]
+    if config.anchor_in_group:  # 0 over itself
+        each = [torch.cat([signal, signal.new_zeros(1)]) for signal in each]
     advantages = fuse(each[0], each[1] if len(each) > 1 else None,
                       config.local_weight, config.global_weight, config.fuse_mode, config.adv_clip_max)  # fmt: skip
     return advantages, any(branch_is_safe(branches, anchor, weights) for branches, anchor in signals)
@@ -191,8 +195,8 @@ def energies_of(
     with acting(policies, policy), torch.set_grad_enabled(with_graph and not config.replay_batch):
         if not config.replay_batch:
             steps, sampler = config.grad_steps if with_graph else 0, pipeline.sampler(config.num_segments)
-            return replay_energies(pipeline.backbone, rollout, sampler, steps, config.context)
-        z = rollout.trajectory.z[: config.num_generations]  # [G, B, S, F, C, H, W]
+            return replay_energies(pipeline.backbone, rollout, sampler, steps, config.context, members(config))
+        z = rollout.trajectory.z[: members(config)]  # [G, B, S, F, C, H, W]
         energies = z.new_zeros(z.shape[:3], dtype=torch.promote_types(z.dtype, torch.float32))
         for where, part in energies_in_pieces(pipeline, config, rollout):
             energies[where] = part
@@ -299,10 +303,11 @@ def texts_of(pipeline: Pipeline, task: Task) -> list[Tensor]:
 
 
 def replay_energies(
-    backbone, rollout: Rollout, sampler: Sampler, grad_steps: int = 0, context: str = "stored"
+    backbone, rollout: Rollout, sampler: Sampler, grad_steps: int = 0, context: str = "stored", branches: int = 0
 ) -> Tensor:  # [G, B, S]
-    """How far the policy that acts is from each branch's velocities; the first `grad_steps` steps carry gradient."""
-    v = replay(backbone, rollout, sampler, grad_steps, context=context, branches=len(rollout.plan.routes))
+    """How far the policy that acts is from each branch's velocities; the first `grad_steps` steps carry gradient.
+    `branches`: how many (default: all but the anchor)."""
+    v = replay(backbone, rollout, sampler, grad_steps, context=context, branches=branches or len(rollout.plan.routes))
     return step_energies(v, rollout.trajectory.velocity[: len(v)])
 
 
@@ -312,8 +317,15 @@ def energies_in_pieces(
     """Energies of the first steps (0: all) at most `replay_batch` forwards at a time, with graph where gradients are
     recorded. Yields where a piece belongs in [G, B, S], and its energies."""
     backbone, sampler = pipeline.backbone, pipeline.sampler(config.num_segments)
-    for where, part, its_sampler in pieces(backbone, rollout, sampler, config.replay_batch, n_steps, config.context):
-        yield where, replay_energies(backbone, part, its_sampler, len(its_sampler.sigmas), config.context)
+    g = members(config)
+    for where, part, its_sampler in pieces(backbone, rollout, sampler, config.replay_batch, n_steps, config.context, g):
+        steps, branches = len(its_sampler.sigmas), len(part.trajectory.z)
+        yield where, replay_energies(backbone, part, its_sampler, steps, config.context, branches)
+
+
+def members(config: TrainConfig) -> int:
+    """How many continuations the Gibbs policy chooses among: the branches, and with `anchor_in_group` the anchor."""
+    return config.num_generations + config.anchor_in_group
 
 
 def check_bank(config: TrainConfig) -> None:

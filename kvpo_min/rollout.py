@@ -395,20 +395,21 @@ def _velocities(backbone, z, sampler, start, text, contexts, grad_steps, replay_
 
 
 def pieces(
-    backbone: Backbone, rollout: Rollout, sampler: Sampler, replay_batch: int, n_steps: int = 0, context: str = "stored"
-) -> Iterator[tuple[tuple[slice, slice, slice], Rollout, Sampler]]:
+    backbone: Backbone, rollout: Rollout, sampler: Sampler, replay_batch: int, n_steps: int = 0,
+    context: str = "stored", branches: int = 0,
+) -> Iterator[tuple[tuple[slice, slice, slice], Rollout, Sampler]]:  # fmt: skip
     """Cuts a replay of the first `n_steps` steps (0: all) into rollouts of one block, its steps and a few branches, at
     most `replay_batch` forwards each: the steps first, because they share what they read. Between blocks the same x0
     are encoded as in `replay`; with context="own" by the policy that acts, which costs one more forward a block.
-    Yields where the piece belongs in [G, B, S], its rollout, its sampler."""
+    `branches`: how many (default: all but the anchor). Yields where the piece belongs in [G, B, S], its rollout, its sampler."""
     window, trajectory, routes = sampler.window, rollout.trajectory, rollout.plan.routes
-    num_generations, (n_blocks, every) = len(routes), trajectory.z.shape[1:3]
+    (n_blocks, every), branches = trajectory.z.shape[1:3], branches or len(routes)
     if replay_batch < 1 or not 0 <= n_steps <= every:
         raise ValueError(f"replay_batch must be at least 1 and n_steps 0..{every}, got {replay_batch} and {n_steps}")
     n_steps = n_steps or every
     at_once, together = min(replay_batch, n_steps), max(1, replay_batch // n_steps)
-    for first in range(0, num_generations, together):
-        members = slice(first, min(first + together, num_generations))
+    for first in range(0, branches, together):
+        members = slice(first, min(first + together, branches))
         history, bank = rollout.prefix.history, rollout.prefix.bank
         for b in range(n_blocks):
             here = rollout.prefix.frame + b * window.block

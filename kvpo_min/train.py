@@ -187,7 +187,7 @@ def check_share(config: TrainConfig) -> None:
 def find_tau(pipeline, scripts, config: TrainConfig, policies, state: dict, generator: torch.Generator) -> float:
     """tau from the spread of the first groups' energies; these groups are not trained on."""
     (rank, world), weights = processes(), energy_weights(pipeline.sigmas, config.sigma_floor)
-    spread = torch.zeros(config.tau_groups, config.num_generations)
+    spread = torch.zeros(config.tau_groups, kvpo.members(config))
     for k in range(config.tau_groups):
         task = kvpo.draw(pipeline, scripts, state["order"], config, state["step"], generator)
         if k % world == rank:
