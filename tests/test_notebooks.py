@@ -1,8 +1,11 @@
 """What the notebooks store: outputs of a full run of exactly the code they hold. That they run is nbval's part."""
 
 import base64
+import importlib
 import io
+import operator
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -17,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNNER = ROOT / "notebooks" / "execute.py"
 execute = runpy.run_path(str(RUNNER))
 NOTEBOOKS = execute["find"]([])
+ALONE = RUNNER.parent / "11_kvpo_from_nothing.ipynb"  # imports nothing of ours, so Colab need not install it
 
 
 def new(*cells, **metadata):
@@ -79,7 +83,7 @@ def test_how_a_notebook_is_built(path):
     assert "KVPO_FAST" in codes[0] or path.parent.name == "solutions"
     if path.parent.name != "solutions":
         assert f"blob/main/notebooks/{path.name}" in first.source, "its Colab badge must open this notebook"
-        assert '"google.colab" in sys.modules' in codes[0]
+        assert path == ALONE or '"google.colab" in sys.modules' in codes[0]
         assert 2 <= sum("NBVAL_CHECK_OUTPUT" in source for source in codes) <= 4
         last = notebook.cells[-1].source
         assert "What you saw" in last and "Where it lives" in last
@@ -89,6 +93,24 @@ def test_the_table_names_every_notebook():
     table = (RUNNER.parent / "README.md").read_text(encoding="utf-8")
     for path in NOTEBOOKS:
         assert str(path.relative_to(RUNNER.parent)) in table, f"notebooks/README.md does not name {path.name}"
+
+
+def test_kvpo_from_nothing_is_short_and_stands_alone():
+    cells = nbformat.read(ALONE, as_version=4).cells
+    codes = [cell.source for cell in cells if cell.cell_type == "code"]
+    assert not any("kvpo_min" in source for source in codes)
+    lines = [line for source in codes for line in source.splitlines() if line.strip()]
+    assert len(lines) <= 120 and max(map(len, lines)) <= 88
+    assert sum(len(cell.source.split()) for cell in cells if cell.cell_type == "markdown") <= 900
+
+
+def test_the_sheet_names_functions_that_exist():
+    sheet = (RUNNER.parent / "cheatsheet.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+)\.py`: (`[\w.]+`(?:, `[\w.]+`)*)", sheet)
+    assert len(named) > 15
+    for module, names in named:
+        for name in re.findall(r"[\w.]+", names):
+            operator.attrgetter(name)(importlib.import_module(f"kvpo_min.{module}"))
 
 
 def test_faults_are_seen():
