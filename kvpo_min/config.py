@@ -93,6 +93,7 @@ class TrainConfig:
     clip_range_low: float = knob(0.1, above=0)
     clip_range_high: float = knob(0.2, above=0)
     adv_clip_max: float = knob(2.5, above=0)
+    adv_eps: float = knob(1e-8, above=0)  # added to the spread that a reward is divided by; larger: noise counts less
     local_weight: float = knob(1.0, least=0)
     global_weight: float = knob(0.5, least=0)
     fuse_mode: str = knob("std", of=("std", "zscore", "none"))  # std: over the anchor; zscore: over the group's mean

@@ -42,12 +42,16 @@ class Loss:
     entropy: Tensor  # () of pi, in nats
 
 
-def anchor_advantages(rewards: Mapping[str, Tensor], anchor: Mapping, weights: Mapping[str, float]) -> Tensor:
-    """Advantages [G] = sum over components c of w_c * (r_c - anchor_c) / (std_c + 1e-8) (KV:534-538, 574-593).
+def anchor_advantages(
+    rewards: Mapping[str, Tensor], anchor: Mapping, weights: Mapping[str, float], adv_eps: float = EPS
+) -> Tensor:
+    """Advantages [G] = sum over components c of w_c * (r_c - anchor_c) / (std_c + adv_eps) (KV:534-538, 574-593).
 
     rewards: name -> [G]; anchor: name -> number; weights: name -> number; all three must name the same components.
     std_c is the unbiased standard deviation of the G rewards together with the anchor's, so components of different
-    scale weigh alike. A component that is the same everywhere adds exactly 0. Raises KeyError and ValueError.
+    scale weigh alike. A component that is the same everywhere adds exactly 0. Ours: an `adv_eps` of the size of a
+    reward's noise; with the authors' 1e-8 a component that hardly differs is blown up, noise and all. Raises KeyError
+    and ValueError.
     """
     _check_components(rewards, anchor, weights)
     total = 0.0
@@ -55,7 +59,7 @@ def anchor_advantages(rewards: Mapping[str, Tensor], anchor: Mapping, weights: M
         r = r.detach().to(torch.promote_types(r.dtype, torch.float32))  # [G]
         r_anchor = torch.as_tensor(anchor[name]).detach().to(r).reshape(1)
         std = torch.cat([r, r_anchor]).std()  # over G + 1 videos
-        total = total + weights[name] * (r - r_anchor) / (std + EPS)
+        total = total + weights[name] * (r - r_anchor) / (std + adv_eps)
     return total
 
 

@@ -178,7 +178,7 @@ def score_group(
 
 def compare(signals: Sequence[Signal], weights: Mapping[str, float], config: TrainConfig) -> tuple[Tensor, bool]:
     """-> advantages [G] over the anchor, local and global signal in one, and whether any branch beats the anchor."""
-    each = [anchor_advantages(branches, anchor, weights) for branches, anchor in signals]
+    each = [anchor_advantages(branches, anchor, weights, config.adv_eps) for branches, anchor in signals]
     if config.anchor_in_group:  # 0 over itself
         each = [torch.cat([signal, signal.new_zeros(1)]) for signal in each]
     advantages = fuse(each[0], each[1] if len(each) > 1 else None,

@@ -401,7 +401,8 @@ def pieces(
     """Cuts a replay of the first `n_steps` steps (0: all) into rollouts of one block, its steps and a few branches, at
     most `replay_batch` forwards each: the steps first, because they share what they read. Between blocks the same x0
     are encoded as in `replay`; with context="own" by the policy that acts, which costs one more forward a block.
-    `branches`: how many (default: all but the anchor). Yields where the piece belongs in [G, B, S], its rollout, its sampler."""
+    `branches`: how many (default: all but the anchor). Yields where the piece belongs in [G, B, S], its rollout, its
+    sampler."""
     window, trajectory, routes = sampler.window, rollout.trajectory, rollout.plan.routes
     (n_blocks, every), branches = trajectory.z.shape[1:3], branches or len(routes)
     if replay_batch < 1 or not 0 <= n_steps <= every:

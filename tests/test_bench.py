@@ -59,6 +59,8 @@ CASES = {
     "ours": (OPTIONS, {}, "stored"),
     "authors": (OPTIONS, {}, "own"),
     "pieces": (OPTIONS, {"replay_batch": 3, "branch_batch": 2}, "stored"),
+    "the anchor in the group": (OPTIONS, {"anchor_in_group": True, "fuse_mode": "none", "adv_eps": 10.0}, "stored"),
+    "it in pieces": (OPTIONS, {"anchor_in_group": True, "replay_batch": 3, "branch_batch": 2}, "stored"),
     # new words at frame 39; what follows the chunk hardly differs between branches, and would be a ratio of roundings
     "a switch on the fork": (TWO_SEGMENTS, {"fork": 39, "global_weight": 0.0}, "own"),
     "a switch before the fork": (TWO_SEGMENTS, {"fork": 51, "global_weight": 0.0}, "stored"),

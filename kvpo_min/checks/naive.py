@@ -139,9 +139,11 @@ def update(pipeline, policies, rewards, config, task, meter, context="own"):
     columns = [{name: torch.cat([clip[name] for clip in signal]) for name in signal[0]} for signal in signals]
     branches = [{name: column[:-1] for name, column in signal.items()} for signal in columns]
     anchors = [{name: column[-1] for name, column in signal.items()} for signal in columns]
-    each = [anchor_advantages(b, a, rewards.weights) for b, a in zip(branches, anchors, strict=True)]
-    weights_of = config.local_weight, config.global_weight
-    A = fuse(*each, *[None] * (2 - len(each)), *weights_of, adv_clip_max=config.adv_clip_max)
+    each = [anchor_advantages(b, a, rewards.weights, config.adv_eps) for b, a in zip(branches, anchors, strict=True)]
+    if config.anchor_in_group:
+        each = [torch.cat([A, torch.zeros(1)]) for A in each]
+    how = (config.local_weight, config.global_weight, config.fuse_mode, config.adv_clip_max)
+    A = fuse(*each, *[None] * (2 - len(each)), *how)
     safe = any(branch_is_safe(b, a, rewards.weights) for b, a in zip(branches, anchors, strict=True))
 
     def energy(trail):
@@ -161,7 +163,8 @@ def update(pipeline, policies, rewards, config, task, meter, context="own"):
         return total
 
     def log_prob():
-        return torch.log_softmax(-torch.stack([energy(trail) for trail in trails[:-1]]) / config.tau, 0)
+        chosen = trails if config.anchor_in_group else trails[:-1]
+        return torch.log_softmax(-torch.stack([energy(trail) for trail in chosen]) / config.tau, 0)
 
     # replay: three policies, then one step of the optimiser
     with meter("replay_frozen"), torch.no_grad():

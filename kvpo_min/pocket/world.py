@@ -301,11 +301,13 @@ def sample_script(generator: torch.Generator, n_segments: int = 1) -> str:
 
 def prompt_set(n: int, n_segments: int, seed: int, event: str = "") -> list[str]:
     """`n` scripts drawn from `seed`; the sets used for training and for evaluation differ in their seeds. `event`: only
-    scripts that hold these words, such as "settles". Raises ValueError when 1,000 in a row do not."""
+    scripts that hold these words, such as "settles", or all of several, "from the,settles". Raises ValueError when
+    1,000 in a row do not."""
     generator, scripts, missed = torch.Generator().manual_seed(seed), [], 0
     while len(scripts) < n:
         script = sample_script(generator, n_segments)
-        scripts, missed = ([*scripts, script], 0) if event in script else (scripts, missed + 1)
+        fits = all(words in script for words in event.split(","))
+        scripts, missed = ([*scripts, script], 0) if fits else (scripts, missed + 1)
         if missed == 1000:
             raise ValueError(
                 f"no script of {n_segments} segments holds '{event}': take 'settles', 'wanders', 'turns' or "
