@@ -453,6 +453,17 @@ def test_worked_example_of_one_component():
     assert_close(halved.total.item(), -0.080072, rtol=0, atol=2e-6)
 
 
+def test_a_floor_of_the_spread_tells_noise_from_a_difference():
+    rewards = {"vq": torch.tensor([0.9, 0.1, 0.5]), "ta": torch.tensor([0.501, 0.499, 0.5])}
+    anchor, weights = {"vq": 0.1, "ta": 0.5}, {"vq": 1.0, "ta": 1.0}
+    std = {name: torch.cat([r, torch.tensor([anchor[name]])]).std() for name, r in rewards.items()}
+    want = sum((rewards[name] - anchor[name]) / (std[name] + 0.05) for name in rewards)
+    A = anchor_advantages(rewards, anchor, weights, 0.05)
+    assert_close(A, want)
+    share = [anchor_advantages({"ta": rewards["ta"]}, {"ta": 0.5}, {"ta": 1.0}, eps)[0] for eps in (1e-8, 0.05)]
+    assert share[0] > 1 and share[1] < 0.03  # a thousandth: all of the advantage, or hardly any
+
+
 def test_gradient_formula_by_finite_differences():
     A = torch.tensor([1.3, -0.4, 0.7, -2.0], dtype=torch.float64)
     E = torch.tensor([0.031, 0.028, 0.035, 0.030], dtype=torch.float64, requires_grad=True)

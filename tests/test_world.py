@@ -312,6 +312,8 @@ def test_prompt_sets():
     for event in ("settles", "changes colour", "wanders"):
         held = world.prompt_set(30, 1, seed=0, event=event)
         assert held == [script for script in world.prompt_set(400, 1, seed=0) if event in script][:30]
+    held = world.prompt_set(20, 1, seed=0, event="from the,settles")
+    assert held and all("from the" in script and "settles" in script for script in held)
     with pytest.raises(ValueError, match="'melts'.*'settles', 'wanders', 'turns'"):
         world.prompt_set(1, 1, seed=0, event="melts")
 
