@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from kvpo_min.chr import BANK, DROPPED, NEAREST, ROUTED, SINK, Window, ordinary_frames, route_mask
@@ -13,10 +14,12 @@ from kvpo_min.viz.style import (
     FACES,
     HATCHES,
     NAMES,
+    _bytes,
     _figure,
     _plain,
     branch_colour,
 )
+from kvpo_min.viz.video import tile
 
 # --------------------------------------------------------------------------------------------------------------- routes
 
@@ -168,6 +171,13 @@ def energy_plot(step, group: int = 0):
 
 
 # ---------------------------------------------------------------------------------------------------------------- story
+
+
+def _film(pixels: Tensor, count: int, columns: int = 0):
+    """About `count` evenly spaced frames of [T, 3, H, W] side by side -> numpy uint8 [H', W', 3] and their numbers"""
+    t = len(pixels)
+    index = torch.linspace(0, t - 1, min(count, t)).round().long()
+    return _bytes(tile(pixels[index][:, None], columns or len(index)))[0], index.tolist()
 
 
 def who_decides(bars: Mapping[str, Mapping[str, float]]):
