@@ -23,6 +23,7 @@ from kvpo_min.cli import models as cli_models
 from kvpo_min.cli import options as cli_options
 from kvpo_min.cli import report as cli_report
 from kvpo_min.cli import run as cli_run
+from kvpo_min.cli.demo import DEFAULTS
 from kvpo_min.cli.doctor import read_config
 from kvpo_min.pocket import load_pocket, pocket_rewards, world
 from kvpo_min.pocket import prompts as prompts_of
@@ -307,12 +308,15 @@ def test_summary_is_what_a_stranger_measures_with_peft(finished, model):
     from peft import PeftModel
 
     summary = json.loads((finished / "summary.json").read_text())
-    held_out = world.prompt_set(2, 1, prompts_of.EVAL_SEED, "settles")
-    assert not set(held_out) <= set(world.prompt_set(2, 1, 0, "settles"))
-    pipeline = load_pocket(folder=model)
-    assert folders.finite(evaluate(pipeline, held_out, pocket_rewards(vq=2.0, mq=0.25), 39)) == summary["before"]
+    held_out = world.prompt_set(2, 1, prompts_of.EVAL_SEED, DEFAULTS["event"])
+    assert not set(held_out) <= set(world.prompt_set(2, 1, 0, DEFAULTS["event"]))
+    pipeline, rewards = (
+        load_pocket(folder=model),
+        pocket_rewards(**{name: DEFAULTS[name] for name in ("vq", "mq", "ta")}),
+    )
+    assert folders.finite(evaluate(pipeline, held_out, rewards, 39)) == summary["before"]
     PeftModel.from_pretrained(pipeline.backbone.transformer, finished)
-    assert folders.finite(evaluate(pipeline, held_out, pocket_rewards(vq=2.0, mq=0.25), 39)) == summary["after"]
+    assert folders.finite(evaluate(pipeline, held_out, rewards, 39)) == summary["after"]
     assert summary["before"] != summary["after"]
 
 
@@ -321,19 +325,17 @@ def test_config_of_a_run_is_the_run(finished, model):
         "train", [TrainConfig, cli_options.RunOptions], ["--config", str(finished / "config.yaml")]
     )
     config, options = cli_options.split_options(values, TrainConfig, cli_options.RunOptions)
-    assert config == TrainConfig(
-        output_dir=str(finished), max_train_steps=4, num_generations=3, rank=2, tau_groups=1, checkpointing_steps=2,
-        prefix_coef=10.0, learning_rate=2e-3, fuse_mode="zscore",
-    )  # fmt: skip
-    assert options == cli_options.RunOptions(
-        model=str(model), eval_prompts=2, eval_every=2, event="settles", vq=2.0, mq=0.25
-    )
+    small = dict(max_train_steps=4, num_generations=3, rank=2, tau_groups=1, checkpointing_steps=2)
+    demo = {name: value for name, value in DEFAULTS.items() if name in TrainConfig.__dataclass_fields__}
+    assert config == TrainConfig(**demo | small | {"output_dir": str(finished)})
+    demo = {name: value for name, value in DEFAULTS.items() if name not in demo}
+    assert options == cli_options.RunOptions(**demo | {"model": str(model), "eval_prompts": 2, "eval_every": 2})
 
 
 def test_resumed_run_equals_an_uninterrupted_one(finished, model, tmp_path, capsys, undrawn):
     argv = ["train", "--model", str(model), "--output_dir", str(tmp_path / "run"), *SMALL]
-    argv += ["--event", "settles", "--prefix_coef", "10", "--learning_rate", "2e-3", "--fuse_mode", "zscore"]
-    argv += ["--vq", "2", "--mq", "0.25"]
+    for name, value in DEFAULTS.items():
+        argv += [f"--{name}", str(value)] if f"--{name}" not in argv else []
     assert cli.main([*argv, "--max_train_steps", "2"]) == 0
     with (tmp_path / "run" / "metrics.jsonl").open(
         "a"

@@ -9,8 +9,9 @@ from kvpo_min.system import ends_like_ctrl_c
 
 OPTIONS = (TrainConfig, RunOptions)
 DEFAULTS = {
-    "output_dir": "kvpo_demo", "event": "settles", "eval_every": 5, "max_train_steps": 40, "prefix_coef": 10.0,
-    "learning_rate": 2e-3, "fuse_mode": "zscore", "tau_groups": 4, "vq": 2.0, "mq": 0.25,
+    "output_dir": "kvpo_demo", "event": "from the,settles", "eval_every": 8, "max_train_steps": 32,
+    "learning_rate": 6e-3, "kl_coef": 0.1, "prefix_coef": 20.0, "anchor_in_group": True, "unsafe_scale": 1.0,
+    "fuse_mode": "none", "adv_eps": 0.05, "grad_steps": 2, "tau_groups": 2, "vq": 2.0, "ta": 3.0, "mq": 0.1,
 }  # fmt: skip
 
 
