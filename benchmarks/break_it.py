@@ -27,9 +27,9 @@ RUNS = {  # letter -> what is changed: options of `kvpo-min demo`; `times`: fact
     "healthy": {},
     "A": {"times": {"learning_rate": 10}},
     "B": {"mq": 0.0, "ta": 0.0, "prefix_coef": 0.0, "kl_coef": 0.0},
-    "C": {"times": {"tau_target": 100}},
+    "C": {"times": {"tau": 0.01}},
     "D": {"nearest": 0},
-    "E": {"fuse_mode": "none", "unsafe_scale": 1.0},
+    "E": {"fuse_mode": "zscore"},
     "F": {"kl_coef": 0.0, "prefix_coef": 0.0},
 }
 KEPT = ("valid", "shape", "journey", "coherent", "liked before", "liked", "liked anew")

@@ -80,6 +80,7 @@ class TrainConfig:
     ema_decay: float = knob(0.95, least=0, below=1)
     num_generations: int = knob(8, least=2)  # branches G
     groups_per_update: int = knob(1, least=1)  # scripts whose gradients are averaged in one update
+    num_iterations: int = knob(1, least=1)  # optimizer steps on the groups of an update (TRL's name)
     old_policy_every: int = knob(1, least=1)  # updates between two refreshes of the rollouts' policy
     nearest: int = knob(2, official=1, least=0)  # nearest past frames that every branch keeps; the rest is routed
     perturb_num_blocks: int = knob(5, least=1)  # routed blocks after the fork

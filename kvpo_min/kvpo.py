@@ -91,6 +91,8 @@ class Group:
     entropy: float
     clip_fraction: float
     prefix_drift: float = 0.0  # mean squared difference to the initial policy's velocities on the prefix, if preserved
+    task: Task | None = None  # with `initial`, the initial policy's energies, what `again` needs
+    initial: Tensor | None = None
 
 
 def update(
@@ -119,8 +121,25 @@ def update(
         log_p=log_p["default"].detach()[:g], log_p_old=log_p["old"][:g], log_p_init=log_p["initial"][:g],
         ratio=loss.ratio[:g],
         loss=loss.total.item(), kl=loss.kl.item(), entropy=loss.entropy.item(), clip_fraction=loss.clip_fraction.item(),
-        prefix_drift=preserved,
+        prefix_drift=preserved, task=task, initial=energies["initial"],
     )  # fmt: skip
+
+
+def again(pipeline: Pipeline, policies, rewards: Mixture, config: TrainConfig, group: Group, tau: float) -> None:
+    """One more gradient from a group that `update` has made, for `num_iterations`: its branches, rewards and initial
+    energies stay, the trained policy's energies are new. The policy as it is now stands for the old one, so the ratio
+    is 1 and the clip does nothing. Raises FloatingPointError like `update`."""
+    signals = [(group.rewards, group.anchor)]
+    if group.global_rewards is not None:
+        signals.append((group.global_rewards, group.global_anchor))
+    advantages, safe = compare(signals, rewards.weights, config)
+    scale = safety_scale(safe, config.unsafe_scale)
+    if scale:
+        energies = {"initial": group.initial}
+        energies["default"] = energies_of(pipeline, policies, config, group.rollout, "default", with_graph=True)
+        send_back(pipeline, config, group.rollout, energies, advantages, scale, tau)
+    if config.prefix_coef:
+        preserve(pipeline, policies, config, group.task, group.rollout)
 
 
 # ------------------------------------------------------------------------------------------------------------ its steps

@@ -141,6 +141,7 @@ def train(
                 random, whole = (generator.get_state(), list(state["order"])), None
                 if grad_norm:  # all groups unsafe: no update, not even a step of the optimizer's momentum
                     optimizer.step()
+                    repeat(pipeline, policies, rewards, config, groups, state["tau"], optimizer)
                     copy_adapter(policies, "default", "ema", 1 - config.ema_decay)
                 state["step"], state["skips"] = step + 1, state["skips"] + 1 if failure else 0
                 stop = state["skips"] == SKIPS
@@ -210,6 +211,29 @@ def own_groups(
             except (RewardError, FloatingPointError) as error:
                 failure = type(error)(str(error))  # a new exception: the old traceback keeps the group's tensors alive
     return groups, failure
+
+
+def repeat(
+    pipeline, policies, rewards: Mixture, config: TrainConfig, groups: list[Group], tau: float, optimizer
+) -> int:
+    """The further optimizer steps on an update's groups (`num_iterations`). It ends early where something is not
+    finite: what was learned until then stays. -> how many steps were made"""
+    weights = adapter_weights(policies, "default").values()
+    for done in range(config.num_iterations - 1):
+        optimizer.zero_grad()
+        failure = ""
+        try:
+            for group in groups:
+                kvpo.again(pipeline, policies, rewards, config, group, tau)
+        except FloatingPointError as error:
+            failure = str(error)
+        if any(gather(failure)):
+            return done
+        sum_gradients(list(weights))
+        if not math.isfinite(torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm).item()):
+            return done
+        optimizer.step()
+    return config.num_iterations - 1
 
 
 def save_whole(config, policies, optimizer, generator: torch.Generator, state: dict, whole: tuple) -> None:

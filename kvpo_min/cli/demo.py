@@ -9,9 +9,9 @@ from kvpo_min.system import ends_like_ctrl_c
 
 OPTIONS = (TrainConfig, RunOptions)
 DEFAULTS = {
-    "output_dir": "kvpo_demo", "event": "from the,settles", "eval_every": 8, "max_train_steps": 32,
-    "learning_rate": 6e-3, "kl_coef": 0.1, "prefix_coef": 20.0, "anchor_in_group": True, "unsafe_scale": 1.0,
-    "fuse_mode": "none", "adv_eps": 0.05, "grad_steps": 2, "tau_groups": 2, "vq": 2.0, "ta": 3.0, "mq": 0.1,
+    "output_dir": "kvpo_demo", "event": "from the,settles", "eval_every": 4, "max_train_steps": 12,
+    "num_iterations": 5, "learning_rate": 3e-3, "tau": 2.0, "kl_coef": 0.3, "prefix_coef": 20.0, "adv_eps": 0.05,
+    "unsafe_scale": 1.0, "grad_steps": 2, "vq": 3.0, "ta": 3.0, "mq": 0.1,
 }  # fmt: skip
 
 
