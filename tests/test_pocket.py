@@ -172,7 +172,8 @@ def test_the_student_tells_what_its_words_say(pipeline):
     for name in ("valid", "colour", "shape", "motion", "scene", "journey", "coherent", "remembered"):
         allowed = 0.25 if name not in ("journey", "coherent", "remembered") else 0.35  # 16 prompts: 3 standard errors
         assert judged[name] > promised[name] - allowed, (name, judged[name], promised[name])
-    assert promised["journey"] >= 0.95 and promised["remembered"] >= 0.85  # of valid .95 is wanted, .76 reached
+    assert min(promised[name] for name in ("valid", "journey", "coherent")) >= 0.95
+    assert min(promised[name] for name in ("colour", "shape", "motion", "scene", "remembered")) >= 0.85
 
 
 def settlings(pipeline, routed, n_scripts=4, num_generations=4):
@@ -202,8 +203,8 @@ def test_routing_takes_heroes_elsewhere_and_fresh_noise_does_not(pipeline):
     routed, should = settlings(pipeline, routed=True)
     noisy, _ = settlings(pipeline, routed=False)
     elsewhere = [(ends[:, :-1] != ends[:, -1:]).float().mean().item() for ends in (routed, noisy)]
-    assert elsewhere[0] > 0.35 and elsewhere[1] < 0.25, elsewhere
-    assert (routed == should).float().mean() > 0.5  # where the route's frames say
+    assert elsewhere[0] > 0.6 and elsewhere[1] < 0.1, elsewhere
+    assert (routed == should).float().mean() > 0.6  # where the route's frames say
 
 
 def test_invariants_on_the_real_model(pipeline):
