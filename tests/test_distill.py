@@ -94,7 +94,7 @@ def test_every_clean_frame_has_a_row_of_its_own():
     other[:, 3] = (states[:, 3] + 2) % 6
     assert distill.in_scene(rows, other[:, 3]).equal(distill.state_row(other))
     assert [set(column.tolist()) for column in states.T[:4]] == [set(range(n)) for n in (4, 2, 6, 6)]
-    assert set(states[:, 4:].flatten().tolist()) == set(range(0, 64, 4))
+    assert set(states[:, 4:].flatten().tolist()) == set(range(0, 64, 8))
 
 
 def test_the_table_holds_each_frame_at_its_row(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from kvpo_min.bank import Bank
 from kvpo_min.checks import parity, parity_memflow
 from kvpo_min.chr import Window, branch_frames, plan_official
 from kvpo_min.grpo import branch_kl, clipped_objective
-from kvpo_min.rollout import replay
+from kvpo_min.kvpo import replay_energies
 from kvpo_min.tve import gibbs_log_prob, schedule
 from kvpo_min.wan.checkpoints import wan_from_original
 
@@ -190,7 +190,7 @@ def test_reading_the_frames_as_planned_is_seen():
 
 def test_another_context_of_the_replay_is_seen(monkeypatch):
     """Control: our default context gives other scores than the authors'."""
-    monkeypatch.setattr(parity, "replay", lambda *args, context: replay(*args, context="stored"))
+    monkeypatch.setattr(parity, "replay_energies", lambda *args, context: replay_energies(*args, context="stored"))
     found = gaps(run_update(UPDATE), "relative")
     assert found["videos of the branches"] < 1e-4 < found["log scores, changed policy"]
 
