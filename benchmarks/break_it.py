@@ -1,4 +1,4 @@
-"""Six ways to spoil a run of KVPO, and the run itself: recorded for notebook 10.
+"""Six ways to spoil a run of KVPO, and the run itself, to be shown side by side.
 
     python benchmarks/break_it.py --json benchmarks/data/break_it.json
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -213,13 +214,11 @@ def own_groups(
     return groups, failure
 
 
-def repeat(
-    pipeline, policies, rewards: Mixture, config: TrainConfig, groups: list[Group], tau: float, optimizer
-) -> int:
+def repeat(pipeline, policies, rewards, config: TrainConfig, groups: list[Group], tau: float, optimizer) -> None:
     """The further optimizer steps on an update's groups (`num_iterations`). It ends early where something is not
-    finite: what was learned until then stays. -> how many steps were made"""
+    finite, with a warning: what was learned until then stays."""
     weights = adapter_weights(policies, "default").values()
-    for done in range(config.num_iterations - 1):
+    for done in range(1, config.num_iterations):
         optimizer.zero_grad()
         failure = ""
         try:
@@ -227,13 +226,15 @@ def repeat(
                 kvpo.again(pipeline, policies, rewards, config, group, tau)
         except FloatingPointError as error:
             failure = str(error)
-        if any(gather(failure)):
-            return done
-        sum_gradients(list(weights))
-        if not math.isfinite(torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm).item()):
-            return done
+        failure = next(filter(None, gather(failure)), "")
+        if not failure:
+            sum_gradients(list(weights))
+            norm = torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm).item()
+            failure = "" if math.isfinite(norm) else f"the gradient's norm is {norm}"
+        if failure:
+            warnings.warn(f"{done} of {config.num_iterations} iterations were made: {failure}", stacklevel=2)
+            return
         optimizer.step()
-    return config.num_iterations - 1
 
 
 def save_whole(config, policies, optimizer, generator: torch.Generator, state: dict, whole: tuple) -> None:

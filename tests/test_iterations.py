@@ -84,7 +84,8 @@ def test_what_is_not_finite_ends_the_iterations(make_pipeline, monkeypatch):
     monkeypatch.setattr(kvpo, "again", fails_at_the_second)
     pipeline, config = make_pipeline(), replace(CONFIG, max_train_steps=1, num_iterations=4)
     policies = add_policies(pipeline, config)
-    (step,) = train(pipeline, SCRIPTS, REWARDS, config, policies)
+    with pytest.warns(UserWarning, match="2 of 4 iterations"):
+        (step,) = train(pipeline, SCRIPTS, REWARDS, config, policies)
     assert len(seen) == 2 and not step.skipped
     two = make_pipeline()
     others = add_policies(two, config)
