@@ -146,10 +146,15 @@ def dispersed_routes(frames: Sequence[int], n_routed: int, num_generations: int,
 
 
 def plan(
-    num_frames: int, window: Window, nearest: int, perturb_num_blocks: int, num_generations: int, generator: Generator
-) -> Plan:
-    """The paper's plan: a uniform fork, then uniform routes of past - nearest frames. Arguments as `eligible_forks`."""
-    fork = _pick(eligible_forks(num_frames, window, nearest, perturb_num_blocks), generator)
+    num_frames: int, window: Window, nearest: int, perturb_num_blocks: int, num_generations: int, generator: Generator,
+    fork: int = 0,
+) -> Plan:  # fmt: skip
+    """The paper's plan: a uniform fork, then uniform routes of past - nearest frames. Arguments as `eligible_forks`.
+    `fork`: where to fork instead, one of those (ours); ValueError if it is not."""
+    forks = eligible_forks(num_frames, window, nearest, perturb_num_blocks)
+    if fork and fork not in forks:
+        raise ValueError(f"fork must be one of {forks}, or 0 to draw it, got {fork}")
+    fork = fork or _pick(forks, generator)
     frames = pool(fork, window, nearest, perturb_num_blocks)
     return Plan(
         fork, frames, uniform_routes(frames, window.past - nearest, num_generations, generator), perturb_num_blocks

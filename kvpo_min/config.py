@@ -82,6 +82,7 @@ class TrainConfig:
     groups_per_update: int = knob(1, least=1)  # scripts whose gradients are averaged in one update
     num_iterations: int = knob(1, least=1)  # optimizer steps on the groups of an update (TRL's name)
     old_policy_every: int = knob(1, least=1)  # updates between two refreshes of the rollouts' policy
+    fork: int = knob(0, least=0, multiple=3)  # ours: the frame at which every group forks; 0: drawn
     nearest: int = knob(2, official=1, least=0)  # nearest past frames that every branch keeps; the rest is routed
     perturb_num_blocks: int = knob(5, least=1)  # routed blocks after the fork
     grad_steps: int = knob(4, official=2, least=1, most=4)  # denoising steps that carry gradient
@@ -109,6 +110,8 @@ class TrainConfig:
 
     def __post_init__(self):
         settle(self)
+        if self.compat and self.fork:
+            raise ValueError(f'fork must be 0 with compat "official", whose plan draws it, got {self.fork}')
 
     @property
     def context(self) -> str:

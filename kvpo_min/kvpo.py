@@ -297,7 +297,7 @@ def make_plan(
     sizes = (config.num_frames, window, config.nearest, config.perturb_num_blocks, config.num_generations)
     if config.compat:
         return routing.plan_official(config.seed, index, (step + 1) * 1_000_003, *sizes)
-    return routing.plan(*sizes, generator)
+    return routing.plan(*sizes, generator, config.fork)
 
 
 @torch.no_grad()

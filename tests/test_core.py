@@ -30,6 +30,7 @@ from kvpo_min.chr import (
     route_mask,
     uniform_routes,
 )
+from kvpo_min.config import TrainConfig
 from kvpo_min.grpo import (
     anchor_advantages,
     branch_is_safe,
@@ -157,6 +158,15 @@ def test_plan_comes_from_its_generator():
         assert again.fork == p.fork and again.routes.equal(p.routes)
     forks = {plan(39, LONGLIVE, 1, 2, 4, seeded(seed)).fork for seed in range(50)}
     assert len(forks) > 4
+
+
+def test_a_fork_that_is_given_is_taken_or_refused():
+    drawn = plan(39, LONGLIVE, 2, 4, 3, seeded(5), fork=27)
+    assert drawn.fork == 27 and drawn.pool == pool(27, LONGLIVE, 2, 4) and drawn.routes.shape == (3, 4)
+    with pytest.raises(ValueError, match=r"\[21, 24, 27\].*got 30"):
+        plan(39, LONGLIVE, 2, 4, 3, seeded(5), fork=30)
+    with pytest.raises(ValueError, match="compat"):
+        TrainConfig(compat="official", fork=27)
 
 
 def test_plan_official_differs_from_the_papers_only_where_documented():

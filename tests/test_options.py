@@ -66,6 +66,7 @@ CASES = {
         "groups_per_update": of("log", groups_per_update=2),
         "num_iterations": of("default", num_iterations=2),
         "old_policy_every": of("log", old_policy_every=1),
+        "fork": of("log", fork=24),
         "nearest": of("log", nearest=1),
         "perturb_num_blocks": of("log", perturb_num_blocks=3),
         "grad_steps": of("default", grad_steps=2),
