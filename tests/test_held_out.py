@@ -19,7 +19,7 @@ from kvpo_min.rewards import Mixture
 from kvpo_min.train import TrainConfig, add_policies, evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FROM = ["beach", "night"]  # two journeys: they settle in the forest and in the snow, where the ordinary window is
+FROM = ("night", "meadow")  # they settle in the forest and in the snow
 FILM_SCRIPTS = [f"a red disc travels from the {scene} and settles" for scene in FROM]
 CONFIG = TrainConfig(num_generations=2, rank=2, lora_alpha=2, tau=1e-3, unsafe_scale=1.0, max_train_steps=4,
                      num_frames=24, perturb_num_blocks=2, checkpointing_steps=1)  # fmt: skip
@@ -203,7 +203,7 @@ def result(liked, anew, journey):
 def test_the_sentence_counts_heroes_that_settle():
     text = report.in_words(result(0.5, 0.0, 1.0), result(0.75, 0.5, 0.75), FILM_SCRIPTS * 2, 39)
     assert text == (
-        "The hero settles in a scene you like: 2 of 4 before, 3 after (50% of those that were elsewhere, 0% before); "
+        "The hero settles in a scene you like: 2 of 4 before, 3 after (50% of those that memory leads elsewhere, 0% before); "
         "its journey is in order in 100%, then 75%."
     )
 
@@ -222,7 +222,7 @@ def test_the_count_is_the_judges_own(film):
     reading = world.judge(film)
     judged = {"reward": 1.0, "judge": world.correctness(reading, FILM_SCRIPTS, ("forest", "dusk"))}
     text = report.in_words(judged, judged, FILM_SCRIPTS, 39)
-    assert ": 1 of 2 before, 1 after (0% of those that were elsewhere, 0% before);" in text
+    assert ": 1 of 2 before, 1 after (0% of those that memory leads elsewhere, 0% before);" in text
     everybody = {"reward": 1.0, "judge": world.correctness(reading, FILM_SCRIPTS, ("forest", "snow"))}
     assert "elsewhere" not in report.in_words(everybody, everybody, FILM_SCRIPTS, 39)
     assert "elsewhere" not in report.in_words(everybody, judged, FILM_SCRIPTS, 39)  # there is no share before
@@ -267,8 +267,8 @@ def test_the_taste_decides_which_videos_are_liked_and_the_reward(like, share, fi
     got, other = measured(like), measured("dusk")
     assert got["judge"]["liked"] == share and other["judge"]["liked"] == 0
     assert got["judge"]["coherent"] == got["judge"]["remembered"] == got["judge"]["valid"] == 1
-    # frames of the two journeys, six in a scene, three in the first, and 18 where they settle
-    frames = {"beach": 3, "night": 6 + 3, "meadow": 12, "dusk": 12, "forest": 18 + 6, "snow": 18}
+    # frames of the two journeys, six in a scene, three in the fifth, and 12 more where they settle
+    frames = {"beach": 3, "night": 6, "meadow": 12, "dusk": 12, "forest": 18 + 6, "snow": 3 + 18}
     counts = [sum(frames[name] for name in world.liked_scenes(names)) for names in (like, "dusk")]
     assert got["vq"] - other["vq"] == pytest.approx(0.5 * (counts[0] - counts[1]) / 78, abs=0.01)
     assert got["reward"] - got["vq"] == pytest.approx(other["reward"] - other["vq"])

@@ -76,7 +76,7 @@ def in_words(before: dict, after: dict, scripts: Sequence[str], num_frames: int)
     )
     text = f"The hero settles in a scene you like: {was['liked'] * n:.0f} of {n} before, {now['liked'] * n:.0f} after"
     if all(math.isfinite(judge["liked anew"]) for judge in (was, now)):
-        text += f" ({now['liked anew']:.0%} of those that were elsewhere, {was['liked anew']:.0%} before)"
+        text += f" ({now['liked anew']:.0%} of those that memory leads elsewhere, {was['liked anew']:.0%} before)"
     return text + f"; its journey is in order in {was['journey']:.0%}, then {now['journey']:.0%}."
 
 

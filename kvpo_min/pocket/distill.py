@@ -335,7 +335,7 @@ def sample_clip(stories: Stories, n: int, generator: torch.Generator, more: int 
     """Draws a batch of `n` clips of one form: a whole short story, or the sink, the frames before a later chunk and
     the chunk (`chunk`: its first frame; 0: short). Half of the clips are routed as CHR does it, and a hero that settles
     does so where it remembers from what its route shows. `more` further queries ask for the event's block under routes
-    of their own, and one for every block at which a traveller moves on."""
+    of their own, one for every block at which a traveller moves on, and one for the second, at which it does not."""
 
     def draw(high: int, *size: int) -> Tensor:
         return torch.randint(high, size, generator=generator)
@@ -408,7 +408,7 @@ def sample_clip(stories: Stories, n: int, generator: torch.Generator, more: int 
             event, WINDOW).expand(n, -1)  # fmt: skip
         queries.append(Query(i, place(shown), block(settled(shown, rows), event), weight[:, i]))
     for i in own:
-        if more and starts[i] % world.BEAT == 3 and starts[i] != event:
+        if more and (starts[i] % world.BEAT == 0 or starts[i] == BLOCK):
             queries.append(Query(i, reads[i], x0[:, i], weight[:, i]))
     assert last == starts[-1] + BLOCK
     return Clip(starts, x0, text, reads, queries)

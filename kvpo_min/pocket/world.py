@@ -18,7 +18,7 @@ Grammar of a script, one a line (words in brackets may be left out, and history 
              | "travels" ["from the" SCENE] | "settles"              (scene; "from the" only in first, and who settles
                                                                      there has to travel first)
 
-Time has one rhythm: at frames 3, 9, 15, ... (every second block) a traveller goes to the next scene of the ring and a
+Time has one rhythm: at frames 6, 12, 18, ... (every second block) a traveller goes to the next scene of the ring and a
 wanderer leaps, left, up, right or down. Events ("settles", "turns", "changes colour") happen at frame 27, and in later
 segments 6 frames after the words came. A story begins with its hero in the middle of the picture, at rest unless the
 words say otherwise; who leaves the picture on one side comes back on the other. Never named: the size.
@@ -59,7 +59,7 @@ MOTIONS = (*DIRECTIONS, "rest")
 REST = len(DIRECTIONS)
 RADII = (8, 11)
 SWITCHES = (39, 75, 111)  # frames at which the second, third and fourth segment begin: starts of chunks
-BEAT = 6  # frames between two changes of scene; the first is at frame 3, behind the sink
+BEAT = 6  # frames between two changes of scene
 EVENT = 27  # frame of the first segment's event: six frames into the second chunk, behind every fork of it
 EVENT_AFTER = 6  # frames from a later segment's words to its event
 SHIFT = 5 / 3  # of the noise schedule: a block has 1,536 latents, Wan's 300,000, so noise hides more (docs/LOG.md)
@@ -365,7 +365,7 @@ def simulate(
             past = torch.tensor([state[3] for state in states])
             scene = int(remembered(past, reads(t) if reads else ordinary_frames(t, Window())))
             travels = False
-        if t >= 3 and t % BEAT == 3:
+        if t and t % BEAT == 0:
             scene = (scene + travels) % len(SCENES)
             if wanders:
                 dy, dx = list(DIRECTIONS.values())[draw(4)]
@@ -401,7 +401,7 @@ def expected(script: str, n_frames: int) -> dict[str, Tensor]:
                 travels, step = False, OPEN
             if segment.turns:
                 colour = list(COLOURS).index(segment.turns) if segment.turns in COLOURS else OPEN
-        if t >= 3 and t % BEAT == 3 and step != OPEN:
+        if t and t % BEAT == 0 and step != OPEN:
             step += travels
         scene = (start + step) % len(SCENES) if OPEN not in (start, step) else OPEN
         for name, value in (("colour", colour), ("motion", motion), ("scene", scene), ("step", step)):
@@ -711,7 +711,7 @@ def correctness(reading: Reading, scripts: list[str], like: tuple[str, ...] = DA
     `all` of the named ones right at once; mean `distance`. Share of videos: `journey` in order. Shares of the
     settlings: `remembered` (in the scene that the readable frames demand), `coherent` (in a scene that was visited),
     and the taste, which is not correctness: `liked before` the event, `liked` at the end, `liked anew` at the end where
-    it was not before. NaN where there is nothing to count."""
+    the readable frames demand a scene that is not. NaN where there is nothing to count."""
     n_frames = reading.colour.shape[1]
     wanted = [expected(script, n_frames) for script in scripts]
     valid, out, every = reading.valid, {"valid": reading.valid.float().mean().item()}, reading.valid.clone()
@@ -729,9 +729,9 @@ def correctness(reading: Reading, scripts: list[str], like: tuple[str, ...] = DA
     out["distance"] = reading.distance.clamp(max=2).mean().item()
     out["journey"] = share(journeys(reading, scripts))
     ends, good = settled(reading, scripts), torch.tensor([SCENES.index(name) for name in like])
-    before, after = torch.isin(ends.before, good), torch.isin(ends.end, good)
+    before, after, demanded = (torch.isin(scene, good) for scene in (ends.before, ends.end, ends.should))
     out |= {"remembered": share(ends.after == ends.should), "coherent": share(ends.coherent)}
-    out |= {"liked before": share(before), "liked": share(after), "liked anew": share(after[~before])}
+    out |= {"liked before": share(before), "liked": share(after), "liked anew": share(after[~demanded])}
     return out
 
 
