@@ -38,6 +38,10 @@ SMALL = [
     "2",
     "--tau_groups",
     "1",
+    "--groups_per_update",
+    "1",
+    "--num_iterations",
+    "2",
     "--eval_prompts",
     "2",
     "--checkpointing_steps",
@@ -314,9 +318,10 @@ def test_summary_is_what_a_stranger_measures_with_peft(finished, model):
         load_pocket(folder=model),
         pocket_rewards(**{name: DEFAULTS[name] for name in ("vq", "mq", "ta")}),
     )
-    assert folders.finite(evaluate(pipeline, held_out, rewards, 39)) == summary["before"]
+    n_frames = DEFAULTS["num_frames"]
+    assert folders.finite(evaluate(pipeline, held_out, rewards, n_frames)) == summary["before"]
     PeftModel.from_pretrained(pipeline.backbone.transformer, finished)
-    assert folders.finite(evaluate(pipeline, held_out, rewards, 39)) == summary["after"]
+    assert folders.finite(evaluate(pipeline, held_out, rewards, n_frames)) == summary["after"]
     assert summary["before"] != summary["after"]
 
 
@@ -326,6 +331,7 @@ def test_config_of_a_run_is_the_run(finished, model):
     )
     config, options = cli_options.split_options(values, TrainConfig, cli_options.RunOptions)
     small = dict(max_train_steps=4, num_generations=3, rank=2, tau_groups=1, checkpointing_steps=2)
+    small |= dict(groups_per_update=1, num_iterations=2)
     demo = {name: value for name, value in DEFAULTS.items() if name in TrainConfig.__dataclass_fields__}
     assert config == TrainConfig(**demo | small | {"output_dir": str(finished)})
     demo = {name: value for name, value in DEFAULTS.items() if name not in demo}
@@ -335,7 +341,8 @@ def test_config_of_a_run_is_the_run(finished, model):
 def test_resumed_run_equals_an_uninterrupted_one(finished, model, tmp_path, capsys, undrawn):
     argv = ["train", "--model", str(model), "--output_dir", str(tmp_path / "run"), *SMALL]
     for name, value in DEFAULTS.items():
-        argv += [f"--{name}", str(value)] if f"--{name}" not in argv else []
+        if f"--{name}" not in argv:
+            argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     assert cli.main([*argv, "--max_train_steps", "2"]) == 0
     with (tmp_path / "run" / "metrics.jsonl").open(
         "a"

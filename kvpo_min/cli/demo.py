@@ -9,9 +9,10 @@ from kvpo_min.system import ends_like_ctrl_c
 
 OPTIONS = (TrainConfig, RunOptions)
 DEFAULTS = {
-    "output_dir": "kvpo_demo", "event": "from the,settles", "eval_every": 4, "max_train_steps": 12,
-    "num_iterations": 5, "learning_rate": 3e-3, "tau": 2.0, "kl_coef": 0.3, "prefix_coef": 20.0, "adv_eps": 0.05,
-    "unsafe_scale": 1.0, "grad_steps": 2, "vq": 3.0, "ta": 3.0, "mq": 0.1,
+    "output_dir": "kvpo_demo", "event": "from the,settles", "num_frames": 33, "fork": 27, "perturb_num_blocks": 2,
+    "max_train_steps": 2, "groups_per_update": 8, "num_iterations": 5, "eval_every": 1,  # few updates, of many groups
+    "learning_rate": 5e-3, "lr_warmup_steps": 0, "tau": 2.0, "kl_coef": 0.3, "prefix_coef": 40.0, "grad_steps": 2,
+    "anchor_in_group": True, "fuse_mode": "none", "adv_eps": 0.2, "unsafe_scale": 1.0, "vq": 3.0, "ta": 3.0, "mq": 0.1,
 }  # fmt: skip
 
 
