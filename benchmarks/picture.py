@@ -1,6 +1,6 @@
 """Makes the picture of the product from a finished run: figures/kvpo.webp, which moves, and the still figures/kvpo.png.
 
-    python benchmarks/picture.py --adapter kvpo_demo
+    kvpo-min demo --seed 1 && python benchmarks/picture.py
 
 It shows one fork of a held-out prompt with "settles", by the model before training, and the same prompt after it. The
 judge chooses. Every video shown is valid in all frames and has its journey in order, and
@@ -29,7 +29,7 @@ from kvpo_min.pocket.prompts import EVAL_SEED
 from kvpo_min.policies import acting, load_adapter
 from kvpo_min.rollout import draw_noise, fork
 
-LENGTH, FORK, NEAREST, BLOCKS = 39, 24, 2, 5  # frames; the last block before the event; the demo's routes
+LENGTH, FORK, NEAREST, BLOCKS = 39, 27, 2, 4  # frames; the event; its routes last to the end
 FIRST_SEED = 99999  # of the noise: what `kvpo-min eval` draws
 WINDOW = routing.Window()
 
@@ -151,8 +151,8 @@ def main() -> None:
     parser.add_argument("--model", default="", help="folder with autoencoder/ and student/; default: embedded")
     parser.add_argument("--seeds", type=int, default=20, help="noises tried for each prompt, at most")
     parser.add_argument("--prompts", type=int, default=64, help="held-out prompts, of which half name all")
-    parser.add_argument("--branches", type=int, default=8, help="branches of a fork, of which four are shown")
-    parser.add_argument("--enough", type=int, default=4, help="forks found, of which the cleanest is drawn")
+    parser.add_argument("--branches", type=int, default=16, help="branches of a fork, of which four are shown")
+    parser.add_argument("--enough", type=int, default=2, help="forks found, of which the cleanest is drawn")
     parser.add_argument("--output", default="figures/kvpo", help="the pictures, without .webp and .png")
     args = parser.parse_args()
     taste = yaml.safe_load((Path(args.adapter) / "config.yaml").read_text())["like"]
