@@ -203,8 +203,8 @@ def result(liked, anew, journey):
 def test_the_sentence_counts_heroes_that_settle():
     text = report.in_words(result(0.5, 0.0, 1.0), result(0.75, 0.5, 0.75), FILM_SCRIPTS * 2, 39)
     assert text == (
-        "The hero settles in a scene you like: 2 of 4 before, 3 after (50% of those that memory leads elsewhere, 0% before); "
-        "its journey is in order in 100%, then 75%."
+        "The hero settles in a scene you like: 2 of 4 before, 3 after "
+        "(50% of those that memory leads elsewhere, 0% before); its journey is in order in 100%, then 75%."
     )
 
 
