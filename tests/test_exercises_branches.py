@@ -5,7 +5,7 @@ import torch
 
 from kvpo_min import chr as routing
 from kvpo_min.pocket import world
-from kvpo_min.teach import (
+from teach import (
     check_04,
     check_04_never,
     check_04_reads,

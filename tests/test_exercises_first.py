@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvpo_min.teach import (
+from teach import (
     check_00,
     check_00_scenes,
     check_00_signs,

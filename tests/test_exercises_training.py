@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvpo_min.grpo import clipped_objective
-from kvpo_min.teach import (
+from teach import (
     StubVideoModel,
     backbone_faults,
     check_06_advantage,

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import pictures
 from kvpo_min import viz
 from kvpo_min.chr import Window, plan
 from kvpo_min.grpo import clipped_objective
@@ -30,7 +31,7 @@ def png(figure):
 
 
 def test_objective_figure_shows_the_objective():
-    figure = png(viz.objective_figure(NOW, OLD, OLD, A, [(0.1, 0.2, 2.0), (0.9, 0.9, 0.0)]))
+    figure = png(pictures.objective_figure(NOW, OLD, OLD, A, [(0.1, 0.2, 2.0), (0.9, 0.9, 0.0)]))
     left, right, wide, _ = figure.axes
     ratio = (NOW - OLD).exp()
     lines = left.get_lines()
@@ -48,12 +49,12 @@ def test_objective_figure_shows_the_objective():
     assert sum(pulls[:3]) == pytest.approx(0, abs=1e-6) and sum(pulls[3:]) == pytest.approx(0, abs=1e-6)
     assert pulls[3] < 0 < max(pulls[4:])  # the KL takes from the branch that gained
     with pytest.raises(ValueError, match="at least one setting"):
-        viz.objective_figure(NOW, OLD, OLD, A, [])
+        pictures.objective_figure(NOW, OLD, OLD, A, [])
 
 
 def test_push_pull_points_to_good_branches_and_away_from_bad_ones():
     u = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    axes = png(viz.push_pull(torch.zeros(2), u, torch.tensor([2.0, -2.0]))).axes[0]
+    axes = png(pictures.push_pull(torch.zeros(2), u, torch.tensor([2.0, -2.0]))).axes[0]
     (x0, y0), (x1, y1), (xs, ys) = (text.xy for text in axes.texts)
     assert x0 > 0 and abs(y0) < 1e-6 and abs(x1) < 1e-6 and y1 < 0
     assert (xs, ys) == pytest.approx((x0 + x1, y0 + y1))  # dashed: the sum
@@ -79,14 +80,14 @@ def step():
 
 
 def test_training_board_shows_the_logs_and_the_best_and_worst_branch(logs, step):
-    plain = png(viz.training_board(logs))
+    plain = png(pictures.training_board(logs))
     held, over, entropy, clip = plain.axes
     assert "not measured" in [text.get_text() for text in held.texts]
     gained = [bar.get_height() for bar in over.patches]
     assert gained == pytest.approx([line["reward"] - line["anchor_reward"] for line in logs])
     assert len(entropy.get_lines()[0].get_xdata()) == 5
     assert clip.get_lines()[1].get_ydata()[-1] == pytest.approx(logs[-1]["kl"])
-    full = png(viz.training_board(logs, step))
+    full = png(pictures.training_board(logs, step))
     assert full.axes[2].get_lines()[1].get_ydata()[0] == pytest.approx(math.log(3))
     films = [axes for axes in full.axes if axes.get_images()]
     assert [axes.get_title(loc="left") for axes in films] == [
@@ -94,52 +95,52 @@ def test_training_board_shows_the_logs_and_the_best_and_worst_branch(logs, step)
     shades = [axes.get_images()[0].get_array()[4, 4, 0] for axes in films]
     assert shades == [round(255 * v) for v in (0.2, 0.1, 0.4)]
     skipped = SimpleNamespace(step=5, groups=[], skipped="no rewards")
-    after = png(viz.training_board([*logs, {"step": 5, "skipped": 1.0}], skipped))
+    after = png(pictures.training_board([*logs, {"step": 5, "skipped": 1.0}], skipped))
     assert len(after.axes[1].patches) == 5
     with pytest.raises(ValueError, match="nothing to plot"):
-        viz.training_board([])
+        pictures.training_board([])
 
 
 def test_the_held_out_curve_is_drawn_where_there_is_one(logs):
     logs[0] |= {"eval0/liked": 0.25, "eval0/reward": 1.5}
     logs[-1] |= {"eval/liked": 0.75, "eval/reward": 1.7}
-    held = png(viz.training_board(logs)).axes[0]
+    held = png(pictures.training_board(logs)).axes[0]
     assert held.get_lines()[0].get_xydata().tolist() == [[0, 0.25], [5, 0.75]]
-    assert viz.run_column(logs, "reward") == ([0, 5], [1.5, 1.7])
-    assert viz.run_column(logs, "kl")[0] == [0, 1, 2, 3, 4]
-    figure = png(viz.run_curves({"P": logs, "Q": logs}, {"reward": ("reward",), "judge": ("liked", "kl")}))
+    assert pictures.run_column(logs, "reward") == ([0, 5], [1.5, 1.7])
+    assert pictures.run_column(logs, "kl")[0] == [0, 1, 2, 3, 4]
+    figure = png(pictures.run_curves({"P": logs, "Q": logs}, {"reward": ("reward",), "judge": ("liked", "kl")}))
     assert [axes.get_title() for axes in figure.axes] == ["P", "Q", "", ""]
     assert [len(axes.get_lines()) for axes in figure.axes] == [1, 1, 2, 2]
 
 
 def test_films_in_rows():
-    sheet = viz.film_rows(torch.full((2, 7, 3, 8, 8), 0.5), ["one", "another"], every=3)
+    sheet = pictures.film_rows(torch.full((2, 7, 3, 8, 8), 0.5), ["one", "another"], every=3)
     assert sheet._repr_png_().startswith(b"\x89PNG") and sheet.size[1] == 26 + 2 * (16 + 10)
     assert sheet.getpixel((sheet.size[0] - 18, 30)) == (128, 128, 128)
     with pytest.raises(ValueError, match="N labels"):
-        viz.film_rows(torch.rand(5, 4, 3, 8, 8), ["one"])
+        pictures.film_rows(torch.rand(5, 4, 3, 8, 8), ["one"])
 
 
 def test_log_lines():
-    figure = png(viz.log_lines({"a": {"one": [0.1, 0.9]}, "b": {"one": [0.5, 0.5]}}, torch.tensor([0.1, 1.0])))
+    figure = png(pictures.log_lines({"a": {"one": [0.1, 0.9]}, "b": {"one": [0.5, 0.5]}}, torch.tensor([0.1, 1.0])))
     assert [axes.get_title() for axes in figure.axes] == ["a", "b"] and figure.axes[0].get_xscale() == "log"
     assert figure.axes[0].get_lines()[0].get_ydata().tolist() == [0.1, 0.9]
 
 
 def test_heat_writes_its_numbers_and_frames_a_cell():
-    figure = png(viz.heat({"VQ": torch.tensor([[0.1, 0.2], [0.3, 0.9]])}, ["a", "b"], ["c", "d"], mark=(1, 0)))
+    figure = png(pictures.heat({"VQ": torch.tensor([[0.1, 0.2], [0.3, 0.9]])}, ["a", "b"], ["c", "d"], mark=(1, 0)))
     axes = figure.axes[0]
     assert [text.get_text() for text in axes.texts] == ["0.10", "0.20", "0.30", "0.90"]
     assert axes.patches[0].get_xy() == (-0.5, 0.5)
 
 
 def test_recorded_marks_one_update(logs):
-    figure = png(viz.recorded(logs, 2))
+    figure = png(pictures.recorded(logs, 2))
     assert [axes.get_title() for axes in figure.axes][0] == f"reward: {logs[2]['reward']:.4g}"
     for axes in figure.axes:
         assert [float(line.get_xdata()[0]) for line in axes.get_lines()[-2:]] == [2.0, 2.0]
-    assert "update 4" in viz.recorded(logs, -1).get_suptitle()
-    skipped = png(viz.recorded([*logs, {"step": 5, "skipped": 1.0}], 5))
+    assert "update 4" in pictures.recorded(logs, -1).get_suptitle()
+    skipped = png(pictures.recorded([*logs, {"step": 5, "skipped": 1.0}], 5))
     assert skipped.axes[0].get_title() == "reward: skipped" and skipped.get_suptitle() == "update 5"
 
 
@@ -184,7 +185,7 @@ def test_the_memory_plan_elsewhere():
 
 def test_memory_bars_add_up():
     plans = {"a": memory_plan(), "b": memory_plan(rank=128)}
-    axes = png(viz.memory_bars(plans)).axes[0]
+    axes = png(pictures.memory_bars(plans)).axes[0]
     ends = {}
     for bar in axes.patches:
         y = round(bar.get_y() + bar.get_height() / 2)
@@ -193,6 +194,6 @@ def test_memory_bars_add_up():
     shown = [text.get_text().strip() for text in axes.texts]
     assert f"{ends[0]:.1f}" in shown and "24 GiB" in shown and "80 GiB" not in shown
     with pytest.raises(ValueError, match="at least one plan"):
-        viz.memory_bars({})
+        pictures.memory_bars({})
     with pytest.raises(ValueError, match="unknown|got"):
-        viz.memory_bars({"a": {"sofa": 1.0}})
+        pictures.memory_bars({"a": {"sofa": 1.0}})

@@ -9,7 +9,6 @@ only.
 """
 
 from kvpo_min.viz.film import *  # noqa: F403
-from kvpo_min.viz.notebooks import *  # noqa: F403
 from kvpo_min.viz.run import *  # noqa: F403
 from kvpo_min.viz.style import *  # noqa: F403
 from kvpo_min.viz.video import *  # noqa: F403
