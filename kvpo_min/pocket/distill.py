@@ -51,7 +51,7 @@ class DistillConfig:
     autoencoder_steps: int = 3200
     autoencoder_batch: int = 16  # frames a process
     autoencoder_learning_rate: float = 3e-3
-    teacher_steps: int = 1400
+    teacher_steps: int = 2650
     teacher_learning_rate: float = 2e-2  # of the matrices (Muon); a fifth of it for everything else (AdamW)
     teacher_batch: int = 3  # clips a process
     first_blocks: int = 48  # first blocks a process, besides the clips
