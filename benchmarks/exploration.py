@@ -5,6 +5,7 @@
     python benchmarks/exploration.py --event turns --json benchmarks/data/exploration_turns.json
     python benchmarks/exploration.py --event settles --bank 3 --ways 1 --json benchmarks/data/exploration_bank.json
     python benchmarks/exploration.py --figure figures/who_decides.png
+    python benchmarks/exploration.py --bank_figure figures/bank.png
 
 Rows that are in the file already are not computed again. For each way to explore: forks on held-out prompts, in the
 model's own rollouts, G branches against the unrouted anchor, from the fork to the end of its chunk.
@@ -133,6 +134,32 @@ def draw(path: Path, folder: Path) -> None:
     viz.who_decides(bars).savefig(path, dpi=150)
 
 
+def draw_bank(path: Path, folder: Path) -> None:
+    """What a memory bank changes, from the files of "settles" and of the same with a bank."""
+    from matplotlib.figure import Figure
+
+    way = next(iter(WAYS))
+    files = {"no bank": "exploration_settles.json", "a bank of three frames": "exploration_bank.json"}
+    table = {name: json.loads((folder / file).read_text())["ways"][way] for name, file in files.items()}
+    shown = {
+        "unrouted:\nsettles where its\nwindow says": "anchor remembered",
+        "routed:\nsettles where its\nroute says": "remembered",
+        "routed:\nanother scene\nthan the anchor": "different scene",
+    }
+    figure = Figure((7, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    for k, (name, row) in enumerate(table.items()):
+        at = [x + (k - 0.5) * 0.38 for x in range(len(shown))]
+        bars = axes.bar(at, [row[key] for key in shown.values()], 0.36, color=("#cfcfcf", "#0072b2")[k], label=name)
+        axes.bar_label(bars, fmt=lambda x: f"{x:.0%}", fontsize=11, padding=2)
+    axes.set_xticks(range(len(shown)), list(shown), fontsize=11)
+    axes.set(ylim=(0, 1.25), yticks=[])
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_title("A bank weakens the route and nothing else", fontsize=12, loc="left")
+    axes.legend(frameon=False, fontsize=11, ncols=2, loc="upper right")
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=None, help="folder with autoencoder/ and student/; default: embedded")
@@ -145,13 +172,17 @@ def main() -> None:
     parser.add_argument("--ways", type=int, default=len(WAYS), help="only the first so many")
     parser.add_argument("--json", help="file that the rows are kept in")
     parser.add_argument("--figure", help="draw the three recorded files as this picture, and stop")
+    parser.add_argument("--bank_figure", help="draw what a memory bank changes as this picture, and stop")
     args = parser.parse_args()
     if args.figure:
         draw(Path(args.figure), Path(__file__).parent / "data")
         return
+    if args.bank_figure:
+        draw_bank(Path(args.bank_figure), Path(__file__).parent / "data")
+        return
     if not args.json:
         parser.error("--json FILE is required")
-    rest = ("json", "figure", "ways")
+    rest = ("json", "figure", "bank_figure", "ways")
     path, asked = Path(args.json), {key: value for key, value in vars(args).items() if key not in rest}
     path.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(path.read_text()) if path.exists() else {"args": asked, "ways": {}}
