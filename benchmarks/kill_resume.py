@@ -60,7 +60,7 @@ def make_model(folder: Path) -> None:
 def start(argv: list[str], log: Path) -> int:
     """Runs the command line in a process of its own, whose output goes to `log`. -> its id"""
     from kvpo_min import cli
-    from kvpo_min.cli import report
+    from kvpo_min.viz import report
 
     process = os.fork()
     if process:

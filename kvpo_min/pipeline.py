@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
@@ -119,6 +120,29 @@ def evaluate(
     return out
 
 
+CURVE = 16  # held-out prompts of a point of the curve
+
+
+def held_out_curve(
+    pipeline, scripts: list[str], rewards, config, every: int, batch: int = 32
+) -> Callable[[int], dict] | None:
+    """-> a function of the number of updates done that measures, every so many of them, the policy that acts on the
+    first held-out prompts, always with the same noise: {"eval/reward": ..., "eval/seconds": ...}, else {}."""
+    if not every:
+        return None
+
+    def measured(done: int) -> dict:
+        if done % every:
+            return {}
+        begun = time.perf_counter()
+        found = evaluate(pipeline, scripts[:CURVE], rewards, config.num_frames, batch=batch)
+        found |= found.pop("judge", {})
+        seconds = time.perf_counter() - begun
+        return {f"eval/{name}": x for name, x in found.items() if math.isfinite(x)} | {"eval/seconds": seconds}
+
+    return measured
+
+
 def table(columns: Mapping[str, dict], mark_down: bool = False) -> str:
     """Results of `evaluate` side by side; with two columns, their difference."""
     names = {"vq": "VQ", "mq": "MQ", "ta": "TA", "reward": "reward"}
@@ -152,3 +176,10 @@ def table(columns: Mapping[str, dict], mark_down: bool = False) -> str:
         return "  ".join([line[0].ljust(first), *(text.rjust(w) for text, w in zip(line[1:], widths, strict=True))])
 
     return "\n".join(map(aligned, lines))
+
+
+def check_positions(pipeline, num_frames: int) -> None:
+    """Raises ValueError when the model has no positions for so many frames, before the first one is made."""
+    most = len(pipeline.backbone.transformer.rope.freqs_cos)
+    if num_frames > most:
+        raise ValueError(f"num_frames must be at most {most} with {pipeline.name}, got {num_frames}")

@@ -6,11 +6,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from kvpo_min.system import sync, writing
 
 if TYPE_CHECKING:
     from kvpo_min.config import TrainConfig
@@ -123,3 +127,18 @@ def load_adapter(pipeline, folder: str | Path):
 
 def same_shape(a, b) -> bool:
     return a is not None and b is not None and a.shape == b.shape
+
+
+def save_adapter(policies, folder: Path, base: str) -> None:
+    """The trained policy (adapter `default`) as peft writes it, at the top of the folder. Raises OSError."""
+    policies.peft_config["default"].base_model_name_or_path = base
+    aside = folder / "adapter.aside"
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed: peft would read the model card in it
+    try:
+        with writing(aside):
+            policies.save_pretrained(str(aside), selected_adapters=["default"], save_embedding_layers=False)
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                sync(aside / name)
+                os.replace(aside / name, folder / name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

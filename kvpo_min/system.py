@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -183,3 +184,18 @@ def read_metrics(path: Path) -> list[dict]:
                 f"{path}, line {number}: expected the JSON of an update, got {line[:60]!r} ({error})"
             ) from None
     return lines
+
+
+def write_json(path: Path, content) -> None:
+    write_text(path, json.dumps(finite(content), indent=2) + "\n")
+
+
+def finite(content):
+    """JSON knows no nan: numbers that do not exist (the motion of prompts that name none) become null."""
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content

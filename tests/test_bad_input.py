@@ -33,7 +33,6 @@ from kvpo_min import config as config_of_runs
 from kvpo_min import policies as adapters
 from kvpo_min.checks import doctor as doctor_of
 from kvpo_min.checks import parity as parity_of
-from kvpo_min.cli import folders
 from kvpo_min.cli import options as cli_options
 from kvpo_min.compare import arena
 from kvpo_min.compare import arena as arena_of
@@ -634,7 +633,7 @@ def test_bad_configs_beside_an_adapter(text, there):
 def adapted(make_pipeline, there):
     """A pipeline, and the files of an adapter that fits it."""
     folder = there / "fits"
-    folders.save_adapter(add_policies(make_pipeline(), TrainConfig(rank=2)), folder, "tiny")
+    adapters.save_adapter(add_policies(make_pipeline(), TrainConfig(rank=2)), folder, "tiny")
     config = json.loads((folder / "adapter_config.json").read_text())
     return make_pipeline(), config, (folder / "adapter_model.safetensors").read_bytes()
 

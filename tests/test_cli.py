@@ -13,21 +13,20 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from kvpo_min import cli, pocket
+from kvpo_min import cli, pocket, system
 from kvpo_min import pipeline as generator
 from kvpo_min import policies as adapters
 from kvpo_min.checks import doctor
 from kvpo_min.chr import Plan
-from kvpo_min.cli import folders
 from kvpo_min.cli import models as cli_models
 from kvpo_min.cli import options as cli_options
-from kvpo_min.cli import report as cli_report
 from kvpo_min.cli import run as cli_run
 from kvpo_min.cli.demo import DEFAULTS
 from kvpo_min.cli.doctor import read_config
 from kvpo_min.pocket import load_pocket, pocket_rewards, world
 from kvpo_min.pocket import prompts as prompts_of
 from kvpo_min.train import TrainConfig, adapter_weights, add_policies, evaluate, train
+from kvpo_min.viz import report as cli_report
 from kvpo_min.wan.real import WanOptions
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +47,8 @@ SMALL = [
     "2",
     "--eval_every",
     "2",
+    "--lr_scheduler",
+    "constant",
 ]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -319,9 +320,9 @@ def test_summary_is_what_a_stranger_measures_with_peft(finished, model):
         pocket_rewards(**{name: DEFAULTS[name] for name in ("vq", "mq", "ta")}),
     )
     n_frames = DEFAULTS["num_frames"]
-    assert folders.finite(evaluate(pipeline, held_out, rewards, n_frames)) == summary["before"]
+    assert system.finite(evaluate(pipeline, held_out, rewards, n_frames)) == summary["before"]
     PeftModel.from_pretrained(pipeline.backbone.transformer, finished)
-    assert folders.finite(evaluate(pipeline, held_out, rewards, n_frames)) == summary["after"]
+    assert system.finite(evaluate(pipeline, held_out, rewards, n_frames)) == summary["after"]
     assert summary["before"] != summary["after"]
 
 
@@ -331,7 +332,7 @@ def test_config_of_a_run_is_the_run(finished, model):
     )
     config, options = cli_options.split_options(values, TrainConfig, cli_options.RunOptions)
     small = dict(max_train_steps=4, num_generations=3, rank=2, tau_groups=1, checkpointing_steps=2)
-    small |= dict(groups_per_update=1, num_iterations=2)
+    small |= dict(groups_per_update=1, num_iterations=2, lr_scheduler="constant")
     demo = {name: value for name, value in DEFAULTS.items() if name in TrainConfig.__dataclass_fields__}
     assert config == TrainConfig(**demo | small | {"output_dir": str(finished)})
     demo = {name: value for name, value in DEFAULTS.items() if name not in demo}
@@ -400,7 +401,7 @@ def test_an_adapter_is_saved_over_what_a_killed_run_left(model, tmp_path):
     policies = add_policies(pipeline, TrainConfig(rank=2))
     (tmp_path / "adapter.aside").mkdir()
     (tmp_path / "adapter.aside" / "README.md").write_text("---\nlibrary_name: [peft\n---\n")
-    folders.save_adapter(policies, tmp_path, "base")
+    adapters.save_adapter(policies, tmp_path, "base")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
@@ -460,7 +461,7 @@ def test_saved_adapter_reloads_bit_for_bit(make_pipeline, tmp_path):
             for weight in adapter_weights(policies, name).values():
                 weight.copy_(torch.randn(weight.shape))
     trained = velocity(pipeline)
-    folders.save_adapter(policies, tmp_path, "tiny")
+    adapters.save_adapter(policies, tmp_path, "tiny")
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
     ours = make_pipeline()
     loaded = adapters.load_adapter(ours, tmp_path)
@@ -488,7 +489,7 @@ def test_saved_adapter_reloads_bit_for_bit(make_pipeline, tmp_path):
 )
 def test_bad_adapter_is_refused_and_leaves_the_model_alone(damage, message, make_pipeline, tmp_path):
     pipeline = make_pipeline()
-    folders.save_adapter(add_policies(pipeline, TrainConfig(rank=2)), tmp_path, "tiny")
+    adapters.save_adapter(add_policies(pipeline, TrainConfig(rank=2)), tmp_path, "tiny")
     damage(tmp_path)
     pipeline = make_pipeline()
     base = velocity(pipeline)
@@ -554,7 +555,7 @@ def test_eval_writes_what_evaluate_measures(finished, model, tmp_path, capsys):
     result = json.loads(out.read_text())
     pipeline = load_pocket(folder=model)
     adapters.load_adapter(pipeline, finished)
-    wanted = folders.finite(evaluate(pipeline, scripts, pocket_rewards(vq=2.0), 21, seed=4))
+    wanted = system.finite(evaluate(pipeline, scripts, pocket_rewards(vq=2.0), 21, seed=4))
     assert {key: result[key] for key in wanted} == wanted and result["n"] == 2 and result["num_frames"] == 21
     assert f"{wanted['reward']:.3f} ± {wanted['reward_sem']:.3f}" in capsys.readouterr().out
 

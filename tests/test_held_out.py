@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from kvpo_min import cli, pocket
-from kvpo_min.cli import report
 from kvpo_min.cli import run as cli_run
 from kvpo_min.cli.options import EvalOptions, RunOptions
 from kvpo_min.compare.arena import ArenaOptions
 from kvpo_min.pocket import pocket_rewards, world
 from kvpo_min.rewards import Mixture
 from kvpo_min.train import TrainConfig, add_policies, evaluate
+from kvpo_min.viz import report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FROM = ("night", "meadow")  # they settle in the forest and in the snow
@@ -49,7 +49,7 @@ def model(tmp_path_factory, make_transformer):
 
 def test_a_point_of_the_curve_is_an_evaluation_of_the_first_prompts(make_pipeline, monkeypatch):
     """Every so many updates, always with the same noise; what does not exist (no words fix a motion) is left out."""
-    monkeypatch.setattr(cli_run, "CURVE", 2)
+    monkeypatch.setattr("kvpo_min.pipeline.CURVE", 2)
     pipeline, scripts, rewards = (
         make_pipeline(),
         ["a red disc wanders", "a cross wanders", "a square wanders"],

@@ -20,15 +20,16 @@ from safetensors.torch import load_file
 from test_train import SCRIPTS, Run, bitwise, numbers, only, ranked
 
 from kvpo_min import cli, kvpo, system
+from kvpo_min import policies as adapters
 from kvpo_min.checks import doctor
 from kvpo_min.cli import folders
 from kvpo_min.cli import models as cli_models
 from kvpo_min.cli import options as cli_options
-from kvpo_min.cli import report as cli_report
 from kvpo_min.cli import run as cli_run
 from kvpo_min.cli.doctor import read_config
 from kvpo_min.rewards import Mixture, RewardError
 from kvpo_min.train import adapter_weights, add_policies, checkpoints, save_checkpoint, train
+from kvpo_min.viz import report as cli_report
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -602,7 +603,7 @@ def test_files_are_the_old_or_the_new_ones(tmp_path, make_pipeline, monkeypatch)
     """A disk that fills up while the adapter or a text is written leaves those of before, and is named."""
     pipeline = make_pipeline()
     policies = add_policies(pipeline, Run(make_pipeline()).config)
-    folders.save_adapter(policies, tmp_path, "tiny")
+    adapters.save_adapter(policies, tmp_path, "tiny")
     system.write_text(tmp_path / "summary.json", "{}")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(before) == {"adapter_config.json", "adapter_model.safetensors", "summary.json"}
@@ -610,7 +611,7 @@ def test_files_are_the_old_or_the_new_ones(tmp_path, make_pipeline, monkeypatch)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
     try:
         with pytest.raises(OSError, match="adapter.aside.*File too large"):
-            folders.save_adapter(policies, tmp_path, "other")
+            adapters.save_adapter(policies, tmp_path, "other")
         with pytest.raises(OSError, match="summary.json.aside.*File too large"):
             system.write_text(tmp_path / "summary.json", "x" * 1000)
     finally:

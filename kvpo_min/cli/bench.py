@@ -6,10 +6,10 @@ from pathlib import Path
 
 from kvpo_min import pocket
 from kvpo_min.checks import bench
-from kvpo_min.cli.folders import check_file, write_json
+from kvpo_min.cli.folders import check_file
 from kvpo_min.cli.options import parse_options, split_options
 from kvpo_min.pocket.prompts import check_geometry, run_prompts
-from kvpo_min.system import say
+from kvpo_min.system import say, write_json
 
 OPTIONS = (bench.BenchOptions,)
 

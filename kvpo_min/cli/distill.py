@@ -4,9 +4,10 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kvpo_min.cli.folders import check_folder, finite, write_json
+from kvpo_min.cli.folders import check_folder
 from kvpo_min.cli.options import parse_options, split_options
 from kvpo_min.pocket import distill
+from kvpo_min.system import finite, write_json
 
 OPTIONS = (distill.DistillConfig,)
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from kvpo_min import pipeline as generator
 from kvpo_min import pocket
 from kvpo_min import policies as adapters
-from kvpo_min.cli.folders import check_file, write_json
-from kvpo_min.cli.models import check_positions, load_real, real_options, run_rewards
+from kvpo_min.cli.folders import check_file
+from kvpo_min.cli.models import load_real, real_options, run_rewards
 from kvpo_min.cli.options import EvalOptions, all_options, parse_options, split_options
 from kvpo_min.pocket.prompts import count_segments, read_scripts, video_length
+from kvpo_min.system import write_json
 from kvpo_min.wan.real import WanOptions, read_prompts
 
 OPTIONS = (EvalOptions, WanOptions)
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         if wan
         else pocket.load_model(options.model, options.like)
     )
-    check_positions(pipeline, num_frames)
+    generator.check_positions(pipeline, num_frames)
     if options.adapter:
         adapters.load_adapter(pipeline, options.adapter)
     result = generator.evaluate(pipeline, scripts, rewards, num_frames, options.seed, 1 if wan else 32, bar=True)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
 from kvpo_min.cli.options import RunOptions, all_options
-from kvpo_min.resume import checkpoints, discard, find_checkpoint, read_state
-from kvpo_min.system import read_yaml, sync, write_text, writing
+from kvpo_min.resume import check_schedule, checkpoints, discard, find_checkpoint, read_state
+from kvpo_min.system import read_yaml, write_text
 
 NOT_IN_CONFIG = ("overwrite_output_dir", "resume_from_checkpoint")  # how a run was started, not what it is
 MAY_CHANGE_ON_RESUME = (
@@ -129,6 +127,7 @@ def check_resume(checkpoint: Path, config, options: RunOptions, wan=None) -> Non
             raise ValueError(
                 f"{checkpoint} was made with {name} {saved[name]!r}, not {value!r}; resume with the same options"
             )
+    check_schedule(checkpoint, config)
     done, wanted = state["step"], config.max_train_steps
     if done > wanted or done == wanted and is_complete(checkpoint.parent, done):
         raise ValueError(f"{checkpoint} has {done} updates and max_train_steps is {wanted}: nothing is left to do")
@@ -143,37 +142,7 @@ def is_complete(folder: Path, updates: int) -> bool:
         return False
 
 
-def write_json(path: Path, content) -> None:
-    write_text(path, json.dumps(finite(content), indent=2) + "\n")
-
-
-def finite(content):
-    """JSON knows no nan: numbers that do not exist (the motion of prompts that name none) become null."""
-    if isinstance(content, Mapping):
-        return {key: finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [finite(value) for value in content]
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
-    return content
-
-
 def write_config(folder: Path, config, options: RunOptions, wan=None) -> None:
     """config.yaml with every option: `kvpo-min train --config` of it is the same run again."""
     content = {name: value for name, value in all_options(config, options, wan).items() if name not in NOT_IN_CONFIG}
     write_text(folder / "config.yaml", yaml.safe_dump(content, sort_keys=False))
-
-
-def save_adapter(policies, folder: Path, base: str) -> None:
-    """The trained policy (adapter `default`) as peft writes it, at the top of the folder. Raises OSError."""
-    policies.peft_config["default"].base_model_name_or_path = base
-    aside = folder / "adapter.aside"
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed: peft would read the model card in it
-    try:
-        with writing(aside):
-            policies.save_pretrained(str(aside), selected_adapters=["default"], save_embedding_layers=False)
-            for name in ("adapter_config.json", "adapter_model.safetensors"):
-                sync(aside / name)
-                os.replace(aside / name, folder / name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -6,12 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from kvpo_min import pocket
-from kvpo_min.cli.options import RunOptions, flags_of
+from kvpo_min.cli.options import flags_of
 from kvpo_min.pocket.world import liked_scenes
-from kvpo_min.system import say
 from kvpo_min.wan import real
 
 
@@ -45,28 +42,6 @@ def real_options(argv: Sequence[str], model: str, wan):
     return None
 
 
-def real_prompts(config, options: RunOptions) -> tuple[list[str], list[str]]:
-    """Training scripts of a real model, and the last of its prompts file, which are held out. Raises ValueError."""
-    if not 1 <= config.num_segments <= len(real.SWITCHES) + 1:
-        raise ValueError(f"num_segments must be 1 to {len(real.SWITCHES) + 1}, got {config.num_segments}")
-    if not options.prompts:
-        raise ValueError(
-            f"{options.model} is no pocket model (it has no student/), so it is taken for a real one, and that needs "
-            f"--prompts FILE"
-        )
-    if options.event:
-        raise ValueError("event chooses among scripts that the pocket world draws; a real model's come from --prompts")
-    scripts = real.read_prompts(options.prompts, config.num_segments)
-    if len(scripts) <= options.eval_prompts:
-        raise ValueError(
-            f"{options.prompts} has {len(scripts)} scripts, of which the last {options.eval_prompts} would be held "
-            f"out: give more, or a smaller --eval_prompts"
-        )
-    scripts, held_out = scripts[: -options.eval_prompts], scripts[-options.eval_prompts :]
-    most = config.max_train_steps * config.groups_per_update + (0 if config.tau else config.tau_groups)
-    return scripts[:most], held_out  # the run meets no more, so no more are encoded
-
-
 def run_rewards(options, wan=None):
     """What the videos are scored with: formulas on the pocket world, or the models that `wan` names. `options`: the
     weights vq, mq and ta, and the taste `like`."""
@@ -76,17 +51,3 @@ def run_rewards(options, wan=None):
     if wan:
         return real.load_rewards(wan, **weights)
     return pocket.pocket_rewards(**weights, like=liked_scenes(options.like))
-
-
-def try_rewards(rewards, wan) -> None:
-    """Scores one clip of noise: what is missing in a reward model's environment shows now, not after an hour."""
-    say("rewards: one clip of noise, to see that they answer")
-    clip = torch.rand(1, 9, 3, wan.height, wan.width, generator=torch.Generator().manual_seed(0))
-    rewards(clip, ["a red disc moves left"])
-
-
-def check_positions(pipeline, num_frames: int) -> None:
-    """Raises ValueError when the model has no positions for so many frames, before the first one is made."""
-    most = len(pipeline.backbone.transformer.rope.freqs_cos)
-    if num_frames > most:
-        raise ValueError(f"num_frames must be at most {most} with {pipeline.name}, got {num_frames}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,13 +17,17 @@ from kvpo_min import pipeline as generator
 from kvpo_min import pocket
 from kvpo_min import policies as adapters
 from kvpo_min import train as loop
-from kvpo_min.cli import folders, models, report
+from kvpo_min.cli import folders, models
 from kvpo_min.cli.options import RunOptions
 from kvpo_min.kvpo import check_bank
+from kvpo_min.pipeline import held_out_curve
 from kvpo_min.pocket.prompts import check_geometry, run_prompts
 from kvpo_min.resume import checkpoints, find_checkpoint, read_state
 from kvpo_min.rewards import RewardError
-from kvpo_min.system import gather, join_processes, processes, say, uninterrupted, write_text, writing
+from kvpo_min.system import gather, join_processes, processes, say, uninterrupted, write_json, write_text, writing
+from kvpo_min.viz import report
+from kvpo_min.viz.report import set_aside
+from kvpo_min.wan import real
 
 SHOWN = 4  # evaluation prompts whose videos are kept
 REAL_FPS = 4  # frames a second that a real model's pipeline decodes; the pocket model's are shown at 8
@@ -42,7 +45,7 @@ def run(config, options: RunOptions, wan=None) -> int:
     join_processes()
     rank, _ = processes()
     scripts, held_out = (
-        models.real_prompts(config, options) if wan
+        real.real_prompts(config, options) if wan
         else run_prompts(config, options.prompts, options.event, options.eval_prompts)
     )  # fmt: skip
     check_geometry(config, bool(wan and wan.bank_size))
@@ -52,14 +55,14 @@ def run(config, options: RunOptions, wan=None) -> int:
     log_to = reporter(config, options)  # before any work: its package may be missing
     rewards = models.run_rewards(options, wan)
     if wan and rank == 0:
-        models.try_rewards(rewards, wan)
+        real.try_rewards(rewards, wan)
     if rank:
         gather("")  # the first process encodes the prompts; then the others find them encoded
     if wan:
         pipeline = models.load_real(options.model, scripts + held_out, options.prompts, wan)
     else:
         pipeline = pocket.load_model(options.model, options.like)
-    models.check_positions(pipeline, config.num_frames)
+    generator.check_positions(pipeline, config.num_frames)
     if rank:
         for _ in loop.train(pipeline, scripts, rewards, config, adapters.add_policies(pipeline, config)):
             pass
@@ -85,14 +88,14 @@ def run(config, options: RunOptions, wan=None) -> int:
         say(f"kvpo-min: {stopped} before an update was done; {folders.way_on(folder)}")
         return code
     with uninterrupted():
-        folders.save_adapter(policies, folder, pipeline.name)
+        adapters.save_adapter(policies, folder, pipeline.name)
     if stopped:
         say(f"kvpo-min: {stopped} after {len(updates)} updates; what there is was saved; {folders.way_on(folder)}")
     earlier = sum(line["step_time"] for line in logs[:ended])
     result = {"before": before, "after": None, "updates": len(updates), "seconds": 0.0, "seed": config.seed}
     if len(updates) < len(logs):
         result["skipped"] = len(logs) - len(updates)
-    folders.write_json(folder / "summary.json", result)  # should what follows be interrupted
+    write_json(folder / "summary.json", result)  # should what follows be interrupted
     report.draw_curves(folder, logs if updates else [], steps[-1] if steps else None)
     report.draw_groups(pipeline, folder, config, steps, fps)
     if not stopped:
@@ -105,36 +108,13 @@ def run(config, options: RunOptions, wan=None) -> int:
         folder / "README.md",
         report.model_card(pipeline.name, config, options, result, len(scripts), seen, wan, held_out[0]),
     )
-    folders.write_json(folder / "summary.json", result)  # last: whoever has it has all (`is_complete`)
+    write_json(folder / "summary.json", result)  # last: whoever has it has all (`is_complete`)
     if result["after"]:
         print(generator.table({"before": before, "after": result["after"]}))
         print(report.in_words(before, result["after"], held_out, config.num_frames))
     print(f"\n{folder}/ holds the adapter, metrics.jsonl, summary.json and a model card (README.md);")
     print(f"videos are in {folder}/videos, curves in {folder}/figures.")
     return code
-
-
-CURVE = 16  # held-out prompts of a point of the curve
-
-
-def held_out_curve(
-    pipeline, scripts: list[str], rewards, config, every: int, batch: int = 32
-) -> Callable[[int], dict] | None:
-    """-> a function of the number of updates done that measures, every so many of them, the policy that acts on the
-    first held-out prompts, always with the same noise: {"eval/reward": ..., "eval/seconds": ...}, else {}."""
-    if not every:
-        return None
-
-    def measured(done: int) -> dict:
-        if done % every:
-            return {}
-        begun = time.perf_counter()
-        found = generator.evaluate(pipeline, scripts[:CURVE], rewards, config.num_frames, batch=batch)
-        found |= found.pop("judge", {})
-        seconds = time.perf_counter() - begun
-        return {f"eval/{name}": x for name, x in found.items() if math.isfinite(x)} | {"eval/seconds": seconds}
-
-    return measured
 
 
 def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, report, curve=None):
@@ -240,18 +220,6 @@ class Progress:
             left = (time.perf_counter() - self.begun) / (self.done - self.start) * (self.total - self.done)
             told = f"update {self.done} of {self.total}, {left / 60:.1f} minutes left"
             say(f"{told}, {text}" if text else told)
-
-
-def set_aside(step):
-    """What the pictures need of an update: its first group, without what fills a GPU."""
-    group = step.groups[0]
-    videos = group.rollout.videos[-1:].cpu()
-    bank = group.rollout.prefix.bank  # which frames it holds is drawn
-    prefix = bank and dataclasses.replace(
-        group.rollout.prefix, x0=(), history=None, bank=dataclasses.replace(bank, kv=None, pending=None)
-    )
-    rollout = dataclasses.replace(group.rollout, prefix=prefix, trajectory=None, text=None, videos=videos)
-    return dataclasses.replace(step, groups=[dataclasses.replace(group, rollout=rollout)])
 
 
 def measure(pipeline, scripts: list[str], rewards, num_frames: int, batch: int = 32):

@@ -7,11 +7,11 @@ from kvpo_min import pipeline as generator
 from kvpo_min import pocket, viz
 from kvpo_min import policies as adapters
 from kvpo_min.cli.folders import check_folder
-from kvpo_min.cli.models import check_positions, load_real, real_options
+from kvpo_min.cli.models import load_real, real_options
 from kvpo_min.cli.options import SampleOptions, parse_options, split_options
-from kvpo_min.cli.report import slug, smaller
 from kvpo_min.cli.run import REAL_FPS
 from kvpo_min.pocket.prompts import count_segments, read_scripts, video_length
+from kvpo_min.viz.report import slug, smaller
 from kvpo_min.wan.real import WanOptions, read_prompts
 
 OPTIONS = (SampleOptions, WanOptions)
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         pipeline = load_real(options.model, scripts, options.prompts or folder / "script", wan)
     else:
         pipeline = pocket.load_model(options.model)
-    check_positions(pipeline, max(lengths.values()))
+    generator.check_positions(pipeline, max(lengths.values()))
     if options.adapter:
         adapters.load_adapter(pipeline, options.adapter)
     folder.mkdir(parents=True, exist_ok=True)

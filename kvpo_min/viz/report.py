@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import shlex
@@ -12,9 +13,20 @@ import torch
 
 from kvpo_min import viz
 from kvpo_min.chr import Window, chunk_of, routed_frames
-from kvpo_min.cli.options import RunOptions
 from kvpo_min.pipeline import table
 from kvpo_min.pocket import world
+
+
+def set_aside(step):
+    """What the pictures need of an update: its first group, without what fills a GPU."""
+    group = step.groups[0]
+    videos = group.rollout.videos[-1:].cpu()
+    bank = group.rollout.prefix.bank  # which frames it holds is drawn
+    prefix = bank and dataclasses.replace(
+        group.rollout.prefix, x0=(), history=None, bank=dataclasses.replace(bank, kv=None, pending=None)
+    )
+    rollout = dataclasses.replace(group.rollout, prefix=prefix, trajectory=None, text=None, videos=videos)
+    return dataclasses.replace(step, groups=[dataclasses.replace(group, rollout=rollout, kept=None)])
 
 
 def draw_curves(folder: Path, logs: list[dict], last) -> None:
@@ -90,9 +102,7 @@ def slug(script: str) -> str:
     return re.sub(r"[^a-z]+", "_", script.lower()).strip("_")[:60]
 
 
-def model_card(
-    name: str, config, options: RunOptions, result: dict, n_scripts: int, seen: int, wan=None, shown: str = ""
-) -> str:
+def model_card(name: str, config, options, result: dict, n_scripts: int, seen: int, wan=None, shown: str = "") -> str:
     """README.md of a run folder, in the form that the Hub reads. `shown`: the script that a real model's names."""
     before, after = result["before"], result["after"]
     measured = table({"before": before, "after": after} if after else {"before": before}, mark_down=True)

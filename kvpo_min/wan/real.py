@@ -29,6 +29,7 @@ from kvpo_min.pipeline import Pipeline
 from kvpo_min.reward_models import mixture_from
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import segment_at
+from kvpo_min.system import say
 from kvpo_min.tve import schedule
 from kvpo_min.wan import WanBackbone
 from kvpo_min.wan.checkpoints import fetch, first_line, from_folder, load_transformer
@@ -409,3 +410,32 @@ def memory_plan(
     }
     phases = fixed | bank[0] | branches, fixed | bank[1] | replay
     return max(phases, key=lambda parts: sum(parts.values()))
+
+
+def real_prompts(config, options) -> tuple[list[str], list[str]]:
+    """Training scripts of a real model, and the last of its prompts file, which are held out. Raises ValueError."""
+    if not 1 <= config.num_segments <= len(SWITCHES) + 1:
+        raise ValueError(f"num_segments must be 1 to {len(SWITCHES) + 1}, got {config.num_segments}")
+    if not options.prompts:
+        raise ValueError(
+            f"{options.model} is no pocket model (it has no student/), so it is taken for a real one, and that needs "
+            f"--prompts FILE"
+        )
+    if options.event:
+        raise ValueError("event chooses among scripts that the pocket world draws; a real model's come from --prompts")
+    scripts = read_prompts(options.prompts, config.num_segments)
+    if len(scripts) <= options.eval_prompts:
+        raise ValueError(
+            f"{options.prompts} has {len(scripts)} scripts, of which the last {options.eval_prompts} would be held "
+            f"out: give more, or a smaller --eval_prompts"
+        )
+    scripts, held_out = scripts[: -options.eval_prompts], scripts[-options.eval_prompts :]
+    most = config.max_train_steps * config.groups_per_update + (0 if config.tau else config.tau_groups)
+    return scripts[:most], held_out  # the run meets no more, so no more are encoded
+
+
+def try_rewards(rewards, wan) -> None:
+    """Scores one clip of noise: what is missing in a reward model's environment shows now, not after an hour."""
+    say("rewards: one clip of noise, to see that they answer")
+    clip = torch.rand(1, 9, 3, wan.height, wan.width, generator=torch.Generator().manual_seed(0))
+    rewards(clip, ["a red disc moves left"])
