@@ -73,6 +73,7 @@ class TrainConfig:
     num_segments: int = knob(1, least=1)  # prompts a script; 1, or up to 4 in long videos
     learning_rate: float = knob(1e-3, above=0)
     lr_warmup_steps: int = knob(2, least=0)
+    lr_scheduler: str = knob("constant", of=("constant", "linear"))  # after the warm-up; linear: down to 0 at the end
     adam_weight_decay: float = knob(0.0, least=0)
     max_grad_norm: float = knob(1.0, above=0)
     rank: int = knob(16, least=1)  # of the LoRA
@@ -80,6 +81,7 @@ class TrainConfig:
     ema_decay: float = knob(0.95, least=0, below=1)
     num_generations: int = knob(8, least=2)  # branches G
     groups_per_update: int = knob(1, least=1)  # scripts whose gradients are averaged in one update
+    in_order: bool = False  # scripts come as they stand, not in a new random order each time round
     num_iterations: int = knob(1, least=1)  # optimizer steps on the groups of an update (TRL's name)
     old_policy_every: int = knob(1, least=1)  # updates between two refreshes of the rollouts' policy
     fork: int = knob(0, least=0, multiple=3)  # ours: the frame at which every group forks; 0: drawn

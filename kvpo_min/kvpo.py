@@ -91,8 +91,9 @@ class Group:
     entropy: float
     clip_fraction: float
     prefix_drift: float = 0.0  # mean squared difference to the initial policy's velocities on the prefix, if preserved
-    task: Task | None = None  # with `initial`, the initial policy's energies, what `again` needs
-    initial: Tensor | None = None
+    task: Task | None = None  # what `again` needs: this,
+    initial: Tensor | None = None  # the initial policy's energies,
+    kept: list[Tensor] | None = None  # and its velocities on the prefix
 
 
 def update(
@@ -111,7 +112,7 @@ def update(
         energies["old"] = energies_of(pipeline, policies, config, rollout, "old")
     energies["default"] = energies_of(pipeline, policies, config, rollout, "default", with_graph=scale > 0)
     log_p, loss = send_back(pipeline, config, rollout, energies, advantages, scale, tau)
-    preserved = preserve(pipeline, policies, config, task, rollout) if config.prefix_coef else 0.0
+    drift, kept = preserve(pipeline, policies, config, task, rollout) if config.prefix_coef else (0.0, None)
     (local, anchor), (after, anchor_after) = *signals, *[(None, None)] * (2 - len(signals))
     g = config.num_generations
     return Group(
@@ -121,7 +122,7 @@ def update(
         log_p=log_p["default"].detach()[:g], log_p_old=log_p["old"][:g], log_p_init=log_p["initial"][:g],
         ratio=loss.ratio[:g],
         loss=loss.total.item(), kl=loss.kl.item(), entropy=loss.entropy.item(), clip_fraction=loss.clip_fraction.item(),
-        prefix_drift=preserved, task=task, initial=energies["initial"],
+        prefix_drift=drift, task=task, initial=energies["initial"], kept=kept,
     )  # fmt: skip
 
 
@@ -139,7 +140,7 @@ def again(pipeline: Pipeline, policies, rewards: Mixture, config: TrainConfig, g
         energies["default"] = energies_of(pipeline, policies, config, group.rollout, "default", with_graph=True)
         send_back(pipeline, config, group.rollout, energies, advantages, scale, tau)
     if config.prefix_coef:
-        preserve(pipeline, policies, config, group.task, group.rollout)
+        preserve(pipeline, policies, config, group.task, group.rollout, group.kept)
 
 
 # ------------------------------------------------------------------------------------------------------------ its steps
@@ -152,7 +153,8 @@ def draw(
     """Script, plan (if it is not given) and noise of one group of update `step`, from a CPU generator. `order`: indices
     of the scripts still to come, the next one last; it is used up, and drawn again when it is empty."""
     if not order:  # every script once before any comes again
-        order[:] = torch.randperm(len(scripts), generator=generator).tolist()
+        shuffled = torch.randperm(len(scripts), generator=generator).tolist()
+        order[:] = reversed(range(len(scripts))) if config.in_order else shuffled
     index, window = order.pop(), routing.Window()
     plan = plan or make_plan(config, step, index, window, generator, pipeline.bank is not None)
     chunk = routing.chunk_of(plan.fork, config.num_frames)
@@ -246,18 +248,20 @@ def send_back(
     return log_p, loss
 
 
-def preserve(pipeline: Pipeline, policies, config: TrainConfig, task: Task, rollout: Rollout) -> float:
+def preserve(
+    pipeline: Pipeline, policies, config: TrainConfig, task: Task, rollout: Rollout, kept: list[Tensor] | None = None
+) -> tuple[float, list[Tensor]]:
     """Ours, not the paper's: adds the gradient of `prefix_coef` times the mean squared difference between the trained
     and the initial policy's velocities on the prefix's own blocks, noised to the first two levels, under the ordinary
     context. A group compares its branches, so it can neither teach nor protect what they share, while the adapter acts
-    on every block: without this the journey before the fork drifts unseen. -> that mean, before the update."""
+    on every block: without this the journey before the fork drifts unseen. -> that mean, before the update, and the
+    initial policy's velocities, which another call for the same group takes as `kept` instead of making them again."""
     sampler = pipeline.sampler(config.num_segments)
     device = pipeline.backbone.device
     backbone = pipeline.backbone
     window = sampler.window
     prefix = rollout.prefix
-    total = 0.0
-    count = 0
+    total, count, targets = 0.0, 0, []
     x0 = torch.stack([block[0] for block in prefix.x0])  # [blocks, F, C, H, W]
     noise = task.noise[0, : len(x0), :2].to(device)  # [blocks, 2, F, C, H, W]
     s = sampler.sigmas[:2, None, None, None, None]
@@ -269,18 +273,18 @@ def preserve(pipeline: Pipeline, policies, config: TrainConfig, task: Task, roll
         if set(frames.tolist()) <= set(prefix.history.frames) and segment == prefix.segment:
             batches.setdefault(len(frames), []).append(b)
             count += 2
-    for length, blocks in batches.items():
+    for k, (length, blocks) in enumerate(batches.items()):
         starts = (window.block * torch.tensor(blocks)).repeat_interleave(2)
         reads = [prefix.history.read(ordinary_frames(b * window.block, window)) for b in blocks]
         kv = torch.cat(reads, 2).repeat_interleave(2, 2) if length else None
         call = (z[blocks].flatten(0, 1), sampler.sigmas[:2].repeat(len(blocks)), starts, rollout.text, kv)
         with torch.no_grad(), acting(policies, "initial"):
-            target = backbone.velocity(*call)
+            targets.append(kept[k] if kept else backbone.velocity(*call))
         with acting(policies, "default"):
-            drift = (backbone.velocity(*call) - target).square().mean((1, 2, 3, 4)).sum() / count
+            drift = (backbone.velocity(*call) - targets[k]).square().mean((1, 2, 3, 4)).sum() / count
         (config.prefix_coef * drift / config.groups_per_update).backward()
         total += drift.item()
-    return total
+    return total, targets
 
 
 # ----------------------------------------------------------------------------------------------------- what they share

@@ -103,6 +103,16 @@ def read_state(folder: Path) -> dict:
         raise damaged(folder, error) from None
 
 
+def check_schedule(folder: Path, config: TrainConfig) -> None:
+    """Raises ValueError where the rate falls to 0 at the end of the run, and that end is another one now."""
+    was = read_state(folder)["config"].get("max_train_steps")
+    if config.lr_scheduler == "linear" and was != config.max_train_steps:
+        raise ValueError(
+            f"{folder} was made with max_train_steps {was} and lr_scheduler linear, which ends there at 0: resume with "
+            f"max_train_steps {was}, not {config.max_train_steps}, or start a new run"
+        )
+
+
 def damaged(folder: Path, error: Exception) -> ValueError:
     return ValueError(
         f"{folder} is damaged, or comes from another version ({type(error).__name__}: {' '.join(str(error).split())}): "

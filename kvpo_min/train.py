@@ -23,7 +23,7 @@ from kvpo_min.config import TrainConfig
 from kvpo_min.kvpo import Group, make_plan, replay_energies
 from kvpo_min.pipeline import Pipeline, evaluate, sample, score
 from kvpo_min.policies import LORA_TARGETS, acting, adapter_weights, add_policies, copy_adapter
-from kvpo_min.resume import checkpoints, find_checkpoint, load_checkpoint, read_state, save_checkpoint
+from kvpo_min.resume import check_schedule, checkpoints, find_checkpoint, load_checkpoint, read_state, save_checkpoint
 from kvpo_min.rewards import Mixture, NotFinite, RewardError
 from kvpo_min.system import broadcast, gather, join_processes, processes, sum_gradients, sum_over_all, uninterrupted
 from kvpo_min.tve import calibrate_tau, energy_weights, trajectory_energy
@@ -110,6 +110,7 @@ def train(
     generator = torch.Generator().manual_seed(config.seed)
     state = {"step": 0, "tau": config.tau, "order": [], "skips": 0, "logs": []}
     if config.resume_from_checkpoint:
+        check_schedule(find_checkpoint(config), config)
         state = load_checkpoint(find_checkpoint(config), policies, optimizer, generator)
         state["order"] = [k for k in state["order"] if k < len(scripts)]  # there may be fewer now
     for name in ("default", "old", "ema"):  # GPUs of different kinds may have drawn different A matrices
@@ -126,8 +127,7 @@ def train(
             old_is_current = step % config.old_policy_every == 0
             if old_is_current:
                 copy_adapter(policies, "default", "old")
-            learning_rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
-            optimizer.param_groups[0]["lr"] = learning_rate
+            learning_rate = optimizer.param_groups[0]["lr"] = rate(config, step)
             optimizer.zero_grad()
             groups, failure = own_groups(pipeline, scripts, rewards, config, policies, state, generator, old_is_current)
             told = gather((failure, [group_numbers(g, rewards.weights) for g in groups] if world > 1 else []))
@@ -142,7 +142,7 @@ def train(
                 random, whole = (generator.get_state(), list(state["order"])), None
                 if grad_norm:  # all groups unsafe: no update, not even a step of the optimizer's momentum
                     optimizer.step()
-                    repeat(pipeline, policies, rewards, config, groups, state["tau"], optimizer)
+                    repeat(pipeline, policies, rewards, config, groups, state["tau"], optimizer, step)
                     copy_adapter(policies, "default", "ema", 1 - config.ema_decay)
                 state["step"], state["skips"] = step + 1, state["skips"] + 1 if failure else 0
                 stop = state["skips"] == SKIPS
@@ -214,12 +214,23 @@ def own_groups(
     return groups, failure
 
 
-def repeat(pipeline, policies, rewards, config: TrainConfig, groups: list[Group], tau: float, optimizer) -> None:
+def rate(config: TrainConfig, step: int, iteration: int = 0) -> float:
+    """Learning rate of an optimizer step: up over `lr_warmup_steps` updates, then level, or down in a line to 0 at the
+    end of the run, where the wish and what holds it back have to settle."""
+    left = 1 - (step + iteration / config.num_iterations) / config.max_train_steps
+    falling = left if config.lr_scheduler == "linear" else 1.0
+    return config.learning_rate * falling * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
+
+
+def repeat(
+    pipeline, policies, rewards, config: TrainConfig, groups: list[Group], tau: float, optimizer, step: int
+) -> None:
     """The further optimizer steps on an update's groups (`num_iterations`). It ends early where something is not
     finite, with a warning: what was learned until then stays."""
     weights = adapter_weights(policies, "default").values()
     for done in range(1, config.num_iterations):
         optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"] = rate(config, step, done)
         failure = ""
         try:
             for group in groups:

@@ -7,8 +7,10 @@ import torch
 from torch.testing import assert_close
 
 from kvpo_min import kvpo
+from kvpo_min.pocket import world
+from kvpo_min.pocket.prompts import run_prompts
 from kvpo_min.rewards import Mixture
-from kvpo_min.train import TrainConfig, adapter_weights, add_policies, copy_adapter, train
+from kvpo_min.train import TrainConfig, adapter_weights, add_policies, copy_adapter, rate, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = TrainConfig(
@@ -93,3 +95,59 @@ def test_what_is_not_finite_ends_the_iterations(make_pipeline, monkeypatch):
     list(train(two, SCRIPTS, REWARDS, replace(config, num_iterations=2), others))
     for name, weight in adapter_weights(others, "default").items():
         assert_close(adapter_weights(policies, "default")[name], weight)
+
+
+def test_the_rate_falls_in_a_line_to_the_end_of_the_run():
+    config = TrainConfig(
+        learning_rate=1.0, lr_warmup_steps=2, lr_scheduler="linear", max_train_steps=4, num_iterations=2
+    )
+    rates = [rate(config, step, iteration) for step in range(4) for iteration in range(2)]
+    assert rates == pytest.approx([0.5, 0.4375, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])  # half of it in the first update
+    level = replace(config, lr_scheduler="constant")
+    assert [rate(level, step) for step in range(4)] == [0.5, 1, 1, 1]
+    with pytest.raises(ValueError, match="lr_scheduler"):
+        TrainConfig(lr_scheduler="cosine")
+
+
+def test_every_optimizer_step_has_its_own_rate(make_pipeline, monkeypatch):
+    config = replace(CONFIG, lr_scheduler="linear", num_iterations=2, max_train_steps=2, lr_warmup_steps=0)
+    seen, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *a, **k: seen.append(self.param_groups[0]["lr"]) or step(self, *a, **k)
+    )
+    list(train(make_pipeline(), SCRIPTS, REWARDS, config))
+    assert seen == pytest.approx([config.learning_rate * share for share in (1, 0.75, 0.5, 0.25)])
+
+
+def test_scripts_in_order(make_pipeline):
+    scripts = [f"a {colour} disc moves left" for colour in ("red", "blue", "green")]
+    config = replace(CONFIG, in_order=True, groups_per_update=2, max_train_steps=3, num_iterations=1)
+    met = [group.script for step in train(make_pipeline(), scripts, REWARDS, config) for group in step.groups]
+    assert met == [*scripts, *scripts]
+
+
+def test_drawn_scripts_are_dealt_so_that_six_begin_in_six_scenes():
+    config = TrainConfig(in_order=True, num_frames=33)
+    scripts, held_out = run_prompts(config, "", "from the,settles", 8)
+    plain, same = run_prompts(replace(config, in_order=False), "", "from the,settles", 8)
+    assert sorted(scripts) == sorted(plain) and held_out == same
+    for begin in range(0, 60, 6):
+        assert {world.parse(script)[0].place for script in scripts[begin : begin + 6]} == set(world.SCENES)
+    assert len(run_prompts(config, "", "", 8)[0]) == 256  # some of these name no scene
+
+
+def test_a_falling_rate_and_a_resumed_run(make_pipeline, tmp_path):
+    """It goes on where it stopped, and is refused where its end would be another."""
+    config = replace(
+        CONFIG, lr_scheduler="linear", output_dir=str(tmp_path), checkpointing_steps=1, checkpoints_total_limit=9
+    )
+    whole, pipeline = make_pipeline(), make_pipeline()
+    policies = add_policies(whole, config)
+    list(train(whole, SCRIPTS, REWARDS, config, policies))
+    again = replace(config, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    ours = add_policies(pipeline, again)
+    assert [step.step for step in train(pipeline, SCRIPTS, REWARDS, again, ours)] == [1]
+    for name, weight in adapter_weights(policies, "default").items():
+        assert_close(adapter_weights(ours, "default")[name], weight, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="max_train_steps 2.*linear.*not 3"):
+        next(train(make_pipeline(), SCRIPTS, REWARDS, replace(again, max_train_steps=3)))

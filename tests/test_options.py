@@ -18,13 +18,13 @@ from kvpo_min.checks import bench as bench_of
 from kvpo_min.checks import doctor as doctor_of
 from kvpo_min.checks import parity as parity_of
 from kvpo_min.cli import options as cli_options
-from kvpo_min.cli import report as cli_report
 from kvpo_min.cli import run as cli_run
 from kvpo_min.compare import arena as arena_of
 from kvpo_min.compare import astrolabe
 from kvpo_min.pocket import distill
 from kvpo_min.rewards import Mixture
 from kvpo_min.train import TrainConfig, adapter_weights, add_policies, train
+from kvpo_min.viz import report as cli_report
 from kvpo_min.wan import WanBackbone, real
 from kvpo_min.wan.checkpoints import Lora, export_lora
 from kvpo_min.wan.real import WanOptions
@@ -57,6 +57,7 @@ CASES = {
         "num_segments": of("log", num_segments=2),
         "learning_rate": of("default", learning_rate=4e-3),
         "lr_warmup_steps": of("default", lr_warmup_steps=0),
+        "lr_scheduler": of("default", lr_scheduler="linear"),
         "adam_weight_decay": of("default", adam_weight_decay=0.5),
         "max_grad_norm": of("default", max_grad_norm=1e-3),
         "rank": of("default", rank=3),
@@ -64,6 +65,7 @@ CASES = {
         "ema_decay": of("ema", ema_decay=0.5),
         "num_generations": of("log", num_generations=3),
         "groups_per_update": of("log", groups_per_update=2),
+        "in_order": of("log", in_order=True),
         "num_iterations": of("default", num_iterations=2),
         "old_policy_every": of("log", old_policy_every=1),
         "fork": of("log", fork=24),
@@ -373,7 +375,7 @@ def observe_run(options, make_pipeline, monkeypatch, folder):
     monkeypatch.setattr("kvpo_min.policies.add_policies", lambda *args: Anything())
     for name in ("draw_curves", "draw_groups", "draw_before_after"):
         monkeypatch.setattr(cli_report, name, lambda *args: None)
-    monkeypatch.setattr("kvpo_min.cli.folders.save_adapter", lambda *args: None)
+    monkeypatch.setattr("kvpo_min.policies.save_adapter", lambda *args: None)
     done = command("train", {"output_dir": "run", "eval_prompts": 2} | options)
     seen.setdefault("reported", done["err"] if "report_to" in done["err"] else None)  # refused: its package is missing
     return seen | done

@@ -54,7 +54,7 @@ def naive(pipeline, policies, config, task, rollout):
 def test_equal_weights_have_drifted_nowhere(make_pipeline):
     pipeline = make_pipeline()
     policies, task, rollout = rolled_out(pipeline)
-    assert kvpo.preserve(pipeline, policies, CONFIG, task, rollout) == 0
+    assert kvpo.preserve(pipeline, policies, CONFIG, task, rollout)[0] == 0
     assert all(weight.grad is None or not weight.grad.any() for weight in adapter_weights(policies, "default").values())
 
 
@@ -63,7 +63,9 @@ def test_it_is_the_mean_over_blocks_and_levels(make_pipeline):
     policies, task, rollout = rolled_out(pipeline)
     moved(policies)
     expected = naive(pipeline, policies, CONFIG, task, rollout)
-    assert kvpo.preserve(pipeline, policies, CONFIG, task, rollout) == pytest.approx(expected.item(), rel=1e-4)
+    drift, kept = kvpo.preserve(pipeline, policies, CONFIG, task, rollout)
+    assert drift == pytest.approx(expected.item(), rel=1e-4)
+    assert kvpo.preserve(pipeline, policies, CONFIG, task, rollout, kept)[0] == drift
     assert expected > 1e-6
 
 

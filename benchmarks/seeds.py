@@ -1,0 +1,64 @@
+"""Does `kvpo-min demo` hold with other seeds, processors and thread counts?
+
+    python benchmarks/seeds.py --json benchmarks/data/seeds.json
+    python benchmarks/seeds.py --options "--prefix_coef 0" --json benchmarks/data/seeds_no_prefix.json
+
+Runs the demo as a user would, once for each seed, instruction set (what ATEN_CPU_CAPABILITY says; "native": unset) and
+number of threads. Kept are its summary and how long it took, start to end. A run that is in the file is not made again.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+KEPT = ("liked", "liked anew", "coherent", "journey", "valid", "remembered")
+
+
+def run(seed: int, capability: str, threads: int, options: list[str]) -> dict:
+    """One run in a process of its own. -> {"before": {...}, "after": {...}, "seconds": ...}"""
+    environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
+    environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    if capability != "native":
+        environment["ATEN_CPU_CAPABILITY"] = capability
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "kvpo_min.cli", "demo", "--seed", str(seed), "--output_dir", f"{folder}/run"]
+        begun = time.perf_counter()
+        subprocess.run([*command, *options], env=environment, check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - begun
+        summary = json.loads(Path(folder, "run", "summary.json").read_text())
+    found = {when: {name: round(summary[when]["judge"][name], 4) for name in KEPT} for when in ("before", "after")}
+    for when in found:
+        found[when]["reward"] = round(summary[when]["reward"], 4)
+    return found | {"seconds": round(seconds, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--capabilities", default="native,avx2,default")
+    parser.add_argument("--threads", default="2", help="numbers of threads, commas between")
+    parser.add_argument("--options", default="", help="further options of the demo, in one string")
+    parser.add_argument("--json", required=True, help="file that the runs are kept in")
+    args = parser.parse_args()
+    path = Path(args.json)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for capability in args.capabilities.split(","):
+        for threads in args.threads.split(","):
+            for seed in args.seeds.split(","):
+                key = f"{capability}, {threads} threads, seed {seed}"
+                if key not in found:
+                    found[key] = run(int(seed), capability, int(threads), args.options.split())
+                    path.write_text(json.dumps(found, indent=1) + "\n")
+                was, now = found[key]["before"], found[key]["after"]
+                shown = [f"{name} {was[name]:.2f} -> {now[name]:.2f}" for name in KEPT]
+                print(f"{key}: {', '.join(shown)}; {found[key]['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
