@@ -1,6 +1,6 @@
 """Makes the picture of the product from a finished run: figures/kvpo.webp, which moves, and the still figures/kvpo.png.
 
-    kvpo-min demo --seed 1 && python benchmarks/picture.py
+    kvpo-min demo && python benchmarks/picture.py
 
 It shows one fork of a held-out prompt with "settles", by the model before training, and the same prompt after it. The
 judge chooses. Every video shown is valid in all frames and has its journey in order, and
