@@ -274,6 +274,21 @@ def kv_map(starts: Sequence[int], window: Window, resident: Mapping[int, Sequenc
     return figure
 
 
+def bank_map(frames: Tensor, stop: int, total: int):
+    """Which old frames the bank of each layer holds before frame `stop` of a film of `total`: frames [layers, n]; one
+    that is held twice is darker. -> Figure"""
+    counts = torch.zeros(len(frames), total).scatter_add(1, frames.cpu(), torch.ones(frames.shape))
+    figure = _figure(8, 2.2)
+    axes = figure.add_subplot()
+    axes.imshow(counts.tolist(), cmap="Blues", vmin=0, vmax=3, aspect="auto", interpolation="nearest")
+    axes.axvspan(stop - 0.5, total - 0.5, color=ANCHOR, alpha=0.15, lw=0)
+    axes.set_yticks(range(len(frames)), range(1, len(frames) + 1), fontsize=10)
+    axes.set_xticks(sorted({*frames.flatten().tolist(), total - 1}))
+    axes.set(xlabel="frame of the film (grey: not made yet)", ylabel="layer")
+    axes.set_title(f"what each layer's bank holds before frame {stop}", fontsize=12)
+    return figure
+
+
 def frame_bars(frames: Tensor, values: Tensor, start: int, window: Window, title: str, ylabel: str):
     """One bar, on a log scale, for each past frame [L] that the block at `start` reads: sink or nearest. -> Figure"""
     figure = _figure(7, 2.3)

@@ -1389,3 +1389,84 @@ def check_09_memory(answer) -> Verdict:
         "Twice the pixels make every kept frame larger, not only the ones that are read."
     )  # fmt: skip
     return Verdict(False, hint)
+
+
+# ------------------------------------------------------------------------------------- 10 six spoiled runs, recorded
+
+
+def symptoms(log: list[dict]) -> dict[str, float]:
+    """What a run's lines say of it: means over its updates, or, of the held-out curve, the change from start to end."""
+    means = {
+        "entropy": [line["entropy"] for line in log],
+        "KL to the initial policy": [line["kl"] for line in log],
+        "drift of the prefix": [line["prefix_drift"] for line in log],
+        "norm of the gradient": [line["grad_norm"] for line in log],
+        "groups with a branch above the anchor": [line["safe"] for line in log],
+        "reward minus anchor": [line["reward"] - line["anchor_reward"] for line in log],
+    }
+    found = {name: sum(values) / len(values) for name, values in means.items()}
+    for name in ("reward", "liked", "journey", "valid"):
+        found[f"change of the held-out {name}"] = log[-1][f"eval/{name}"] - log[0][f"eval0/{name}"]
+    return found
+
+
+def check_10_names(answer, runs: dict) -> Verdict:
+    """answer: {letter: name of what was changed}; runs: {letter: {"name": ..., "log": lines of metrics.jsonl}}, with
+    the "healthy" one among them."""
+    letters = [letter for letter in runs if letter != "healthy"]
+    names = [runs[letter]["name"] for letter in letters]
+    given = answer if isinstance(answer, dict) else {}
+    if set(given) != set(letters) or sorted(map(str, given.values())) != sorted(names):
+        return Verdict(False, f"Give each of {', '.join(letters)} one of the names {', '.join(sorted(names))}.")
+    seen = {letter: symptoms(run["log"]) for letter, run in runs.items()}
+    wrong = [letter for letter in letters if given[letter] != runs[letter]["name"]]
+    if not wrong:
+        return Verdict(True, "No single number tells all six apart: each has its own.")
+    letter, healthy = wrong[0], seen["healthy"]
+    spread = {key: max(abs(each[key] - healthy[key]) for each in seen.values()) or 1.0 for key in healthy}
+    key = max(healthy, key=lambda key: abs(seen[letter][key] - healthy[key]) / spread[key])
+    return Verdict(
+        False,
+        f"{len(letters) - len(wrong)} of {len(letters)} are right. {letter} is not {given[letter]!r}: what stands out "
+        f"there is the {key}, {seen[letter][key]:.3f} against {healthy[key]:.3f} in the healthy run.",
+    )
+
+
+def check_10_most(answer, runs: dict, key: str) -> Verdict:
+    """answer: the letter of the spoiled run with the largest value of a symptom, such as "KL to the initial policy"; a
+    minus sign before the key: the smallest."""
+    sign, key = (-1, key[1:]) if key.startswith("-") else (1, key)
+    seen = {letter: symptoms(run["log"])[key] for letter, run in runs.items() if letter != "healthy"}
+    if answer not in seen:
+        return Verdict(False, f"Give one of the letters {', '.join(seen)}.")
+    best = max(seen, key=lambda letter: sign * seen[letter])
+    if seen[answer] == seen[best]:
+        return Verdict(
+            True, f"{seen[best]:.3f}; the {key} of the healthy run: {symptoms(runs['healthy']['log'])[key]:.3f}."
+        )
+    return Verdict(False, f"The {key} of {answer} is {seen[answer]:.3f}, and another run's {seen[best]:.3f}.")
+
+
+def check_10_alarm(answer, runs: dict, least: int = 3) -> Verdict:
+    """answer: a rule `line -> bool`, asked of every update's line without its held-out curve. It must be silent in the
+    healthy run and ring in `least` of the others."""
+    if answer is None:
+        return Verdict(False, "Write a function: the line of an update -> True if something is wrong.")
+    rings = {}
+    for letter, run in runs.items():
+        lines = [{key: value for key, value in line.items() if not key.startswith("eval")} for line in run["log"]]
+        try:
+            rings[letter] = [answer(line) for line in lines]
+        except Exception as error:  # an answer may be anything
+            return Verdict(False, f"It raised {error!r}. A line holds {', '.join(sorted(lines[0]))}.")
+    if all(ring is None for each in rings.values() for ring in each):
+        return Verdict(False, "The function returns nothing yet: return True or False.")
+    if any(rings["healthy"]):
+        at = [bool(ring) for ring in rings["healthy"]].index(True)
+        return Verdict(False, f"It rings in the healthy run, at update {at}.")
+    caught = [letter for letter, each in rings.items() if any(each)]
+    if len(caught) < least:
+        return Verdict(
+            False, f"It is silent in the healthy run, but it catches {len(caught)} of the others, not {least}."
+        )
+    return Verdict(True, f"It catches {', '.join(caught)} from training numbers alone; the rest need held-out films.")

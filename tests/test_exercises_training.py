@@ -21,7 +21,11 @@ from teach import (
     check_08_diagnose,
     check_08_paired,
     check_09,
+    check_10_alarm,
+    check_10_most,
+    check_10_names,
     entropy_curves,
+    symptoms,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -461,3 +465,60 @@ def test_the_stub_refuses_other_shapes():
 def test_none_is_not_an_answer(check):
     verdict = check(None)
     assert not verdict and verdict.says.startswith("Write a")
+
+
+# ------------------------------------------------------------------------------------------------- 10 six spoiled runs
+
+
+def spoiled(name, n=3, end=0.5, **change):
+    """A run's record whose held-out journey ends at `end`."""
+    line = dict(entropy=2.0, kl=0.01, prefix_drift=0.001, grad_norm=0.05, safe=1.0, reward=2.1, anchor_reward=2.0)
+    log = [line | change | {"step": k} for k in range(n)]
+    names = ("reward", "liked", "journey", "valid")
+    log[0] |= {f"eval0/{key}": 0.5 for key in names}
+    log[-1] |= {f"eval/{key}": end if key == "journey" else 0.5 for key in names}
+    return {"name": name, "log": log}
+
+
+SPOILED = {
+    "healthy": spoiled("nothing"), "A": spoiled("tau / 100", entropy=0.1), "B": spoiled("no brakes", kl=0.5, end=0.1),
+    "C": spoiled("nearest 0", safe=0.25),
+}  # fmt: skip
+NAMED = {"A": "tau / 100", "B": "no brakes", "C": "nearest 0"}
+
+
+def test_10_what_a_run_says_of_itself():
+    seen = symptoms(SPOILED["B"]["log"])
+    assert seen["KL to the initial policy"] == pytest.approx(0.5) and seen["reward minus anchor"] == pytest.approx(0.1)
+    assert seen["change of the held-out journey"] == pytest.approx(-0.4)
+
+
+def test_10_names():
+    assert check_10_names(NAMED, SPOILED)
+    for answer in (None, "A", {}, {"A": "tau / 100"}, dict.fromkeys("ABC"), dict.fromkeys("ABC", "no brakes")):
+        verdict = check_10_names(answer, SPOILED)
+        assert not verdict and "Give each of A, B, C" in verdict.says
+    swapped = NAMED | {"A": "no brakes", "B": "tau / 100"}
+    verdict = check_10_names(swapped, SPOILED)
+    assert not verdict and "1 of 3" in verdict.says and "entropy, 0.100 against 2.000" in verdict.says
+    assert "tau" not in verdict.says  # it does not tell
+
+
+def test_10_the_worst():
+    assert check_10_most("B", SPOILED, "-change of the held-out journey")
+    assert check_10_most("B", SPOILED, "KL to the initial policy")
+    verdict = check_10_most("A", SPOILED, "-change of the held-out journey")
+    assert not verdict and "A is 0.000, and another run's -0.400" in verdict.says
+    for answer in (None, "healthy", "Z", 1):
+        assert "Give one of the letters A, B, C" in check_10_most(answer, SPOILED, "entropy").says
+
+
+def test_10_an_alarm():
+    assert check_10_alarm(lambda line: line["entropy"] < 1 or line["kl"] > 0.1 or line["safe"] < 0.5, SPOILED)
+    for rule, says in (
+        (None, "Write a function"), (lambda line: None, "returns nothing"), (lambda line: True, "the healthy run"),
+        (lambda line: line["entropy"] < 1, "catches 1 of the others, not 3"),
+        (lambda line: line["eval/journey"] < 0.4, "raised"),
+    ):  # fmt: skip
+        verdict = check_10_alarm(rule, SPOILED)
+        assert not verdict and says in verdict.says

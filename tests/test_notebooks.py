@@ -84,6 +84,7 @@ def test_how_a_notebook_is_built(path):
     if path.parent.name != "solutions":
         assert f"blob/main/notebooks/{path.name}" in first.source, "its Colab badge must open this notebook"
         assert path == ALONE or '"google.colab" in sys.modules' in codes[0]
+        assert path == ALONE or "%cd -q /content/kvpo_min/notebooks" in codes[0]  # where cast, pictures and teach are
         assert 2 <= sum("NBVAL_CHECK_OUTPUT" in source for source in codes) <= 4
         last = notebook.cells[-1].source
         assert "What you saw" in last and "Where it lives" in last

@@ -172,7 +172,7 @@ def test_the_student_tells_what_its_words_say(pipeline):
     for name in ("valid", "colour", "shape", "motion", "scene", "journey", "coherent", "remembered"):
         allowed = 0.25 if name not in ("journey", "coherent", "remembered") else 0.35  # 16 prompts: 3 standard errors
         assert judged[name] > promised[name] - allowed, (name, judged[name], promised[name])
-    assert min(promised[name] for name in ("valid", "coherent")) >= 0.95 and promised["journey"] > 0.93  # .95 wanted
+    assert min(promised[name] for name in ("valid", "coherent", "journey")) >= 0.95
     assert min(promised[name] for name in ("colour", "shape", "motion", "scene", "remembered")) >= 0.85
 
 

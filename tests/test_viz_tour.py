@@ -79,6 +79,13 @@ def test_kv_map_counts():
     assert [(p.get_y(), p.get_width()) for p in framed] == [(15, 48)]
 
 
+def test_the_bank_of_each_layer():
+    axes = pictures.bank_map(torch.tensor([[0, 9, 9], [0, 9, 18]]), 21, 30).axes[0]
+    counts = axes.images[0].get_array()
+    assert counts.shape == (2, 30) and counts[0, 9] == 2 and counts[1].nonzero()[0].tolist() == [0, 9, 18]
+    assert axes.get_xticks().tolist() == [0, 9, 18, 29]
+
+
 def test_frame_bars():
     frames = ordinary_frames(12, WINDOW)
     axes = pictures.frame_bars(frames, torch.arange(1.0, 10.0), 12, WINDOW, "t", "y").axes[0]
