@@ -2,10 +2,10 @@
 
     python benchmarks/break_it.py --json benchmarks/data/break_it.json
 
-Each is `kvpo-min demo` with one thing changed (`RUNS`), four updates long and of three groups each, so that all take a
-quarter of an hour on one core. Kept are the lines of metrics.jsonl, and
-what the judge sees in held-out videos every few updates. A run that is in the file already is not made again. The
-letters do not give the changes away: which is which stands in the file, as its "name".
+Each is `kvpo-min demo` with one thing changed (`RUNS`), cut to four updates of three groups, so that all take some 20
+minutes on one core. Kept are the lines of metrics.jsonl, and what the judge sees in held-out videos every few updates.
+A run that is in the file already is not made again. The letters do not give the changes away: which is which stands in
+the file, as its "name".
 """
 
 import argparse
