@@ -14,6 +14,7 @@ from torch import Tensor
 from kvpo_min.chr import Window
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import Sampler, Stream, draw_noise, generate, switch_reach
+from kvpo_min.system import gather, processes
 from kvpo_min.tve import schedule
 
 if TYPE_CHECKING:
@@ -67,11 +68,11 @@ def score(
 @torch.no_grad()
 def sample(
     pipeline: Pipeline, scripts: Sequence[str], num_frames: int, seed: int = 99999, batch: int = 32,
-    sigmas: Tensor | None = None, eta: float = 1.0, bar: bool = False,
+    sigmas: Tensor | None = None, eta: float = 1.0, bar: bool = False, first: int = 0,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Generates one video a script, unrouted; video i's noise comes from a generator of its own, seed + 10000 i, so
-    it does not depend on the batch. `sigmas`, `eta`: another sampler than the 4-step one.
-    Yields latents [b, T, C, H, W]."""
+    it does not depend on the batch. `sigmas`, `eta`: another sampler than the 4-step one. `first`: number of the first
+    script, where these are a part of more. Yields latents [b, T, C, H, W]."""
     from tqdm import tqdm
 
     sigmas = pipeline.sigmas if sigmas is None else sigmas
@@ -87,7 +88,7 @@ def sample(
         texts = [pipeline.embed(list(t)) for t in zip(*[pipeline.segments(s) for s in part], strict=True)]
         noise = [
             draw_noise(num_frames // window.block, len(sigmas) if eta else 1, (window.block, *pipeline.latent_shape),
-                       torch.Generator().manual_seed(seed + 10000 * (begin + i)))
+                       torch.Generator().manual_seed(seed + 10000 * (first + begin + i)))
             for i in range(len(part))
         ]  # fmt: skip
         noise = torch.cat(noise).to(pipeline.backbone.device)  # drawn on the CPU: the same on every device
@@ -98,16 +99,21 @@ def evaluate(
     pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, num_frames: int, seed: int = 99999, batch: int = 32,
     sigmas: Tensor | None = None, eta: float = 1.0, bar: bool = False,
 ) -> dict:  # fmt: skip
-    """Mean rewards of unrouted videos, their standard errors over prompts, and the held-out judge."""
+    """Mean rewards of unrouted videos, their standard errors over prompts, and the held-out judge. Of several processes
+    each makes its share of the videos; all must call this, and get the same."""
+    rank, world = processes()
+    first, end = (len(scripts) * r // world for r in (rank, rank + 1))
     scores, readings = [], []
-    begin = 0
-    for latents in sample(pipeline, scripts, num_frames, seed, batch, sigmas, eta, bar):
-        part = scripts[begin : begin + len(latents)]
-        pixels = pipeline.decode(latents)
-        scores.append(score(pipeline, rewards, pixels, part, 0))
-        if pipeline.judge:
-            readings.append(pipeline.read(pixels))
-        begin += len(part)
+    begin = first
+    if end > first:
+        for latents in sample(pipeline, scripts[first:end], num_frames, seed, batch, sigmas, eta, bar, first):
+            part = scripts[begin : begin + len(latents)]
+            pixels = pipeline.decode(latents)
+            scores.append({n: s.cpu() for n, s in score(pipeline, rewards, pixels, part, 0).items()})
+            if pipeline.judge:
+                readings.append(pipeline.read(pixels))
+            begin += len(part)
+    scores, readings = (sum(parts, []) for parts in zip(*gather((scores, readings)), strict=True))
     scores = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
     total = rewards.total(scores)
     out = {name: s.mean().item() for name, s in scores.items()} | {"reward": total.mean().item()}

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -184,7 +186,7 @@ WRONG = {
     "eval prompts": (["demo", "--eval_prompts", "0"], "eval_prompts must be at least 1"),
     "taste": (["demo", "--like", "beach,moon"], "like names scenes, beach, night, meadow, dusk, forest, snow, with"),
     "no taste": (["demo", "--like", "beach,night,meadow,dusk,forest,snow"], "like must name one to 5 of beach, night"),
-    "curve": (["demo", "--eval_every", "-1"], "eval_every 0 or more, got 64 and -1"),
+    "curve": (["demo", "--eval_every", "-1"], "eval_every must be at least 0, got -1"),
     "report": (["train", "--report_to", "wandb"], "report_to must be none or tensorboard"),
     "length": (["train", "--num_frames", "40"], "num_frames must be a multiple of 3"),
     "too short to fork": (["train", "--num_frames", "21"], "no block can fork"),
@@ -405,21 +407,44 @@ def test_an_adapter_is_saved_over_what_a_killed_run_left(model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
-def test_two_processes_leave_one_run(model, tmp_path):
-    """torchrun with gloo: one folder, each update once, the weights and measurements of a single process."""
+@pytest.mark.parametrize("how", ["torchrun", "--processes"])
+def test_two_processes_leave_one_run(model, tmp_path, how):
+    """One folder, each update once, the weights and measurements of a single process."""
     argv = ["train", "--model", str(model), *SMALL, "--max_train_steps", "2", "--groups_per_update", "2"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    module = ["-m", "kvpo_min.cli", *argv, "--output_dir", str(tmp_path / "two")]
-    done = subprocess.run([*torchrun, *module], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if how == "torchrun" else []
+    own = ["--processes", "2"] if how == "--processes" else []
+    start = [sys.executable, *start, "-m", "kvpo_min.cli", *argv, *own, "--output_dir", str(tmp_path / "two")]
+    done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert cli.main([*argv, "--output_dir", str(tmp_path / "one")]) == 0
     assert [line["step"] for line in metrics(tmp_path / "two")] == [0, 1]
     for ours, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-6)
+        assert theirs == pytest.approx(ours, rel=1e-3, abs=1e-6)  # prefixes are made in other batches, that is, rounded
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
+    for when in ("before", "after"):
+        assert two[when].pop("judge") == pytest.approx(one[when].pop("judge"), nan_ok=True)
+        assert two[when] == pytest.approx(one[when], rel=1e-5, abs=1e-6)
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() and all((one[key] - two[key]).abs().max() < 1e-6 for key in one)
     assert done.stdout.count("| reward") + done.stdout.count("\nreward") == 1  # one table
+
+
+def test_ctrl_c_ends_all_processes_and_keeps_the_last_update(model, tmp_path):
+    folder = tmp_path / "run"
+    argv = ["train", "--model", str(model), *SMALL, "--max_train_steps", "200", "--groups_per_update", "2"]
+    start = [sys.executable, "-m", "kvpo_min.cli", *argv, "--processes", "2", "--output_dir", str(folder)]
+    run = subprocess.Popen(start, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 2:
+        assert run.poll() is None and time.monotonic() < wait_for, run.stderr.read()[-2000:]
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    err = run.communicate(timeout=60)[1]
+    assert run.returncode == 130 and "what there is was saved" in err and "Traceback" not in err
+    assert (folder / "adapter_model.safetensors").exists()
+    left = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True)
+    assert left.stdout == ""
 
 
 def test_diverging_run_is_told_apart_from_wrong_input(model, tmp_path, capsys, monkeypatch, undrawn):

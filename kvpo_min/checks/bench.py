@@ -244,7 +244,7 @@ def ours(subject: Subject, config: TrainConfig, task: Task, meter: Meter) -> flo
         with meter("optimiser"):
             copy_adapter(policies, "default", "old")
         with meter("prefix"), acting(policies, "old"):
-            prefix = kvpo.make_prefix(pipeline, config, task)
+            prefix = next(kvpo.make_prefixes(pipeline, config, [task]))
         with meter("rollout"):
             rollout = kvpo.roll_out(pipeline, policies, config, task, prefix)
         with meter("reward"):

@@ -50,15 +50,14 @@ class RunOptions:
     mq: float = 1.0  # weight of motion quality
     ta: float = 1.0  # weight of text alignment
     model: str = ""  # folder that `kvpo-min distill` left, or a real Wan (folder, file, Hub); empty: the embedded model
+    processes: int = 1  # that share an update's groups on a CPU, a thread each; 0: as cores and groups allow
     report_to: str = "none"  # none or tensorboard; metrics.jsonl is always written
     overwrite_output_dir: bool = False  # replace the files of an earlier run in output_dir
 
     def __post_init__(self):
-        if self.eval_prompts < 1 or self.eval_every < 0:
-            raise ValueError(
-                "eval_prompts must be at least 1 and eval_every 0 or more, got "
-                f"{self.eval_prompts} and {self.eval_every}"
-            )
+        for name, least in (("eval_prompts", 1), ("eval_every", 0), ("processes", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         check_taste(self.like)
         if self.report_to not in ("none", "tensorboard"):
             raise ValueError(f"report_to must be none or tensorboard, got {self.report_to!r}")

@@ -15,4 +15,4 @@ OPTIONS = (TrainConfig, RunOptions, WanOptions)
 def main(argv: Sequence[str]) -> int:
     config, options, wan = split_options(parse_options("train", OPTIONS, argv), *OPTIONS)
     with ends_like_ctrl_c():
-        return run(config, options, real_options(argv, options.model, wan))
+        return run(config, options, real_options(argv, options.model, wan), ["train", *argv])
