@@ -4,22 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from kvpo_min.chr import BANK, DROPPED, NEAREST, ROUTED, SINK, Window, ordinary_frames, route_mask
-from kvpo_min.viz.style import (
-    ANCHOR,
-    BRANCHES,
-    FACES,
-    HATCHES,
-    NAMES,
-    _bytes,
-    _figure,
-    _plain,
-    branch_colour,
-)
-from kvpo_min.viz.video import tile
+from kvpo_min.viz.style import ANCHOR, BRANCHES, FACES, HATCHES, NAMES, _figure, _plain, branch_colour
 
 # --------------------------------------------------------------------------------------------------------------- routes
 
@@ -144,12 +132,12 @@ def diagnostics(logs: Sequence[Mapping]):
     return figure
 
 
-def energy_plot(step, group: int = 0):
-    """Energies and Gibbs probabilities of one group's branches, their advantages under them. -> Figure
+def energy_plot(step):
+    """Energies and Gibbs probabilities of the first group's branches, their advantages under them. -> Figure
 
     step: a `train.Step`. Energies are velocity energies summed over blocks and steps, all weights 1; the probabilities
     are those of the policy before the update, and the dashed line is where all branches are equally likely."""
-    shown = step.groups[group]
+    shown = step.groups[0]
     energies, probabilities = shown.energies.sum((1, 2)).tolist(), shown.log_p.exp().tolist()
     n = len(energies)
     colours = [branch_colour(g) for g in range(n)]
@@ -171,13 +159,6 @@ def energy_plot(step, group: int = 0):
 
 
 # ---------------------------------------------------------------------------------------------------------------- story
-
-
-def _film(pixels: Tensor, count: int, columns: int = 0):
-    """About `count` evenly spaced frames of [T, 3, H, W] side by side -> numpy uint8 [H', W', 3] and their numbers"""
-    t = len(pixels)
-    index = torch.linspace(0, t - 1, min(count, t)).round().long()
-    return _bytes(tile(pixels[index][:, None], columns or len(index)))[0], index.tolist()
 
 
 def who_decides(bars: Mapping[str, Mapping[str, float]]):
