@@ -106,7 +106,7 @@ COMMANDS = ("demo", "train", "sample", "eval", "export", "distill", "doctor", "p
 def test_help_needs_no_torch():
     code = (
         "import sys; from kvpo_min.cli import main; assert main(['--help']) == 0; assert main([]) == 2; "
-        "assert not {'torch', 'diffusers', 'peft', 'matplotlib', 'jsonargparse'} & set(sys.modules)"
+        "assert not {'torch', 'diffusers', 'peft', 'matplotlib'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -128,8 +128,7 @@ def test_help_of_a_command_explains_every_option(command, capsys):
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     (tmp_path / "c.yaml").write_text("learning_rate: 1e-5\nseed: 3\noverwrite_output_dir: true\n")
     argv = ["--config", str(tmp_path / "c.yaml"), "--seed", "7"]
-    values = cli_options.parse_options("train", [TrainConfig, cli_options.RunOptions], argv)
-    config, options = cli_options.split_options(values, TrainConfig, cli_options.RunOptions)
+    config, options = cli_options.parse_options("train", [TrainConfig, cli_options.RunOptions], argv)
     assert config == TrainConfig(learning_rate=1e-5, seed=7)
     assert options == cli_options.RunOptions(overwrite_output_dir=True)
 
@@ -140,8 +139,8 @@ def test_flags_win_wherever_they_stand(config, tmp_path):
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     config, empty = ([part.format(tmp_path / name) for part in config] for name in ("c.yaml", "empty.yaml"))
     for argv in (["--max_train_steps", "4", *config], [*config, "--max_train_steps=4", *empty]):
-        values = cli_options.parse_options("train", [TrainConfig], argv)
-        assert (values["max_train_steps"], values["rank"]) == (4, 3)
+        (given,) = cli_options.parse_options("train", [TrainConfig], argv)
+        assert (given.max_train_steps, given.rank) == (4, 3)
 
 
 def test_printed_config_reads_back(tmp_path, capsys):
@@ -149,8 +148,7 @@ def test_printed_config_reads_back(tmp_path, capsys):
         cli.main(["train", "--rank", "5", "--compat", "official", "--print_config"])
     (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
     argv = ["--config", str(tmp_path / "c.yaml")]
-    values = cli_options.parse_options("train", [TrainConfig, cli_options.RunOptions, WanOptions], argv)
-    config, wan = cli_options.split_options(values, TrainConfig, WanOptions)
+    config, _, wan = cli_options.parse_options("train", [TrainConfig, cli_options.RunOptions, WanOptions], argv)
     assert config == TrainConfig(rank=5, compat="official")
     assert cli_models.real_options(argv, "", wan) is None  # it names a real model's options too, as they are by default
 
@@ -158,8 +156,7 @@ def test_printed_config_reads_back(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["short", "long"])
 def test_shipped_configs_can_run(name):
     argv = ["--config", str(ROOT / "configs" / f"{name}.yaml")]
-    values = cli_options.parse_options("train", [TrainConfig, cli_options.RunOptions], argv)
-    config, options = cli_options.split_options(values, TrainConfig, cli_options.RunOptions)
+    config, options = cli_options.parse_options("train", [TrainConfig, cli_options.RunOptions], argv)
     scripts, held_out = prompts_of.run_prompts(config, options.prompts, options.event, options.eval_prompts)
     prompts_of.check_geometry(config)
     assert {len(s.split(" | ")) for s in scripts + held_out} == {config.num_segments}
@@ -171,7 +168,7 @@ WRONG = {
     "command": (["trian"], "unknown command 'trian' (did you mean 'train'?)"),
     "flag": (["train", "--lerning_rate", "1"], "unknown flag --lerning_rate (did you mean 'learning_rate'?)"),
     "abbreviation": (["train", "--learning", "1"], "did you mean 'learning_rate'?"),
-    "value": (["train", "--rank", "two"], "--rank: Expected a int. Got value: two"),
+    "value": (["train", "--rank", "two"], "--rank: expected int, got 'two'"),
     "key": (["train", "--config", "{tmp}/key.yaml"], "unknown key 'num_generation' (did you mean 'num_generations'?)"),
     "no mapping": (["train", "--config={tmp}/list.yaml"], "must hold lines like 'seed: 0', got a list"),
     "no yaml": (["train", "--config", "{tmp}/no.yaml"], "is not YAML"),
@@ -187,7 +184,7 @@ WRONG = {
     "taste": (["demo", "--like", "beach,moon"], "like names scenes, beach, night, meadow, dusk, forest, snow, with"),
     "no taste": (["demo", "--like", "beach,night,meadow,dusk,forest,snow"], "like must name one to 5 of beach, night"),
     "curve": (["demo", "--eval_every", "-1"], "eval_every must be at least 0, got -1"),
-    "report": (["train", "--report_to", "wandb"], "report_to must be none or tensorboard"),
+    "report": (["train", "--report_to", "wandb"], "report_to must be"),
     "length": (["train", "--num_frames", "40"], "num_frames must be a multiple of 3"),
     "too short to fork": (["train", "--num_frames", "21"], "no block can fork"),
     "segment unseen": (["train", "--num_segments", "2"], "num_frames must be above 39, where segment 2 begins, got 39"),
@@ -209,7 +206,7 @@ WRONG = {
     "pocket folder": (["demo", "--model", "{tmp}/none"], "holds no model; run `kvpo-min distill"),
     "option of a real model": (["train", "--height", "64"], "height is an option of a real model"),
     "export without": (["export"], "--adapter FOLDER is required"),
-    "export layout": (["export", "--adapter", "x", "--layout", "kohya"], "layout must be diffusers, peft or authors"),
+    "export layout": (["export", "--adapter", "x", "--layout", "kohya"], "layout must be"),
     "export nothing": (["export", "--adapter", "{tmp}/none"], "there is no adapter"),
     "export folder": (["export", "--adapter", "{tmp}", "--output_dir", "{tmp}"], "is not empty; name another"),
     "nothing to resume": (["train", "--resume_from_checkpoint", "latest"], "there is no checkpoint in"),
@@ -329,10 +326,8 @@ def test_summary_is_what_a_stranger_measures_with_peft(finished, model):
 
 
 def test_config_of_a_run_is_the_run(finished, model):
-    values = cli_options.parse_options(
-        "train", [TrainConfig, cli_options.RunOptions], ["--config", str(finished / "config.yaml")]
-    )
-    config, options = cli_options.split_options(values, TrainConfig, cli_options.RunOptions)
+    argv = ["--config", str(finished / "config.yaml")]
+    config, options = cli_options.parse_options("train", [TrainConfig, cli_options.RunOptions], argv)
     small = dict(max_train_steps=4, num_generations=3, rank=2, tau_groups=1, checkpointing_steps=2)
     small |= dict(groups_per_update=1, num_iterations=2, lr_scheduler="constant")
     demo = {name: value for name, value in DEFAULTS.items() if name in TrainConfig.__dataclass_fields__}

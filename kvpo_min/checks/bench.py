@@ -40,7 +40,7 @@ from torch import Tensor
 from kvpo_min import chr as routing
 from kvpo_min import kvpo, pocket
 from kvpo_min.checks import naive as plain
-from kvpo_min.config import TrainConfig, under
+from kvpo_min.config import TrainConfig, knob, settle, under
 from kvpo_min.grpo import safety_scale
 from kvpo_min.kvpo import Task
 from kvpo_min.pipeline import Pipeline
@@ -57,19 +57,18 @@ TOLERANCE = 1e-4  # relative difference of losses, and of gradients, up to which
 class BenchOptions:
     """Times one update against a plain one"""
 
-    json: str = ""  # file that the result is written to; empty: it is only printed
-    pairs: int = 5  # how often each is timed, one after the other; medians are reported
-    scaling: bool = False  # instead: how time grows with branches, blocks and history, and the memory of a long stream
-    num_frames: int = 39  # 39 for the short mode, 147 for the long one
+    json: str = knob("", "file that the result is written to; empty: it is only printed")
+    pairs: int = knob(5, "how often each is timed, one after the other; medians are reported", least=1)
+    scaling: bool = knob(False, "instead: how time grows with branches, blocks, history; memory of a long stream")
+    num_frames: int = knob(39, "39 for the short mode, 147 for the long one")
     num_segments: int = 1
-    num_generations: int = 8  # branches
-    perturb_num_blocks: int = 5  # routed blocks after the fork
+    num_generations: int = knob(8, "branches")
+    perturb_num_blocks: int = knob(5, "routed blocks after the fork")
     seed: int = 0
-    model: str = ""  # folder with autoencoder/ and student/; empty: the embedded model
+    model: str = knob("", "folder with autoencoder/ and student/; empty: the embedded model")
 
     def __post_init__(self):
-        if self.pairs < 1:
-            raise ValueError(f"pairs must be at least 1, got {self.pairs}")
+        settle(self)
 
 
 class Disagreement(Exception):
@@ -191,11 +190,6 @@ def make_config(options) -> TrainConfig:
         num_segments=options.num_segments, num_generations=options.num_generations,
         perturb_num_blocks=options.perturb_num_blocks, unsafe_scale=1.0, max_grad_norm=1e9, tau_groups=1,
     )  # fmt: skip
-
-
-def official(config: TrainConfig) -> TrainConfig:
-    """The same update with the authors' settings."""
-    return under(config, "official")
 
 
 def make_task(pipeline: Pipeline, config: TrainConfig, plan: routing.Plan | None = None) -> Task:
@@ -350,7 +344,7 @@ def bench(pipeline: Pipeline, rewards: Mixture, options) -> dict:
     Raises Disagreement when the schedules do not give the same numbers."""
     config = make_config(options)
     subject = make_subject(pipeline, rewards, config)
-    task, authors = make_task(pipeline, config), official(config)
+    task, authors = make_task(pipeline, config), under(config, "official")
     authors_task = make_task(pipeline, authors)
     config = replace(config, tau=calibrated(subject, config, task))
     fast = in_bfloat16(subject) if has_bfloat16() else subject

@@ -15,7 +15,7 @@ import torch
 from kvpo_min import pocket
 from kvpo_min import policies as adapters
 from kvpo_min.chr import Window
-from kvpo_min.config import TrainConfig
+from kvpo_min.config import TrainConfig, knob
 from kvpo_min.pocket import pocket_rewards
 from kvpo_min.pocket.prompts import check_geometry, run_prompts
 from kvpo_min.policies import acting, adapter_weights, add_policies
@@ -30,14 +30,14 @@ from kvpo_min.wan.checkpoints import read_file, read_lora
 class DoctorOptions:
     """Runs one update and checks every invariant"""
 
-    output_dir: str = ""  # folder of a finished run, whose files are checked as well; empty: none
-    model: str = ""  # folder with autoencoder/ and student/; empty: the embedded model
+    output_dir: str = knob("", "folder of a finished run, whose files are checked as well; empty: none")
+    model: str = knob("", "folder with autoencoder/ and student/; empty: the embedded model")
     seed: int = 0
-    num_frames: int = 39  # 39 for the short mode, 147 for the long one
+    num_frames: int = knob(39, "39 for the short mode, 147 for the long one")
     num_segments: int = 1
-    num_generations: int = 8  # branches
-    perturb_num_blocks: int = 5  # routed blocks after the fork
-    rank: int = 16  # of the LoRA
+    num_generations: int = knob(8, "branches")
+    perturb_num_blocks: int = knob(5, "routed blocks after the fork")
+    rank: int = knob(16, "of the LoRA")
 
 
 @dataclass(frozen=True)

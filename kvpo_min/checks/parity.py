@@ -39,6 +39,7 @@ from kvpo_min.chr import (
     plan_official,
     pool,
 )
+from kvpo_min.config import knob
 from kvpo_min.grpo import anchor_advantages, fuse, kvpo_loss, safety_scale
 from kvpo_min.kvpo import replay_energies
 from kvpo_min.rollout import KVHistory, Sampler, fork
@@ -59,7 +60,7 @@ TAU = 2.0  # the authors' score is -energy / 2
 class ParityOptions:
     """Compares this code with the authors'"""
 
-    golden: str = "tests/golden"  # folder of recorded numbers; its README.md says what they are
+    golden: str = knob("tests/golden", "folder of recorded numbers; its README.md says what they are")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from kvpo_min.cli.options import RunOptions, parse_options, split_options
+from kvpo_min.cli.options import RunOptions, parse_options
 from kvpo_min.cli.run import run
 from kvpo_min.config import TrainConfig
 from kvpo_min.system import ends_like_ctrl_c
@@ -18,6 +18,6 @@ DEFAULTS = {
 
 
 def main(argv: Sequence[str]) -> int:
-    values = parse_options("demo", OPTIONS, argv, DEFAULTS)
+    config, options = parse_options("demo", OPTIONS, argv, DEFAULTS)
     with ends_like_ctrl_c():
-        return run(*split_options(values, *OPTIONS), command=["demo", *argv])
+        return run(config, options, command=["demo", *argv])

@@ -53,7 +53,7 @@ from kvpo_min.compare.baselines import (
     check_cell,
     update,
 )
-from kvpo_min.config import TrainConfig, check_seed, check_weights, nearest_known
+from kvpo_min.config import SEEDS, TrainConfig, check_bounds, check_weights, knob, nearest_known, settle
 from kvpo_min.pipeline import Pipeline, sample, score
 from kvpo_min.pocket.prompts import EVAL_SEED, check_geometry
 from kvpo_min.pocket.world import SWITCHES, liked_scenes, prompt_set
@@ -92,36 +92,32 @@ COLUMNS = (*KEY, "forwards", "backwards", "updates", "seconds", "passes_per_vide
 class ArenaOptions:
     """Compares methods on one model, at equal cost"""
 
-    csv: str = ""  # file that every measurement is appended to; what is in it is not computed again
-    methods: str = "main"  # names with commas between: kvpo, rwr, routing+distance, ...; or main, grid
-    seeds: str = "0,1,2"  # that are reported; "": sweep the learning rates and stop
-    learning_rates: str = "1e-4,3e-4,1e-3"  # swept on sweep_seed; a single one is taken as it is
-    sweep_seed: int = 100  # on which each method's learning rate is chosen; never reported
-    forwards: int = 40000  # budget of a run: forward passes of the generator
-    evaluations: int = 3  # of a run, evenly spaced, the last when the budget is spent
-    mode: str = "short"  # short: 39 frames, one prompt; long: 147 frames, four prompts
-    event: str = "settles"  # words that every script must hold; settles: where memory decides what comes; "": none
-    eval_prompts: int = 256  # held-out scripts; with 64 the noise they are drawn with is worth as much as a gain
-    set: str = ""  # other settings of the methods, for ablations: name=value with commas between
-    vq: float = 1.0  # weight of visual quality in the reward
-    mq: float = 1.0  # weight of motion quality
-    ta: float = 1.0  # weight of text alignment
-    like: str = "beach,meadow,forest"  # scenes that visual quality prefers, with commas between
-    model: str = ""  # folder with autoencoder/ and student/; empty: the embedded model
-    plan: bool = False  # measure one update of each method, print what would be run and how long it takes, and stop
+    csv: str = knob("", "file that every measurement is appended to; what is in it is not computed again")
+    methods: str = knob("main", "names with commas between: kvpo, rwr, routing+distance, ...; or main, grid")
+    seeds: str = knob("0,1,2", 'that are reported; "": sweep the learning rates and stop')
+    learning_rates: str = knob("1e-4,3e-4,1e-3", "swept on sweep_seed; a single one is taken as it is")
+    sweep_seed: int = knob(100, "on which each method's learning rate is chosen; never reported", **SEEDS)
+    forwards: int = knob(40000, "budget of a run: forward passes of the generator")
+    evaluations: int = knob(3, "of a run, evenly spaced, the last when the budget is spent", least=1)
+    mode: str = knob("short", "short: 39 frames, one prompt; long: 147 frames, four prompts", of=("short", "long"))
+    event: str = knob("settles", 'words that every script must hold; settles: memory decides what comes; "": none')
+    eval_prompts: int = knob(256, "held-out scripts; with 64 their noise is worth as much as a gain", least=2)
+    set: str = knob("", "other settings of the methods, for ablations: name=value with commas between")
+    vq: float = knob(1.0, "weight of visual quality in the reward")
+    mq: float = knob(1.0, "weight of motion quality")
+    ta: float = knob(1.0, "weight of text alignment")
+    like: str = knob("beach,meadow,forest", "scenes that visual quality prefers, with commas between")
+    model: str = knob("", "folder with autoencoder/ and student/; empty: the embedded model")
+    plan: bool = knob(False, "measure one update of each method, print what would run and how long it takes, stop")
 
     def __post_init__(self):
+        settle(self)
         if not self.csv:
             raise ValueError("--csv FILE is required")
-        if self.mode not in ("short", "long"):
-            raise ValueError(f"mode must be short or long, got {self.mode!r}")
-        if self.eval_prompts < 2:
-            raise ValueError(f"eval_prompts must be at least 2, for a standard error, got {self.eval_prompts}")
-        if not 1 <= self.evaluations <= self.forwards:
+        if self.evaluations > self.forwards:
             raise ValueError(f"evaluations must be 1 to forwards, got {self.evaluations} and {self.forwards}")
         check_weights(self.vq, self.mq, self.ta)
         liked_scenes(self.like)
-        check_seed(self.sweep_seed, "sweep_seed")
 
 
 # ------------------------------------------------------------------------------------------------- methods and settings
@@ -483,7 +479,7 @@ def check(options: ArenaOptions, here: dict[str, str], rows: Sequence[dict[str, 
     if not seeds and (len(rates) == 1 or {*methods_of(options.methods)} <= {*UNTRAINED}):
         raise ValueError("without --seeds learning rates are swept, and here are none: give several, or give seeds")
     for seed in seeds:
-        check_seed(seed, "seeds")
+        check_bounds("seeds", seed, **SEEDS)
     for rate in rates:
         if not 0 < rate < math.inf:
             raise ValueError(f"learning_rates must be above 0 and finite, got {rate}")

@@ -23,7 +23,7 @@ import copy
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,55 +32,44 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kvpo_min.chr import Window, branch_frames, chunk_starts, ordinary_frames, pool, uniform_routes
+from kvpo_min.config import SEEDS, knob, settle
 from kvpo_min.pocket import world
 from kvpo_min.rollout import denoise
 from kvpo_min.tve import schedule
 from kvpo_min.wan import WanBackbone
 
 LATENT = (8, 8, 8)  # channels, height, width
-MAY_BE_0 = ("text_dropout", "ema_decay")  # all else of `DistillConfig` is above 0
 
 
 @dataclass
 class DistillConfig:
     """Sizes and rates, the recipe found while the weights that ship were made. How they were: docs/LOG.md."""
 
-    output_dir: str = "pocket"  # holds autoencoder/, teacher/, student/
-    seed: int = 0
+    output_dir: str = knob("pocket", "holds autoencoder/, teacher/, student/")
+    seed: int = knob(0, **SEEDS)
     device: str = "cpu"
-    autoencoder_steps: int = 3200
-    autoencoder_batch: int = 16  # frames a process
-    autoencoder_learning_rate: float = 3e-3
-    teacher_steps: int = 2650
-    teacher_learning_rate: float = 2e-2  # of the matrices (Muon); a fifth of it for everything else (AdamW)
-    teacher_batch: int = 3  # clips a process
-    first_blocks: int = 48  # first blocks a process, besides the clips
-    first_weight: float = 1.0  # of their loss
-    text_dropout: float = 0.1  # share of the clips without words, so that the student's target can be guided
-    student_steps: int = 24  # a batch of rollouts and one of first blocks each
-    student_learning_rate: float = 1e-4
-    fake_learning_rate: float = 2e-4
-    fake_updates: int = 2  # of the fake score, for one of the student
-    student_batch: int = 4  # rollouts a process
-    student_first_blocks: int = 48  # first blocks a process, besides
-    guidance: float = 2.0  # by the words, of the teacher's velocity that the student is led by; 1: none
-    ema_decay: float = 0.9  # of the student
-    stories: int = 6000  # of one segment; a third as many have four
-    checkpointing_steps: int = 100
+    autoencoder_steps: int = knob(3200, least=1)
+    autoencoder_batch: int = knob(16, "frames a process", least=1)
+    autoencoder_learning_rate: float = knob(3e-3, above=0)
+    teacher_steps: int = knob(2650, least=1)
+    teacher_learning_rate: float = knob(2e-2, "of the matrices (Muon); all else, by AdamW, a fifth", above=0)
+    teacher_batch: int = knob(3, "clips a process", least=1)
+    first_blocks: int = knob(48, "first blocks a process, besides the clips", least=1)
+    first_weight: float = knob(1.0, "of their loss", above=0)
+    text_dropout: float = knob(0.1, "share of clips without words, for the student's guidance", least=0, most=1)
+    student_steps: int = knob(24, "a batch of rollouts and one of first blocks each", least=1)
+    student_learning_rate: float = knob(1e-4, above=0)
+    fake_learning_rate: float = knob(2e-4, above=0)
+    fake_updates: int = knob(2, "of the fake score, for one of the student", least=1)
+    student_batch: int = knob(4, "rollouts a process", least=1)
+    student_first_blocks: int = knob(48, "first blocks a process, besides", least=1)
+    guidance: float = knob(2.0, "by the words, of the teacher that leads the student; 1: none", above=0)
+    ema_decay: float = knob(0.9, "of the student", least=0, below=1)
+    stories: int = knob(6000, "of one segment; a third as many have four", least=1)
+    checkpointing_steps: int = knob(100, least=1)
 
     def __post_init__(self):
-        for f in fields(self):
-            value, least = getattr(self, f.name), 0 if f.name in MAY_BE_0 else 1
-            if f.type == "int" and f.name != "seed" and value < least:
-                raise ValueError(f"{f.name} must be at least {least}, got {value}")
-            if f.type == "float" and not (0 <= value < math.inf and (value or f.name in MAY_BE_0)):
-                raise ValueError(f"{f.name} must be above 0 and finite, got {value}")
-        if self.text_dropout > 1 or self.ema_decay >= 1:
-            raise ValueError(
-                f"text_dropout is a share of 1 and ema_decay is below 1, got {self.text_dropout} and {self.ema_decay}"
-            )
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed must lie in -2**63 .. 2**63 - 1, got {self.seed}")
+        settle(self)
         try:
             torch.zeros(1, device=self.device).item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, or not on this machine
