@@ -298,12 +298,11 @@ def make_plan(
 ):  # fmt: skip
     """Where to fork and what each branch reads: the paper's plan, or the authors' with compat="official", which with a
     memory bank is MemFlow's: slots instead of frames, and none kept near the block (their m of 3 counts it)."""
-    if config.compat and bank:
-        sizes = (config.num_frames, window, 0, config.perturb_num_blocks, config.num_generations)
-        return routing.plan_slots(config.seed, index, (step + 1) * 1_000_003, *sizes)
-    sizes = (config.num_frames, window, config.nearest, config.perturb_num_blocks, config.num_generations)
+    slots = bool(config.compat and bank)
+    nearest = 0 if slots else config.nearest
+    sizes = (config.num_frames, window, nearest, config.perturb_num_blocks, config.num_generations)
     if config.compat:
-        return routing.plan_official(config.seed, index, (step + 1) * 1_000_003, *sizes)
+        return routing.plan_official(config.seed, index, (step + 1) * 1_000_003, *sizes, slots=slots)
     return routing.plan(*sizes, generator, config.fork)
 
 
