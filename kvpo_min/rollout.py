@@ -126,6 +126,7 @@ class Sampler:
     window: Window = Window()
     switches: tuple[int, ...] = ()  # frames at which the next segment's words take over
     eta: float = 1.0  # share of fresh noise in every re-noising: 1 the distilled model's sampler, 0 the ODE (Euler)
+    kernel: Callable | None = None  # another step instead: x, v, sigma, next sigma -> mean, std (compare/baselines.py)
 
 
 def draw_noise(n_blocks: int, n_steps: int, shape: Sequence[int], generator: torch.Generator, batch: int = 1) -> Tensor:
@@ -134,10 +135,12 @@ def draw_noise(n_blocks: int, n_steps: int, shape: Sequence[int], generator: tor
     return torch.randn(batch, n_blocks, n_steps, *shape, generator=generator)
 
 
-def denoise(backbone: Backbone, noise: Tensor, sigmas: Tensor, start: int, text: Tensor, kv: Tensor | None, eta=1.0):
+def denoise(
+    backbone: Backbone, noise: Tensor, sigmas: Tensor, start: int, text: Tensor, kv: Tensor | None, eta=1.0, kernel=None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The sampler: predict x0, re-noise to the next level (authors: streaming_training.py:187-203; the same numbers as
     diffusers' `FlowMatchEulerDiscreteScheduler(shift=5, stochastic_sampling=True)`; eta 0: without
-    stochastic_sampling).
+    stochastic_sampling). The last step gives x0 and no noise, whatever the `kernel`.
     noise [B, S, F, C, H, W] -> x0 [B, F, C, H, W], inputs z [B, S, ...] and predictions [B, S, ...] of every step."""
     x = noise[:, 0]
     z = []
@@ -147,7 +150,10 @@ def denoise(backbone: Backbone, noise: Tensor, sigmas: Tensor, start: int, text:
         v = backbone.velocity(x, sigma.expand(len(x)), start, text, kv)
         x0 = x - sigma * v
         predictions.append(x0)
-        if s + 1 < len(sigmas):
+        if s + 1 < len(sigmas) and kernel:
+            mean, std = kernel(x, v, sigma, sigmas[s + 1])
+            x = mean + std * noise[:, s + 1]
+        elif s + 1 < len(sigmas):
             renoise = noise[:, s + 1] if eta == 1 else x + (1 - sigma) * v  # the noise that v believes is in x
             if 0 < eta < 1:
                 renoise = eta * noise[:, s + 1] + (1 - eta**2) ** 0.5 * renoise
@@ -234,7 +240,8 @@ def generate(
         if kv is not None:
             b = max(len(block_noise), kv.shape[2])
             block_noise = block_noise.expand(b, *block_noise.shape[1:])
-        x0, z, predictions = denoise(backbone, block_noise, sampler.sigmas, start, texts[segment], kv, sampler.eta)
+        how = sampler.eta, sampler.kernel
+        x0, z, predictions = denoise(backbone, block_noise, sampler.sigmas, start, texts[segment], kv, *how)
         if record is not None:
             record(start, z, predictions)
         # frames that no later block can read go before the new ones come

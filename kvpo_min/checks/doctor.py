@@ -19,7 +19,7 @@ from kvpo_min.config import TrainConfig, knob
 from kvpo_min.pocket import pocket_rewards
 from kvpo_min.pocket.prompts import check_geometry, run_prompts
 from kvpo_min.policies import acting, adapter_weights, add_policies
-from kvpo_min.rollout import Sampler, replay
+from kvpo_min.rollout import replay
 from kvpo_min.system import read_metrics, read_yaml, say
 from kvpo_min.train import train
 from kvpo_min.tve import gibbs_log_prob, step_energies
@@ -125,8 +125,7 @@ def check_routes(step, config) -> list[Check]:
 def check_energies(pipeline, policies, step, config) -> list[Check]:
     """Replays the group under the policy that made it, which the update has left as it was."""
     group = step.groups[0]
-    sampler = Sampler(pipeline.sigmas, Window(), switches=pipeline.switches[: config.num_segments - 1])
-    n = config.num_generations
+    sampler, n = pipeline.sampler(config.num_segments), config.num_generations
     with torch.no_grad(), acting(policies, "old"):
         v = replay(pipeline.backbone, group.rollout, sampler, config.grad_steps, branches=n + 1)
     E = step_energies(v, group.rollout.trajectory.velocity).sum((1, 2))  # [G + 1], anchor last

@@ -54,12 +54,12 @@ from kvpo_min.compare.baselines import (
     update,
 )
 from kvpo_min.config import SEEDS, TrainConfig, check_bounds, check_weights, knob, nearest_known, settle
-from kvpo_min.pipeline import Pipeline, sample, score
+from kvpo_min.pipeline import Pipeline, observe, pooled, sample, score
 from kvpo_min.pocket.prompts import EVAL_SEED, check_geometry
 from kvpo_min.pocket.world import SWITCHES, liked_scenes, prompt_set
 from kvpo_min.policies import adapter_weights, add_policies
 from kvpo_min.rewards import Mixture
-from kvpo_min.rollout import Sampler, draw_noise, switch_reach
+from kvpo_min.rollout import draw_noise
 from kvpo_min.system import say
 from kvpo_min.train import train
 
@@ -197,12 +197,12 @@ def settings_of(method: str, config) -> dict:
 
 
 @contextlib.contextmanager
-def counting(backbone: torch.nn.Module, counts: Counter, block: int = 3) -> Iterator[None]:
+def counting(backbone: torch.nn.Module, counts: Counter) -> Iterator[None]:
     """Adds to counts["forward"] every block of every video that the backbone is called with while this lasts, and to
     counts["backward"] those whose output a gradient arrives at."""
 
     def passed(module, args, out: Tensor) -> None:
-        n = out.shape[0] * out.shape[1] // block  # [B, F, C, H, W]
+        n = out.shape[0] * out.shape[1] // Window().block  # [B, F, C, H, W]
         counts["forward"] += n
         if out.requires_grad:
             out.register_hook(lambda grad: counts.update(backward=n))
@@ -250,24 +250,21 @@ def measure(pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, videos
     [b, T, C, H, W] of `twice(scripts)`, in any batches."""
     n = len(scripts)
     told = twice(scripts)
-    begin = 0
     counts = Counter()
-    scores, readings, looks = [], [], []
+    looks = []
+
+    def decode(latents: Tensor) -> Tensor:
+        pixels = pipeline.decode(latents)
+        looks.append(torch.stack([sharpness(pixels), motion_energy(pixels)]))
+        return pixels
+
     with counting(pipeline.backbone, counts):
-        for latents in videos:
-            pixels = pipeline.decode(latents)
-            scores.append(score(pipeline, rewards, pixels, told[begin : begin + len(pixels)], 0))
-            looks.append(torch.stack([sharpness(pixels), motion_energy(pixels)]))
-            if pipeline.judge:
-                readings.append(pipeline.read(pixels))
-            begin += len(pixels)
-    each = {name: torch.cat([s[name] for s in scores])[:n].double() for name in scores[0]}
+        scores, reading = pooled([observe(replace(pipeline, decode=decode), told, rewards, videos)])
+    each = {name: s[:n].double() for name, s in scores.items()}
     each["reward"] = rewards.total(each)
     looks = torch.cat(looks, 1)[:, :n].mean(1)
     out = {"sharpness": looks[0].item(), "motion_energy": looks[1].item()}
-    if readings:
-        parts = zip(*([getattr(r, f.name) for f in fields(r)] for r in readings), strict=True)
-        reading = type(readings[0])(*map(torch.cat, parts))
+    if reading is not None:
         judged = pipeline.judge(rows_of(reading, slice(n)), list(scripts))
         out |= {f"judge_{name.replace(' ', '_')}": value for name, value in judged.items() if name != "all"}
         alone = [pipeline.judge(rows_of(reading, slice(i, i + 1)), [scripts[i]])["all"] for i in range(n)]
@@ -285,13 +282,12 @@ def best_videos(
     pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, config: TrainConfig, method: str, seed: int
 ) -> Iterator[Tensor]:
     """The same for Best-of-N: the first of the N = G candidates has the noise that `ordinary` gives it."""
-    window = Window()
-    sigmas = pipeline.sigmas
+    sampler = pipeline.sampler(config.num_segments, routed=False)
     num_frames = config.num_frames
     n = config.num_generations
-    window = replace(window, history=window.sink + switch_reach(window))  # nothing is routed
+    block = sampler.window.block
     borders = [*(chunk_starts(num_frames)[1:] if method == "best_of_n_chunks" else []), num_frames]
-    shape = (num_frames // window.block, len(sigmas), (window.block, *pipeline.latent_shape))
+    shape = (num_frames // block, len(sampler.sigmas), (block, *pipeline.latent_shape))
     others = torch.Generator().manual_seed(seed)
     for i, script in enumerate(twice(scripts)):
         texts = [pipeline.embed([text]) for text in pipeline.segments(script)]
@@ -302,7 +298,6 @@ def best_videos(
             pixels = pipeline.decode(latents)
             return rewards.total(score(pipeline, rewards, pixels, [script] * n, first))
 
-        sampler = Sampler(sigmas, window, switches=pipeline.switches[: len(texts) - 1])
         yield best_of_n(pipeline.backbone, texts, noise, borders, sampler, judge)[0].latents
 
 

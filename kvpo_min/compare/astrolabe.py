@@ -35,7 +35,7 @@ from kvpo_min.config import knob, settle
 from kvpo_min.pipeline import score
 from kvpo_min.policies import acting, adapter_weights, add_policies, copy_adapter
 from kvpo_min.rewards import Mixture
-from kvpo_min.rollout import Rollout, Sampler, Stream, fork, generate, replay, switch_reach
+from kvpo_min.rollout import Rollout, Sampler, Stream, fork, generate, replay
 from kvpo_min.tve import Trajectory, schedule
 
 EPS = 1e-4  # added to a standard deviation, as the authors do
@@ -357,12 +357,10 @@ def train(pipeline, scripts: Sequence[str], rewards: Mixture, config: AstrolabeC
     optimizer = torch.optim.AdamW(weights.values(), lr=config.learning_rate, weight_decay=config.adam_weight_decay)
     generator = torch.Generator().manual_seed(config.seed)
 
-    window = Window()
     sigmas = pipeline.sigmas
     device = pipeline.backbone.device
-    window = replace(window, history=window.sink + switch_reach(window))  # nothing is routed
-    n_segments = len(pipeline.segments(scripts[0]))
-    sampler = Sampler(sigmas, window, switches=pipeline.switches[: n_segments - 1])
+    sampler = pipeline.sampler(len(pipeline.segments(scripts[0])), routed=False)
+    window = sampler.window
     levels = sigmas if config.levels == "sampler" else schedule(len(sigmas), shift=1.0)
     starts = window_starts(config, window, sampler.switches)
     if config.selective and (config.primary not in rewards.rewards or len(rewards.rewards) < 2):
