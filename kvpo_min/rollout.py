@@ -345,7 +345,9 @@ def replay(
     kvpo.py:2370-2388). No gradient flows through what is read. `replay_batch`: velocities at once; it bounds neither
     contexts nor graph, as `pieces` does for training.
     """
-    window, start, trajectory = sampler.window, rollout.prefix.frame, rollout.trajectory
+    window = sampler.window
+    start = rollout.prefix.frame
+    trajectory = rollout.trajectory
     g = len(trajectory.z) - 1 if branches is None else branches
     z, stored = trajectory.z[:g], trajectory.x0[:g]  # [G, B, S, F, C, H, W]
     n_blocks, n_steps = z.shape[1:3]
@@ -410,7 +412,9 @@ def pieces(
     are encoded as in `replay`; with context="own" by the policy that acts, which costs one more forward a block.
     `branches`: how many (default: all but the anchor). Yields where the piece belongs in [G, B, S], its rollout, its
     sampler."""
-    window, trajectory, routes = sampler.window, rollout.trajectory, rollout.plan.routes
+    window = sampler.window
+    trajectory = rollout.trajectory
+    routes = rollout.plan.routes
     (n_blocks, every), branches = trajectory.z.shape[1:3], branches or len(routes)
     if replay_batch < 1 or not 0 <= n_steps <= every:
         raise ValueError(f"replay_batch must be at least 1 and n_steps 0..{every}, got {replay_batch} and {n_steps}")

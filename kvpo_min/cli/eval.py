@@ -9,7 +9,8 @@ from kvpo_min import policies as adapters
 from kvpo_min.cli.folders import check_file
 from kvpo_min.cli.models import load_real, real_options, run_rewards
 from kvpo_min.cli.options import EvalOptions, all_options, parse_options
-from kvpo_min.pocket.prompts import count_segments, read_scripts, video_length
+from kvpo_min.pocket.prompts import count_segments, video_length
+from kvpo_min.pocket.world import read_prompts as read_scripts
 from kvpo_min.system import write_json
 from kvpo_min.wan.real import WanOptions, read_prompts
 

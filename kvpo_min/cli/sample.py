@@ -10,7 +10,8 @@ from kvpo_min.cli.folders import check_folder
 from kvpo_min.cli.models import load_real, real_options
 from kvpo_min.cli.options import SampleOptions, parse_options
 from kvpo_min.cli.run import REAL_FPS
-from kvpo_min.pocket.prompts import count_segments, read_scripts, video_length
+from kvpo_min.pocket.prompts import count_segments, video_length
+from kvpo_min.pocket.world import read_prompts as read_scripts
 from kvpo_min.viz.report import slug, smaller
 from kvpo_min.wan.real import WanOptions, read_prompts
 

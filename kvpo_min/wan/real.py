@@ -331,7 +331,8 @@ def json_prompts(line: str) -> list[str]:
 def bracketed(line: str) -> list[str]:
     """`n,[p1],[p2],...` -> its n prompts"""
     number, _, rest = line.partition(",")
-    prompts, depth, begin = [], 0, 0
+    prompts = []
+    depth = begin = 0
     for k, character in enumerate(rest):
         if character == "[":
             begin = begin if depth else k + 1
