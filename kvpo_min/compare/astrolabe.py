@@ -53,8 +53,6 @@ def advantages(rewards: Mapping[str, Tensor], weights: Mapping[str, float], spre
     """
     if set(rewards) != set(weights):
         raise KeyError(f"weights for {sorted(rewards)} are needed, got weights for {sorted(weights)}")
-    if spread not in ("none", "global"):
-        raise ValueError(f'spread must be "none" or "global", got {spread!r}')
     total = sum(weights[name] * r.float() for name, r in rewards.items())
     if total.ndim != 2 or not total.isfinite().all():
         raise ValueError(f"rewards must be finite and [N, G], got {list(total.shape)}: mend or drop that candidate")
@@ -64,8 +62,6 @@ def advantages(rewards: Mapping[str, Tensor], weights: Mapping[str, float], spre
 
 def positive_share(A: Tensor, clip: float = 5.0) -> Tensor:
     """r in [0, 1], like A: 1 is a purely positive candidate, 0 a purely negative one, 1/2 says nothing (TN:943-946)."""
-    if not clip > 0:
-        raise ValueError(f"the advantage clip must be above 0, got {clip}")
     return A.clamp(-clip, clip) / (2 * clip) + 0.5
 
 
@@ -106,8 +102,6 @@ def rank_disagreement(primary: Tensor, others: Sequence[Tensor], best: str = "la
     which the paper calls likely hacking. best="first" is TN:823-831: the best has rank 1, so the sign turns round and
     the candidates are found of which the primary reward thinks less than the others do.
     """
-    if best not in ("last", "first"):
-        raise ValueError(f'best must be "last" or "first", got {best!r}')
     if not others or any(o.shape != primary.shape or o.ndim != 1 for o in others):
         raise ValueError("rank disagreement needs a primary reward [n] and at least one other of that shape")
     delta = ranks(primary) - torch.stack([ranks(o) for o in others]).mean(0)
