@@ -148,7 +148,7 @@ def parse_options(command: str, classes: Sequence[type], argv: Sequence[str], de
             flag = f"--{field.name}"
             if field.name == POSITIONAL:
                 flag, how["nargs"] = field.name, "?"
-            group.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **how)
+            group.add_argument(flag, default=argparse.SUPPRESS, help=text.strip().replace("%", "%%"), **how)
     given, rest = parser.parse_known_args(argv)
     if rest:
         name = rest[0].split("=")[0]
