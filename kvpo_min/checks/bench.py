@@ -118,7 +118,7 @@ class Meter:
         return call
 
     def count(self, call: Call, tokens: int) -> None:
-        """`tokens`: of one frame"""
+        """Adds a call to the phase under way. `tokens`: of one frame"""
         row = self.rows[self.phase]
         row["calls"] += 1
         row["forwards"] += len(call.x)
@@ -167,7 +167,7 @@ class Subject:
         return adapter_weights(self.policies, "default")
 
     def noise(self, task: Task) -> Tensor:
-        """In the precision of the network."""
+        """The noise of a task in the precision of the network."""
         return task.noise.to(next(iter(self.start.values())).dtype)
 
 
@@ -201,7 +201,7 @@ def make_task(pipeline: Pipeline, config: TrainConfig, plan: routing.Plan | None
 
 @contextlib.contextmanager
 def in_float64(subject: Subject) -> Iterator[Subject]:
-    """The same with network, noise and latents in float64; pixels and rewards stay in float32."""
+    """The subject with network, noise and latents in float64; pixels and rewards stay in float32."""
     pipeline = subject.pipeline
     wide = replace(
         pipeline,
@@ -393,7 +393,7 @@ def bench(pipeline: Pipeline, rewards: Mixture, options) -> dict:
 
 
 def calibrated(subject: Subject, config: TrainConfig, task: Task) -> float:
-    """tau that a run would set from this group."""
+    """The temperature that a run would set if this were its only group."""
     copy_adapter(subject.policies, "default", "old")
     rollout = kvpo.roll_out(subject.pipeline, subject.policies, config, task)
     energies = kvpo.energies_of(subject.pipeline, subject.policies, config, rollout)
@@ -433,7 +433,7 @@ def scaling(pipeline: Pipeline, rewards: Mixture, options) -> dict:
     window = routing.Window()
 
     def seconds(config: TrainConfig, fork: int, perturb_num_blocks: int) -> float:
-        """Of what comes after the prefix."""
+        """Seconds of an update after its prefix."""
         generator = torch.Generator().manual_seed(config.seed)
         frames = routing.pool(fork, window, config.nearest, perturb_num_blocks)
         routes = routing.uniform_routes(frames, window.past - config.nearest, config.num_generations, generator)

@@ -171,7 +171,7 @@ def rollout_pairs(config: dict, weights: dict, info: dict, tensors: dict[str, Te
 
 
 def sparse_pairs(info: dict, tensors: dict[str, Tensor]) -> Pairs:
-    """Sparse activation alone."""
+    """`bank.sparse_activation` on the recorded queries, keys and values."""
     sizes = info["sparse_activation"]["chunk_size"], info["sparse_activation"]["top_k"]
     key, value = sparse_activation(*(tensors[f"sma_{name}"] for name in ("query", "key", "value")), *sizes)
     return {

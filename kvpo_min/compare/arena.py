@@ -137,7 +137,7 @@ def methods_of(text: str) -> list[str]:
 
 
 def cell_of(method: str) -> Method | None:
-    """What `baselines.update` is given; None: the method has a loop of its own, or trains nothing."""
+    """The cell of the grid that `baselines.update` trains; None for a method with a loop of its own, or without any."""
     if method in ("kvpo", "astrolabe", *UNTRAINED):
         return None
     return METHODS[method] if method in METHODS else Method(*method.split("+"))
@@ -186,7 +186,7 @@ def config_of(method: str, options: ArenaOptions, learning_rate: float, seed: in
 
 
 def settings_of(method: str, config) -> dict:
-    """All that the method reads, for the row."""
+    """Every number that the method reads, by name: what the CSV keeps under `settings`."""
     own, cell = {}, cell_of(method)
     if cell:
         own = {f.name: getattr(cell, f.name) for f in fields(cell)} | {"kernel": cell.kernel.__name__}
@@ -228,8 +228,8 @@ def motion_energy(pixels: Tensor) -> Tensor:
 
 
 def diversity(reading, n: int, again: int) -> float:
-    """Share of frames in which the judge reads another colour, shape, scene or motion in video n + i than in video
-    i < again: the same words, other noise."""
+    """How much two videos of the same words differ: the share of frames in which the judge reads another colour, shape,
+    scene or motion. For i < again, videos i and n + i tell the same script from different noise."""
     named = [getattr(reading, f.name) for f in fields(reading)]
     named = [r for r in named if r.ndim == 2 and not r.is_floating_point()]  # [N, T] what is shown, not how well
     return torch.stack([r[:again] != r[n : n + again] for r in named]).any(0).float().mean().item()
@@ -302,7 +302,7 @@ def best_videos(
 
 
 def compared(before: dict, after: dict) -> dict[str, float]:
-    """The columns of PAIRED and PLAIN."""
+    """Two evaluations, from `measure` -> the columns PAIRED and PLAIN of a row."""
     out = {"passes_per_video": after["passes_per_video"]}
     for name in before["each"]:
         a, b = before["each"][name], after["each"][name]
@@ -328,7 +328,7 @@ class Run:
     budgets: tuple[int, ...]  # forward passes, ascending; 0: nothing is trained
 
     def key(self, here: dict[str, str], budget: int) -> dict[str, str]:
-        """What the row of that budget is known by; here: `HERE`."""
+        """The columns that tell the row of that budget from all others; here: those that all runs of a call share."""
         own = {"method": self.method, "purpose": self.purpose, "learning_rate": f"{self.learning_rate:g}",
                "seed": str(self.seed), "asked": str(self.budgets[-1]), "budget": str(budget)}  # fmt: skip
         return {name: (own | here)[name] for name in KEY}
@@ -388,7 +388,7 @@ def find(rows: Sequence[dict[str, str]], key: dict[str, str]) -> dict[str, str] 
 
 
 def left(options: ArenaOptions, here: dict[str, str], rows: Sequence[dict[str, str]]) -> list[Run]:
-    """The runs that lack a row."""
+    """The runs of which the file lacks a row."""
     return [run for run in runs_of(options, here, rows) if any(not find(rows, run.key(here, b)) for b in run.budgets)]
 
 
@@ -461,7 +461,7 @@ def compete(
 
 
 def eval_prompts(options: ArenaOptions, run: Run) -> list[str]:
-    """Those of a sweep are others than those of the results."""
+    """The prompts that a run is measured on: of a sweep others than of a result."""
     seed, n_segments = EVAL_SEED + (run.purpose == "sweep"), MODES[options.mode][1]
     return prompt_set(options.eval_prompts, n_segments, seed, options.event)
 

@@ -257,12 +257,12 @@ def state_row(states: Tensor) -> Tensor:
 
 
 def scene_of(rows: Tensor) -> Tensor:
-    """Scene of rows of that table."""
+    """The scene that rows of that table show."""
     return rows // world.PLACES**2 % len(world.SCENES)
 
 
 def in_scene(rows: Tensor, scene: Tensor) -> Tensor:
-    """The same frames in another scene."""
+    """Rows of the same heroes at the same places, in another scene."""
     return rows + (scene - scene_of(rows)) * world.PLACES**2
 
 
@@ -410,8 +410,9 @@ def sample_clip(stories: Stories, n: int, generator: torch.Generator, more: int 
 
 
 def turned(rows: Tensor, motion: Tensor, chosen: Tensor, until: Tensor, heading: Tensor) -> tuple[Tensor, Tensor]:
-    """Lets the heroes of the `chosen` rows [B, T] go by `heading` [B] up to frame `until` [B], where the words name a
-    motion [B]. -> rows, and which frames [B, T] are not as the words say"""
+    """Stories whose hero first goes another way than its words say: up to frame `until` [B] the `chosen` ones [B] move
+    by `heading` [B], if their words name a `motion` [B]. rows [B, T] -> the changed rows, and which frames [B, T] are
+    not as the words say"""
     steps = torch.tensor([*world.DIRECTIONS.values(), (0, 0)])[heading]  # [B, 2]
     ahead = (until[:, None] - 1 - torch.arange(rows.shape[1])).clamp(min=0)  # [B, T]
     wrong = (ahead > 0) & (chosen & (motion != world.OPEN) & (motion != heading))[:, None]
@@ -697,7 +698,7 @@ def train_student(config: DistillConfig, stories: Stories, teacher: WanBackbone)
         return match(live.transpose(0, 1), real, faked, relearn, learn)
 
     def one_start(learn: bool) -> Tensor:
-        """The same for many first blocks at once, the student's hardest."""
+        """The same for many first blocks at once, which are the hardest for the student."""
         x0, text = (part.to(config.device) for part in first_blocks(stories, config.student_first_blocks, generator))
         sigmas = schedule(shift=world.SHIFT).to(x0)
         noise = torch.randn(len(x0), len(sigmas), *x0.shape[1:], generator=generator).to(x0)

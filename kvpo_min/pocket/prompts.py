@@ -62,9 +62,9 @@ def run_prompts(config, prompts: str = "", event: str = "", eval_prompts: int = 
 
 
 def dealt(scripts: Sequence[str]) -> list[str]:
-    """The same scripts so that each six in a row begin in the six scenes: an update of six groups then meets as many
-    that should stay where memory leads as should leave. By chance it meets few of one kind, and learns to go on, or to
-    go back, wherever it is."""
+    """The same scripts in another order: each six in a row begin in the six scenes. So an update of six groups has as
+    many heroes that should stay where memory leads them as heroes that should leave. Drawn by chance an update may hold
+    one kind alone, and teach to go on, or to go back, wherever the hero is."""
     hands: dict[str, list[str]] = {}
     for script in scripts:
         hands.setdefault(parse(script)[0].place, []).append(script)

@@ -690,7 +690,8 @@ class Settled:
 
 
 def settled(reading: Reading, scripts: list[str], reads: Callable[[int, int], Tensor] | None = None) -> Settled:
-    """`reads(video, start)`: the frames that a video's block at `start` could read, where it was routed."""
+    """What became of the heroes that settle in these videos. `reads(video, start)`: the frames that a video's block at
+    `start` could read, where it was routed."""
     rows, n_frames = [], reading.scene.shape[1]
     for video, script in enumerate(scripts):
         segments = parse(script)

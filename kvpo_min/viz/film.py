@@ -19,7 +19,7 @@ TAGS = ("#0f766e", "#8b5e34", "#475569", "#7b3f5d")  # teal, brown, slate, plum:
 
 
 def branch_letter(branch: int) -> str:
-    """A for branch 0, B for 1, ..., in pictures of heroes, whose colours no branch may have."""
+    """A for branch 0, B for branch 1, ...: where colours belong to heroes, letters tell branches apart."""
     return chr(ord("A") + branch % 26)
 
 
