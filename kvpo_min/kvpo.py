@@ -36,7 +36,6 @@ from kvpo_min.pipeline import Pipeline, score
 from kvpo_min.policies import acting
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import (
-    KVHistory,
     Rollout,
     Sampler,
     Stream,
@@ -44,6 +43,7 @@ from kvpo_min.rollout import (
     fork,
     generate,
     keep_frames,
+    one_of,
     pieces,
     replay,
     segment_at,
@@ -324,12 +324,6 @@ def make_prefixes(pipeline: Pipeline, config: TrainConfig, tasks: Sequence[Task]
             one = made if len(batch) == 1 else one_of(made, k)
             needed = {*range(sampler.window.sink), *routing.prefix_frames(task.plan, sampler.window), *near}
             yield one if config.prefix_coef else keep_frames(one, needed)
-
-
-def one_of(stream: Stream, k: int) -> Stream:
-    """One video of a batch."""
-    frames = {frame: kv[:, :, k : k + 1] for frame, kv in stream.history.frames.items()}
-    return replace(stream, x0=tuple(block[k : k + 1] for block in stream.x0), history=KVHistory(frames))
 
 
 def texts_of(pipeline: Pipeline, task: Task) -> list[Tensor]:

@@ -118,6 +118,16 @@ def keep_frames(stream: Stream, frames: set[int]) -> Stream:
     return replace(stream, history=KVHistory({f: kv for f, kv in stream.history.frames.items() if f in frames}))
 
 
+def one_of(stream: Stream, k: int) -> Stream:
+    """Video k of a batch under way, as a stream of its own."""
+
+    def row(x: Tensor, dim: int) -> Tensor:
+        return x if x.shape[dim] == 1 else x.narrow(dim, k, 1).clone()  # a view would keep the whole batch in memory
+
+    history = KVHistory({f: row(kv, 2) for f, kv in stream.history.frames.items()})
+    return replace(stream, x0=tuple(row(x, 0) for x in stream.x0), history=history)
+
+
 @dataclass(frozen=True)
 class Sampler:
     """What stays fixed while videos are made."""

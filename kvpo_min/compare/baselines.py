@@ -35,7 +35,7 @@ from kvpo_min.compare.astrolabe import contrast, positive_share
 from kvpo_min.grpo import clipped_objective
 from kvpo_min.pipeline import score
 from kvpo_min.rewards import Mixture
-from kvpo_min.rollout import KVHistory, Rollout, Sampler, Stream, draw_noise, fork, generate, replay
+from kvpo_min.rollout import Rollout, Sampler, Stream, draw_noise, fork, generate, one_of, replay
 from kvpo_min.tve import Trajectory, calibrate_tau, gibbs_log_prob, step_energies, trajectory_energy, velocity_to_x0
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # x, v, sigma, next sigma -> mean, std
@@ -262,16 +262,6 @@ def diffusion_nft_loss(
 # ------------------------------------------------------------------------------------------------------------ Best-of-N
 
 
-def pick(stream: Stream, g: int) -> Stream:
-    """Video g of a batch under way, as a stream of its own."""
-
-    def row(t: Tensor, dim: int) -> Tensor:
-        return t if t.shape[dim] == 1 else t.narrow(dim, g, 1).clone()
-
-    history = KVHistory({f: row(kv, 2) for f, kv in stream.history.frames.items()})
-    return replace(stream, x0=tuple(row(x, 0) for x in stream.x0), history=history)
-
-
 def best_of_n(
     backbone, texts: Sequence[Tensor], noise: Tensor, borders: Sequence[int], sampler: Sampler,
     judge: Callable[[Tensor, int], Tensor],
@@ -294,7 +284,7 @@ def best_of_n(
             raise ValueError(f"judge must give {len(noise)} finite numbers, got {r.tolist()}")
         winners.append(int(r.argmax()))
         rewards.append(r)
-        stream = pick(tried, winners[-1])
+        stream = one_of(tried, winners[-1])
     return stream, winners, rewards
 
 
