@@ -1,0 +1,75 @@
+"""Writes the tables of docs/results.md from benchmarks/data.
+
+    python benchmarks/tables.py
+
+Between `<!-- table: NAME -->` and `<!-- end -->` stands what this makes of benchmarks/data/NAME.json; the rest of the
+document is written by hand.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DATA, RESULTS = ROOT / "benchmarks" / "data", ROOT / "docs" / "results.md"
+JUDGED = ("valid", "colour", "shape", "motion", "scene", "journey", "remembered", "coherent", "distance")
+LEARNED = ("liked", "liked anew", "coherent", "journey", "valid")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def share(x: float | None, digits: int = 2) -> str:
+    """.97, 1.00, or a dash for what does not exist (null in JSON)."""
+    return "-" if x is None else f"{x:.{digits}f}".removeprefix("0")
+
+
+def distillation(found: Mapping) -> str:
+    rows = [
+        [name, *(share(model["judge"].get(measure), 3) for measure in JUDGED)]
+        for name, model in found.items()
+    ]  # fmt: skip
+    return table(["model", *JUDGED], rows)
+
+
+def exploration(found: Mapping) -> str:
+    head = ["what differs", "another scene than the anchor", "settles where its frames say", "spread of the reward",
+            "distance from clean frames, over the anchor's"]  # fmt: skip
+    keys = {"different scene": 2, "remembered": 2, "spread": 3, "distance ratio": 2}
+    rows = [[way, *(share(row.get(key), n) for key, n in keys.items())] for way, row in found["ways"].items()]
+    return table(head, rows)
+
+
+def seeds(found: Mapping) -> str:
+    """One row a run, then the mean over them with its standard error."""
+    runs, rows = list(found.values()), []
+    for name, run in found.items():
+        changes = [f"{share(run['before'][key])} to {share(run['after'][key])}" for key in LEARNED]
+        rows.append([name, *changes, f"{run['seconds']:.0f} s"])
+    means = []
+    for key in LEARNED:
+        gains = [run["after"][key] - run["before"][key] for run in runs]
+        error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
+        means.append(f"{statistics.fmean(gains):+.2f} ± {error:.2f}")
+    rows.append(["mean change", *means, f"{statistics.fmean(run['seconds'] for run in runs):.0f} s"])
+    return table(["run", *LEARNED, "time"], rows)
+
+
+def made(name: str) -> str:
+    """The table of benchmarks/data/NAME.json."""
+    found = json.loads((DATA / f"{name}.json").read_text())
+    kind = next(kind for kind in (distillation, exploration, seeds) if name.startswith(kind.__name__))
+    return kind(found)
+
+
+def rewritten(text: str) -> str:
+    pattern = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda found: f"{found[1]}\n{made(found[2])}\n\n{found[3]}", text)
+
+
+if __name__ == "__main__":
+    RESULTS.write_text(rewritten(RESULTS.read_text(encoding="utf-8")), encoding="utf-8")
