@@ -13,7 +13,7 @@ from kvpo_min.viz.style import ANCHOR, _bytes, _check_labels, _small_png
 
 PAPER, CARD, INK, GREY = "#fbfaf6", "#f0ede5", "#1f1d1a", "#6b675f"
 LIT = "#ffd84d"  # around frames that may be read
-DARK = 0.16  # brightness of those that may not
+DARK = 0.5  # brightness of those that may not: still to be made out
 LIKED = "#c2255c"
 TAGS = ("#0f766e", "#8b5e34", "#475569", "#7b3f5d")  # teal, brown, slate, plum: no hero has these
 
