@@ -29,6 +29,12 @@ class Verdict:
         return {True: "Right. ", False: "Not yet. ", None: "Your turn. "}[self.right] + self.says
 
 
+def _wrong(answer) -> bool | None:
+    """What `right` is for an answer of the wrong kind: None where there is no answer yet."""
+    parts = answer.values() if isinstance(answer, dict) else [answer]
+    return None if all(part is None for part in parts) else False
+
+
 # ------------------------------------------------------------------------------- 00 where, who is better, who gains
 
 
@@ -181,7 +187,7 @@ def check_01_owner(answer, shares) -> Verdict:
         return Verdict(False, f"Give a dict with the keys {', '.join(shares)}.")
     kinds = ("routing", "noise", "neither")
     if odd := [value for value in answer.values() if value not in kinds]:
-        return Verdict(False, f"Each is one of {', '.join(kinds)}; got {odd[0]!r}.")
+        return Verdict(_wrong(answer), f"Each is one of {', '.join(kinds)}; got {odd[0]!r}.")
     truth = {}
     for event, by in shares.items():
         most = max(by, key=by.get)
@@ -231,7 +237,7 @@ def check_02(mask, differ) -> Verdict:
         got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         return Verdict(False, f"Expected a bool tensor [6, 6] as the mask, got {got}.")
     if not mask.triu(1).any():
-        return Verdict(False, "The mask is still causal: no frame reads a later one. Set mask[2, 4] to True.")
+        return Verdict(None, "The mask is still causal: no frame reads a later one. Set mask[2, 4] to True.")
     if not mask.diagonal().all():
         return Verdict(False, "Every frame reads itself: leave the diagonal True.")
     generator = torch.Generator().manual_seed(0)
@@ -294,7 +300,7 @@ def check_02_kept(answer, sink: int = 3, size: int = 33, block: int = 3) -> Verd
 def check_02_most(answer, frames: Tensor, change: Tensor) -> Verdict:
     """answer: the past frame without which a block changes most. frames, change [L]."""
     if isinstance(answer, bool) or not isinstance(answer, int) or answer not in frames.tolist():
-        return Verdict(False, f"Give one of the frames that the block reads: {frames.tolist()}.")
+        return Verdict(_wrong(answer), f"Give one of the frames that the block reads: {frames.tolist()}.")
     best = int(frames[change.argmax()])
     place = 1 + int((change > change[frames.tolist().index(answer)]).sum())
     if answer == best:
@@ -306,7 +312,7 @@ def check_02_drift(answer, accuracy, part: int = 3) -> Verdict:
     """answer: the name of the curve that is higher in the last third. accuracy: name -> [T]."""
     names = list(accuracy)
     if answer not in names:
-        return Verdict(False, f"Give one of {', '.join(map(repr, names))}.")
+        return Verdict(_wrong(answer), f"Give one of {', '.join(map(repr, names))}.")
     ends = {name: float(curve[-(len(curve) // part) :].mean()) for name, curve in accuracy.items()}
     says = ", ".join(f"{name}: {end:.2f}" for name, end in ends.items())
     best = max(ends, key=ends.get)
@@ -408,7 +414,7 @@ def check_03_order(answer, distances) -> Verdict:
     """answer: the names, from the cleanest frames to the worst. distances: name -> distance from clean frames."""
     names = list(distances)
     if not isinstance(answer, (list, tuple)) or sorted(map(str, answer)) != sorted(names):
-        return Verdict(False, f"Give a list of these names, the cleanest first: {names}.")
+        return Verdict(_wrong(answer), f"Give a list of these names, the cleanest first: {names}.")
     best = sorted(names, key=distances.get)
     says = ", ".join(f"{name} {distances[name]:.2f}" for name in best)
     slack = all(distances[a] <= distances[b] + 0.02 for a, b in zip(answer, answer[1:], strict=False))
@@ -1052,7 +1058,7 @@ def check_08_diagnose(answer, runs: dict, num_generations: int) -> Verdict:
     kinds = ("healthy", "hacked", "dead")
     named = isinstance(answer, dict) and set(answer) == set(runs)
     if not named or any(kind not in kinds for kind in answer.values()):
-        return Verdict(False, f"Give every run of {', '.join(runs)} one of the words {', '.join(kinds)}.")
+        return Verdict(_wrong(answer), f"Give every run of {', '.join(runs)} one of the words {', '.join(kinds)}.")
 
     def change(logs: list, name: str) -> float:
         return [line[f"eval/{name}"] for line in logs if f"eval/{name}" in line][-1] - logs[0][f"eval0/{name}"]
@@ -1422,7 +1428,9 @@ def check_10_names(answer, runs: dict) -> Verdict:
     names = [runs[letter]["name"] for letter in letters]
     given = answer if isinstance(answer, dict) else {}
     if set(given) != set(letters) or sorted(map(str, given.values())) != sorted(names):
-        return Verdict(False, f"Give each of {', '.join(letters)} one of the names {', '.join(sorted(names))}.")
+        return Verdict(
+            _wrong(answer), f"Give each of {', '.join(letters)} one of the names {', '.join(sorted(names))}."
+        )
     seen = {letter: symptoms(run["log"]) for letter, run in runs.items()}
     wrong = [letter for letter in letters if given[letter] != runs[letter]["name"]]
     if not wrong:
@@ -1443,7 +1451,7 @@ def check_10_most(answer, runs: dict, key: str) -> Verdict:
     sign, key = (-1, key[1:]) if key.startswith("-") else (1, key)
     seen = {letter: symptoms(run["log"])[key] for letter, run in runs.items() if letter != "healthy"}
     if answer not in seen:
-        return Verdict(False, f"Give one of the letters {', '.join(seen)}.")
+        return Verdict(_wrong(answer), f"Give one of the letters {', '.join(seen)}.")
     best = max(seen, key=lambda letter: sign * seen[letter])
     if seen[answer] == seen[best]:
         return Verdict(
