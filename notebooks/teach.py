@@ -739,7 +739,7 @@ def check_06_best(answer, values: Tensor, names) -> Verdict:
     try:
         y, x = (list(names).index(name) for name in answer)
     except (TypeError, ValueError):
-        return Verdict(False, f"Give two scenes, (where it waits, where it settles), of {', '.join(names)}.")
+        return Verdict(_wrong(answer), f"Give two scenes, (where it waits, where it settles), of {', '.join(names)}.")
     got, best = values[y, x].item(), values.max().item()
     if got > best - 0.1:  # liked scenes differ a little in how clean they look
         return Verdict(True, f"It gets {got:.2f}, and no film more than {best:.2f}.")
@@ -786,7 +786,7 @@ def check_06_weight(answer, vq: Tensor, ta: Tensor, told: int) -> Verdict:
     """answer: the weight of TA, with VQ's at 1, from which on the best film waits where the words say, in row `told`.
     vq, ta [waits, settles]."""
     if isinstance(answer, bool) or not isinstance(answer, (int, float)):
-        return Verdict(False, "Give one number, the smallest weight of TA that stops the cheating.")
+        return Verdict(_wrong(answer), "Give one number, the smallest weight of TA that stops the cheating.")
 
     def cheats(weight: float) -> bool:
         total = vq + weight * ta
@@ -854,7 +854,7 @@ def check_07_gain(answer, energies: Tensor, advantages: Tensor, tau: float) -> V
     objective's slope. energies, advantages [G]."""
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(energies)]
     if not isinstance(answer, str) or len(answer) != 1 or answer.upper() not in letters:
-        return Verdict(False, f"Give a branch, one of the letters {letters}.")
+        return Verdict(_wrong(answer), f"Give a branch, one of the letters {letters}.")
     E, g = energies.double(), letters.index(answer.upper())
     p = torch.softmax(-E / tau, 0)
     tiny = 1e-6 * tau
