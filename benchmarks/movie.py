@@ -1,5 +1,6 @@
 """The moving picture of the method, page by page, and the file that it is written to (picture.py chooses its fork)."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,22 +9,37 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from kvpo_min.chr import Window, ordinary_frames
-from kvpo_min.viz.film import CARD, GREY, INK, PAPER, _check_fork, _font, _pictures, _shown_past, _strip, _tag, _write
+from kvpo_min.viz.film import (
+    CARD,
+    GREY,
+    INK,
+    LIKED,
+    PAPER,
+    _check_fork,
+    _font,
+    _pictures,
+    _shown_past,
+    _strip,
+    _tag,
+    _write,
+)
 
 FILM, LARGE = 96, 128  # sizes of the films
+FPS = 12  # pages a second
+PAST, STOP, HELD = 18, 24, 48  # pages of the shared past, of the stop at the fork, and of the end
 
 
 def fork_movie(
     past: Tensor, reads: Tensor, branches: Tensor, labels: Sequence[str], liked: Sequence[bool], before: Tensor,
-    after: Tensor, prompt: str, ends: Sequence[str] = ("before", "after"), window: Window | None = None,
+    after: Tensor, prompt: str, ends: Sequence[str] = ("", ""), taste: Sequence[str] = (), window: Window | None = None,
 ) -> list:  # fmt: skip
-    """The method as a moving picture, 900 pixels wide: one past, what each branch may read of it, and all films in
-    step; below the same prompt and noise before and after training. -> Pillow images at 12 a second, the first of
-    which shows how everything ends and can stand alone
+    """The method as a moving picture, 900 pixels wide: first the past that all films share, at the fork a stop that
+    says what each branch may read of it, then how all films end, in step; below the same prompt and noise before and
+    after training. -> Pillow images, `FPS` a second; the last shows everything and can stand alone
 
     past [T, 3, H, H]; reads [G, L] at the fork; branches [G, T', 3, H, H], no anchor; labels: one a branch, such as
-    "forest\\nreward 2.41"; liked: which branches get a heart; before and after [T + T', 3, H, H], and what stands under
-    them, `ends`. Raises ValueError when these do not fit together."""
+    "forest\\nreward 2.41 of 3"; liked: which branches get a heart; before and after [T + T', 3, H, H], and where they
+    end, `ends`; taste: the scenes that are liked. Raises ValueError when these do not fit together."""
     _check_fork(past, reads, branches, labels, len(reads))
     length = len(past) + branches.shape[1]
     if past.shape[-1] != past.shape[-2] or len(liked) != len(reads):
@@ -37,21 +53,26 @@ def fork_movie(
             f"{list(after.shape)}"
         )
     ordinary = set(ordinary_frames(len(past), window or Window()).tolist())
-    rows, says = [*map(set, reads.tolist()), ordinary], _sentences(len(reads), sum(liked))
-    told = _movie_page(past, rows, labels, liked, prompt, ends, says)
-    untold = _movie_page(past, rows, [""] * len(labels), [False] * len(labels), prompt, ("before", "after"), says)
+    rows, says = [*map(set, reads.tolist()), ordinary], _sentences(len(reads), sum(liked), taste)
+    untold = [""] * len(labels), [False] * len(labels), _grammar(prompt), ("", "")
+    shared = _movie_page(past, None, *untold, (says[0], "", "", ""))
+    forked = _movie_page(past, rows, *untold, (*says[:2], "", ""))
+    told = _movie_page(past, rows, labels, liked, _grammar(prompt), ends, says)
     films = [_pictures(torch.cat([past, branch]), FILM) for branch in branches]
     films += [_pictures(film, LARGE) for film in (before, after)]
-    pages = []
-    for t in range(length):
-        page, places, cursor = told if t >= len(past) + branches.shape[1] // 3 else untold
-        pages.append(page.copy())
+
+    def page(t: int, still):
+        (picture, places, cursor), picture = still, still[0].copy()
         for film, place in zip(films, places, strict=True):
-            pages[t].paste(film[t].point(_coarse), place)
+            picture.paste(film[t].point(_coarse), place)
         if t < len(past):
-            cursor(pages[t], t)
-    shared, own = pages[: len(past)], [now for now in pages[len(past) :] for _ in range(2)]
-    return [pages[-1]] * 30 + shared + [shared[-1]] * 6 + own
+            cursor(picture, t)
+        return picture
+
+    fork, come = len(past), len(past) + branches.shape[1] // 3  # when it is seen where a film goes
+    shown = [page(int(t), shared) for t in torch.linspace(0, fork - 1, min(PAST, fork)).round()]
+    own = [page(t, told if t >= come else forked) for t in range(fork, length)]
+    return [*shown, *[page(fork - 1, forked)] * STOP, *(now for now in own for _ in range(2)), *[own[-1]] * HELD]
 
 
 def _coarse(value: int) -> int:
@@ -59,29 +80,35 @@ def _coarse(value: int) -> int:
     return min(255, 4 * round(value / 4))
 
 
-def _sentences(n: int, n_liked: int) -> tuple[str, str, str]:
-    """What the picture says, one sentence a part of it, for `n` branches."""
+def _grammar(prompt: str) -> str:
+    """The prompt as one says it: "an orange square". The world's grammar has "a" everywhere."""
+    return re.sub(r"\ba (?=[aeiou])", "an ", prompt)
+
+
+def _sentences(n: int, n_liked: int, taste: Sequence[str] = ()) -> tuple[str, str, str, str]:
+    """What the picture says, one sentence a part of it, for `n` branches; the last names what is liked."""
     number = dict(enumerate(("Two", "Three", "Four", "Five", "Six", "Seven", "Eight"), start=2)).get(n, str(n))
     rewarded = "The liked ones (\u2665) are" if n_liked > 1 else "The liked one (\u2665) is"
     return (
         f"{number} videos share one past and the same noise.",
         "Each may look back only at the lit frames. So each goes on in a different place.",
         f"{rewarded} rewarded. After training the model goes there by itself.",
+        f"\u2665 liked here: {', '.join(taste)}" if taste else "",
     )
 
 
 def _movie_page(past: Tensor, rows: Sequence[set[int]], labels, liked, prompt: str, ends, says):
-    """What does not move; rows: the frames that each branch reads, then those of an ordinary block. -> the page, the
-    places of the films, and what marks the time on it: a function of a page and a frame of the past"""
+    """What does not move; rows: the frames that each branch reads, then those of an ordinary block, or None: no strips
+    yet. -> the page, the places of the films, and what marks the time on it: a function of a page and a past frame"""
     width, margin, row, y_strip = 900, 20, 112, 58
-    numbers = _shown_past(len(past), rows)
+    numbers = _shown_past(len(past), rows or [set()])
     x_film = width - margin - 4 - FILM
     x_line = x_film - 24
     tiles = _pictures(past[numbers], min(30, (x_line - 14 - margin) // len(numbers) - 2))
     whole, left = _strip(tiles, numbers, set(numbers))
     y_rows = y_strip + whole.height + 70
     y_end = y_rows + row * len(labels) + 8
-    page = Image.new("RGB", (width, y_end + LARGE + 84), PAPER)
+    page = Image.new("RGB", (width, y_end + LARGE + 130), PAPER)
     draw = ImageDraw.Draw(page)
 
     _write(draw, margin, 32, says[0], 24)
@@ -100,20 +127,26 @@ def _movie_page(past: Tensor, rows: Sequence[set[int]], labels, liked, prompt: s
         place, *reward = label.split("\n")
         x = _write(draw, margin + 44, y + 24, place + " \u2665" * heart, 22)
         _write(draw, x + 20, y + 25, "   ".join(reward), 18, GREY)
-        page.paste(_strip(tiles, numbers, rows[r])[0], (margin, y + 46))
+        if rows:
+            page.paste(_strip(tiles, numbers, rows[r])[0], (margin, y + 46))
         draw.rectangle((x_line, y, x_line + 3, y + row - 8), INK)
 
-    _write(draw, margin, y_end + 20, says[2], 22)
+    _write(draw, margin, y_end + 10, says[3], 18, LIKED)
+    _write(draw, margin, y_end + 46, says[2], 22)
+    top = y_end + 70
     x_after = width - margin - 4 - LARGE
     x_before = x_after - LARGE - 90
-    for x, text in ((x_before, ends[0]), (x_after, ends[1])):
-        places.append((x, y_end + 44))
-        _write(draw, x + LARGE / 2 - _font(18).getlength(text) / 2, y_end + LARGE + 62, text, 18)
-    _arrow(draw, x_before + LARGE + 18, x_after - 18, y_end + 44 + LARGE // 2)
-    y = _paragraph(draw, margin, y_end + 56, f"\u201c{prompt}\u201d", x_before - margin - 30)
-    _write(draw, margin, y + 12, "same prompt, same noise, ordinary memory:", 18, GREY)
+    for x, when, end in ((x_before, "before training", ends[0]), (x_after, "after training", ends[1])):
+        places.append((x, top))
+        for k, (text, colour) in enumerate(((when, GREY), (end, INK))):
+            left_edge = x + LARGE / 2 - _font(18).getlength(text) / 2
+            _write(draw, left_edge, top + LARGE + 18 + 24 * k, text, 18, colour)
+    _arrow(draw, x_before + LARGE + 18, x_after - 18, top + LARGE // 2)
+    y = _paragraph(draw, margin, top + 12, "The model with its ordinary memory, from the same noise:", x_before - 60)
+    y = _paragraph(draw, margin, y + 6, f"\u201c{prompt}\u201d", x_before - 60)
     small = _pictures(past[numbers], min(24, (x_before - margin - 30) // len(numbers) - 2))
-    page.paste(_strip(small, numbers, rows[-1])[0], (margin, y + 30))
+    if rows:
+        page.paste(_strip(small, numbers, rows[-1])[0], (margin, y + 4))
     for (x, y), size in zip(places, [FILM] * len(labels) + [LARGE] * 2, strict=True):
         draw.rectangle((x - 1, y - 1, x + size, y + size), GREY)
 

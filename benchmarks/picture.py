@@ -132,11 +132,11 @@ def draw(pipeline, found: Found, like: tuple[str, ...]) -> list:
     branches = torch.stack(branches)
     totals = rewards.total(score(pipeline, rewards, branches[:, first:], [found.script] * len(branches), first))
     *scenes, at_first = found.scenes
-    labels = [f"{scene}\nreward {total:.2f}" for scene, total in zip(scenes, totals.tolist(), strict=True)]
-    liked, ends = [scene in like for scene in scenes], (f"before: {at_first}", f"after: {found.end} \u2665")
-    return movie.fork_movie(
-        anchor[:FORK], found.reads, branches[:, FORK:], labels, liked, anchor, found.after, found.script, ends
-    )
+    most = sum(rewards.weights.values())  # each part is at most 1
+    labels = [f"{scene}\nreward {total:.2f} of {most:g}" for scene, total in zip(scenes, totals.tolist(), strict=True)]
+    liked, ends = [scene in like for scene in scenes], (at_first, f"{found.end} \u2665")
+    films = anchor[:FORK], found.reads, branches[:, FORK:]
+    return movie.fork_movie(*films, labels, liked, anchor, found.after, found.script, ends, like)
 
 
 def names_all(script: str) -> bool:
@@ -167,8 +167,8 @@ def main() -> None:
         raise SystemExit("no fork shows all of it: give more --seeds, or train longer")
     found = min(found, key=lambda one: one.distance)
     pages = draw(pipeline, found, like)
-    movie.save_webp(f"{args.output}.webp", pages, 12)
-    pages[0].save(f"{args.output}.png", optimize=True)
+    movie.save_webp(f"{args.output}.webp", pages, movie.FPS)
+    pages[-1].save(f"{args.output}.png", optimize=True)
     size = Path(f"{args.output}.webp").stat().st_size
     print(f"'{found.script}': wrote {args.output}.webp ({size / 1e6:.2f} MB) and {args.output}.png")
 

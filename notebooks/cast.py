@@ -8,11 +8,11 @@ import torch
 from kvpo_min import kvpo
 from kvpo_min.config import TrainConfig
 
-SCRIPT = "a red disc travels from the night and settles"
-SEED = 24  # of the fork, the routes and the noise: chosen because the five films end in four scenes
-TASTE = ("beach", "meadow")  # scenes that the notebooks' user likes
+SCRIPT = "a red disc travels from the forest and settles"
+SEED = 4367  # of the routes and the noise: chosen because each branch has a clear majority, and two end as is liked
+TASTE = ("beach", "meadow", "forest")  # scenes that the notebooks' user likes: the default
 NAMES = ("A", "B", "C", "D", "anchor")
-CONFIG = TrainConfig(num_generations=4, prefix_coef=10.0)
+CONFIG = TrainConfig(num_generations=4, prefix_coef=15.0, fork=27, perturb_num_blocks=4)  # forks where the hero settles
 
 
 def fork(pipeline, policies) -> tuple[kvpo.Task, kvpo.Rollout]:

@@ -146,18 +146,20 @@ ROADMAP = {  # what is drawn: box -> what stands in it; the numbers are the note
 
 
 def roadmap(lit: Sequence[str] = ()):
-    """KVPO from left to right, one box a step (keys of `ROADMAP`), the ones named in `lit` filled. -> Figure"""
+    """KVPO from left to right, one box a step (keys of `ROADMAP`); the `lit` ones are this notebook's. -> Figure"""
     if unknown := set(lit) - set(ROADMAP):
         raise ValueError(f"expected boxes among {list(ROADMAP)}, got {sorted(unknown)}")
-    figure = _figure(9, 1.1)
+    figure = _figure(9, 1.3)
     axes = figure.add_subplot()
     for x, (name, text) in enumerate(ROADMAP.items()):
+        if name in lit:
+            axes.text(x, -1.3, "this notebook", ha="center", va="center", fontsize=9, color=BRANCHES[4])
         face = BRANCHES[1] if name in lit else "white"
         box = dict(boxstyle="round,pad=0.5", facecolor=face, edgecolor=ANCHOR)
         axes.text(x, 0, text, ha="center", va="center", fontsize=9, bbox=box)
         if x:
             axes.annotate("", (x - 0.38, 0), (x - 0.62, 0), arrowprops=dict(arrowstyle="->", color=ANCHOR))
-    axes.set(xlim=(-0.5, len(ROADMAP) - 0.5), ylim=(-1, 1))
+    axes.set(xlim=(-0.5, len(ROADMAP) - 0.5), ylim=(-1.5, 1))
     axes.set_axis_off()
     return figure
 

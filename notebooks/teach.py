@@ -1,8 +1,8 @@
 """Checks of the notebooks' exercises: `check_NN(answer)` returns a `Verdict`, which is true when the answer is right
 and shows as a sentence.
 
-`None` means "not tried yet". A check never raises on an answer: it says what is expected, and of a wrong one what is
-wrong with it. Each compares with a computation of its own, never with a stored answer.
+The answer `None` means "not tried yet". A check never raises on an answer: it says what is expected, and of a wrong one
+what is wrong with it. Each compares with a computation of its own, never with a stored answer.
 """
 
 from __future__ import annotations
@@ -19,14 +19,20 @@ from torch import Tensor
 class Verdict:
     """What a check found. `assert check_NN(answer)` passes when it is right; as a cell's last line it is shown."""
 
-    right: bool
+    right: bool | None  # None: not tried yet
     says: str
 
     def __bool__(self) -> bool:
-        return self.right
+        return bool(self.right)
 
     def __repr__(self) -> str:
-        return ("Right. " if self.right else "Not yet. ") + self.says
+        return {True: "Right. ", False: "Not yet. ", None: "Your turn. "}[self.right] + self.says
+
+
+def _wrong(answer) -> bool | None:
+    """What `right` is for an answer of the wrong kind: None where there is no answer yet."""
+    parts = answer.values() if isinstance(answer, dict) else [answer]
+    return None if all(part is None for part in parts) else False
 
 
 # ------------------------------------------------------------------------------- 00 where, who is better, who gains
@@ -54,7 +60,7 @@ def check_00_scenes(answer, seen, reads, sink: int = 3) -> Verdict:
         return max(names, key=lambda name: (names.count(name), -names.index(name)))  # at a tie the one seen first
 
     if answer is None:
-        return Verdict(False, f"Give {len(rows)} names of scenes, one a branch.")
+        return Verdict(None, f"Give {len(rows)} names of scenes, one a branch.")
     given = [answer] if isinstance(answer, str) else list(answer) if isinstance(answer, (list, tuple)) else []
     if len(given) != len(rows) or any(name not in seen for name in given):
         known = ", ".join(dict.fromkeys(seen))
@@ -74,7 +80,7 @@ def check_00_signs(by_mean, by_anchor, rewards: Tensor, anchor: float) -> Verdic
     """by_mean, by_anchor: the signs of the advantages, such as "--++", if rewards [G] are compared with the group's
     mean, and with the anchor's."""
     if by_mean is None or by_anchor is None:
-        return Verdict(False, f"Give two texts of {len(rewards)} signs, such as '{'+-' * (len(rewards) // 2)}'.")
+        return Verdict(None, f"Give two texts of {len(rewards)} signs, such as '{'+-' * (len(rewards) // 2)}'.")
 
     def signs(base: float) -> str:
         return "".join("+" if r > base else "-" if r < base else "0" for r in rewards.tolist())
@@ -93,7 +99,7 @@ def check_00(answer, energies: Tensor, advantages: Tensor, tau: float) -> Verdic
     objective. energies, advantages [G] of one group."""
     g = len(energies)
     if answer is None:
-        return Verdict(False, f"Set the answer to a branch, a letter from A to {'ABCDEFGH'[g - 1]}.")
+        return Verdict(None, f"Set the answer to a branch, a letter from A to {'ABCDEFGH'[g - 1]}.")
     branch = _letter(answer, g)
     if branch < 0:
         return Verdict(False, f"Expected a branch, one of the first {g} letters, got {answer!r}.")
@@ -124,7 +130,7 @@ def check_01_one_step(answer, data: Tensor, shares: Tensor) -> Verdict:
     """answer: where one step from sigma 1 lands, whatever the noise, for a perfectly trained velocity. data [N, D] is
     drawn with probabilities `shares` [N]."""
     if answer is None:
-        return Verdict(False, f"Give {data.shape[1]} numbers, a point.")
+        return Verdict(None, f"Give {data.shape[1]} numbers, a point.")
     try:
         given = torch.as_tensor(answer).double()
     except (TypeError, ValueError, RuntimeError):
@@ -148,7 +154,7 @@ def check_01_sources(answer) -> Verdict:
     """answer: which of "initial noise", "step noise" and "history" still change the video at eta = 0."""
     names = ("initial noise", "step noise", "history")
     if answer is None:
-        return Verdict(False, f"Give a set of these: {', '.join(names)}.")
+        return Verdict(None, f"Give a set of these: {', '.join(names)}.")
     try:
         given = {answer} if isinstance(answer, str) else set(answer)
     except TypeError:
@@ -181,7 +187,7 @@ def check_01_owner(answer, shares) -> Verdict:
         return Verdict(False, f"Give a dict with the keys {', '.join(shares)}.")
     kinds = ("routing", "noise", "neither")
     if odd := [value for value in answer.values() if value not in kinds]:
-        return Verdict(False, f"Each is one of {', '.join(kinds)}; got {odd[0]!r}.")
+        return Verdict(_wrong(answer), f"Each is one of {', '.join(kinds)}; got {odd[0]!r}.")
     truth = {}
     for event, by in shares.items():
         most = max(by, key=by.get)
@@ -208,7 +214,7 @@ def check_01(answer) -> Verdict:
         except Exception as error:  # an answer may be anything
             return Verdict(False, f"Your function raised {type(error).__name__}: {error}")
         if got is None:
-            return Verdict(False, "Return the difference of the clean predictions, from dv and sigma.")
+            return Verdict(None, "Return the difference of the clean predictions, from dv and sigma.")
         if got.shape != want.shape:
             return Verdict(False, f"Expected numbers of the shape of dv, {list(want.shape)}, got {list(got.shape)}.")
         if not torch.allclose(got, want):
@@ -231,7 +237,7 @@ def check_02(mask, differ) -> Verdict:
         got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         return Verdict(False, f"Expected a bool tensor [6, 6] as the mask, got {got}.")
     if not mask.triu(1).any():
-        return Verdict(False, "The mask is still causal: no frame reads a later one. Set mask[2, 4] to True.")
+        return Verdict(None, "The mask is still causal: no frame reads a later one. Set mask[2, 4] to True.")
     if not mask.diagonal().all():
         return Verdict(False, "Every frame reads itself: leave the diagonal True.")
     generator = torch.Generator().manual_seed(0)
@@ -248,7 +254,7 @@ def check_02(mask, differ) -> Verdict:
     alone = torch.stack([run(x[: f + 1], mask[: f + 1, : f + 1].tril())[-1] for f in range(6)])
     truth = set(((run(x, mask) - alone).abs().amax(1) > 1e-9).nonzero()[:, 0].tolist())
     if differ is None:
-        return Verdict(False, "The mask looks into the future. Now name the frames whose results differ, as a set.")
+        return Verdict(None, "The mask looks into the future. Now name the frames whose results differ, as a set.")
     try:
         named = {int(f) for f in differ}
     except (TypeError, ValueError):
@@ -266,7 +272,7 @@ def check_02(mask, differ) -> Verdict:
 def check_02_kept(answer, sink: int = 3, size: int = 33, block: int = 3) -> Verdict:
     """answer: a function, start -> the frames that are in the history when the block at `start` is made."""
     if answer is None or not callable(answer):
-        return Verdict(False, "Write a function of `start` that returns a list of frames.")
+        return Verdict(None, "Write a function of `start` that returns a list of frames.")
     kept: list[int] = []
     for start in range(0, 150, block):
         try:
@@ -275,7 +281,7 @@ def check_02_kept(answer, sink: int = 3, size: int = 33, block: int = 3) -> Verd
         except Exception as error:  # an answer may be anything
             return Verdict(False, f"At {start} your function raised {type(error).__name__}: {error}")
         if given is None:
-            return Verdict(False, "The function returns nothing yet: return a list of frames.")
+            return Verdict(None, "The function returns nothing yet: return a list of frames.")
         if sorted(given) != kept:
             says = f"At {start} you keep {len(given)} frames, the history has {len(kept)}"
             if len(set(given)) < len(given):
@@ -294,7 +300,7 @@ def check_02_kept(answer, sink: int = 3, size: int = 33, block: int = 3) -> Verd
 def check_02_most(answer, frames: Tensor, change: Tensor) -> Verdict:
     """answer: the past frame without which a block changes most. frames, change [L]."""
     if isinstance(answer, bool) or not isinstance(answer, int) or answer not in frames.tolist():
-        return Verdict(False, f"Give one of the frames that the block reads: {frames.tolist()}.")
+        return Verdict(_wrong(answer), f"Give one of the frames that the block reads: {frames.tolist()}.")
     best = int(frames[change.argmax()])
     place = 1 + int((change > change[frames.tolist().index(answer)]).sum())
     if answer == best:
@@ -306,7 +312,7 @@ def check_02_drift(answer, accuracy, part: int = 3) -> Verdict:
     """answer: the name of the curve that is higher in the last third. accuracy: name -> [T]."""
     names = list(accuracy)
     if answer not in names:
-        return Verdict(False, f"Give one of {', '.join(map(repr, names))}.")
+        return Verdict(_wrong(answer), f"Give one of {', '.join(map(repr, names))}.")
     ends = {name: float(curve[-(len(curve) // part) :].mean()) for name, curve in accuracy.items()}
     says = ", ".join(f"{name}: {end:.2f}" for name, end in ends.items())
     best = max(ends, key=ends.get)
@@ -340,7 +346,7 @@ def check_03(answer) -> Verdict:
         except Exception as error:  # an answer may be anything
             return Verdict(False, f"Your function raised {type(error).__name__}: {error}")
         if got is None:
-            return Verdict(False, "Return the gradient of the loss with respect to the sample, from real and fake.")
+            return Verdict(None, "Return the gradient of the loss with respect to the sample, from real and fake.")
         if got.shape != real.shape:
             return Verdict(False, f"Expected a gradient of shape {list(real.shape)}, got {list(got.shape)}.")
         if step == 0:  # only the direction is asked for: at first the answer is as large as the difference
@@ -370,7 +376,7 @@ def check_03_guided(answer) -> Verdict:
         except Exception as error:  # an answer may be anything
             return Verdict(False, f"Your function raised {type(error).__name__}: {error}")
         if got is None:
-            return Verdict(False, "Return the guided velocity, from mute, told and scale.")
+            return Verdict(None, "Return the guided velocity, from mute, told and scale.")
         if got.shape != mute.shape:
             return Verdict(False, f"Expected a velocity of shape {list(mute.shape)}, got {list(got.shape)}.")
         # the point on the line through both that is `scale` times as far from mute as told is, on the same side
@@ -408,7 +414,7 @@ def check_03_order(answer, distances) -> Verdict:
     """answer: the names, from the cleanest frames to the worst. distances: name -> distance from clean frames."""
     names = list(distances)
     if not isinstance(answer, (list, tuple)) or sorted(map(str, answer)) != sorted(names):
-        return Verdict(False, f"Give a list of these names, the cleanest first: {names}.")
+        return Verdict(_wrong(answer), f"Give a list of these names, the cleanest first: {names}.")
     best = sorted(names, key=distances.get)
     says = ", ".join(f"{name} {distances[name]:.2f}" for name in best)
     slack = all(distances[a] <= distances[b] + 0.02 for a, b in zip(answer, answer[1:], strict=False))
@@ -424,9 +430,7 @@ def check_04(answer) -> Verdict:
     """answer: a function like `chr.uniform_routes`, `(frames, n_routed, num_generations, generator) -> [G, n_routed]`,
     whose branches share fewer frames than uniform draws do."""
     if answer is None:
-        return Verdict(
-            False, "Write a function (frames, n_routed, num_generations, generator) -> routes [G, n_routed]."
-        )
+        return Verdict(None, "Write a function (frames, n_routed, num_generations, generator) -> routes [G, n_routed].")
     verdicts = [_fewer_shared(answer, range(3, last), 5, 8) for last in (20, 17)]
     return next((verdict for verdict in verdicts if not verdict), verdicts[0])
 
@@ -440,7 +444,7 @@ def _fewer_shared(answer, frames: range, n: int, g: int) -> Verdict:
         try:
             routes, again = (answer(frames, n, g, torch.Generator().manual_seed(seed)) for _ in range(2))
             if routes is None:
-                return Verdict(False, f"The function returns nothing yet: return routes [{g}, {n}].")
+                return Verdict(None, f"The function returns nothing yet: return routes [{g}, {n}].")
             routes, again = (torch.stack([*map(torch.as_tensor, plan)]) for plan in (routes, again))
             rows = routes.tolist()
         except Exception as error:  # an answer may be anything
@@ -501,7 +505,7 @@ def check_04_reads(answer, route: Tensor, start: int, nearest: int) -> Verdict:
     """answer: the past frames that a branch with these routed frames reads when its block at `start` is made."""
     route = [int(f) for f in route]
     if answer is None:
-        return Verdict(False, f"Name the {3 + len(route) + nearest} past frames that it reads, as a list or set.")
+        return Verdict(None, f"Name the {3 + len(route) + nearest} past frames that it reads, as a list or set.")
     try:
         named = {int(f) for f in answer}
     except (TypeError, ValueError):
@@ -526,7 +530,7 @@ def check_04_settles(answer, scenes: Tensor, routes: Tensor, nearest: int) -> Ve
     from kvpo_min.pocket import world
 
     if answer is None:
-        return Verdict(False, f"Give {len(routes)} names of scenes, one a branch.")
+        return Verdict(None, f"Give {len(routes)} names of scenes, one a branch.")
     named, fault = _named_scenes(answer)
     if fault:
         return Verdict(False, fault)
@@ -549,12 +553,15 @@ def check_04_settles(answer, scenes: Tensor, routes: Tensor, nearest: int) -> Ve
     return Verdict(False, says)
 
 
-def check_04_route(answer, wish: str, scenes: Tensor, pool: range, nearest: int, n_routed: int) -> Verdict:
-    """answer: `n_routed` frames of `pool` that make the hero settle in `wish`. scenes [T] before the event."""
+def check_04_route(
+    answer, wish: str, scenes: Tensor, pool: range, nearest: int, n_routed: int, most: int | None = None
+) -> Verdict:
+    """answer: `n_routed` frames of `pool`, at most `most` of them of `wish`, that make the hero settle there. scenes
+    [T] before the event."""
     from kvpo_min.pocket import world
 
     if answer is None:
-        return Verdict(False, f"Give {n_routed} different frames from {pool[0]} to {pool[-1]}.")
+        return Verdict(None, f"Give {n_routed} different frames from {pool[0]} to {pool[-1]}.")
     try:
         route = [int(f) for f in answer]
     except (TypeError, ValueError):
@@ -565,9 +572,11 @@ def check_04_route(answer, wish: str, scenes: Tensor, pool: range, nearest: int,
         return Verdict(False, f"Frame {outside[0]} is not in the pool, {pool[0]} to {pool[-1]}.")
     seen = scenes.tolist()
     there = world.SCENES[_settles(seen, route, nearest)]
+    shown = sum(world.SCENES[seen[f]] == wish for f in route)
+    if there == wish and most is not None and shown > most:
+        return Verdict(False, f"It leads to the {wish}, but by {shown} of its frames. Can you do it with {most}?")
     if there == wish:
         return Verdict(True, f"With these frames the hero remembers the {wish} best.")
-    shown = sum(world.SCENES[seen[f]] == wish for f in route)
     says = f"This route leads to the {there}: {shown} of its frames show the {wish}."
     if shown:
         says += f" The {nearest} nearest frames count as well, and at a tie the older scene wins."
@@ -581,7 +590,7 @@ def check_04_never(answer, scenes: Tensor, pool: range, nearest: int, n_routed: 
     from kvpo_min.pocket import world
 
     if answer is None:
-        return Verdict(False, "Name the scenes that no route can reach, as a set.")
+        return Verdict(None, "Name the scenes that no route can reach, as a set.")
     named, fault = _named_scenes(answer)
     if fault:
         return Verdict(False, fault)
@@ -610,7 +619,7 @@ def check_05(answer) -> Verdict:
     """answer: a function `(sigma [S], floor) -> weights [S]` by which each step's mean squared x0 residual is
     multiplied: floor 0 gives the velocity energy, and no sigma below `floor` counts as smaller than it."""
     if answer is None:
-        return Verdict(False, "Write a function (sigma, floor) -> weights, one a step; a single line is enough.")
+        return Verdict(None, "Write a function (sigma, floor) -> weights, one a step; a single line is enough.")
     generator = torch.Generator().manual_seed(0)
     sigma = torch.tensor([1.0, 0.9375, 5 / 6, 0.625], dtype=torch.float64)
     x0, noise, ours, theirs = torch.randn(4, 4, 50, dtype=torch.float64, generator=generator)  # each [S, elements]
@@ -626,7 +635,7 @@ def check_05(answer) -> Verdict:
         try:
             given = answer(sigma, floor)
             if given is None:
-                return Verdict(False, "The function returns nothing yet: return the weights, one a step.")
+                return Verdict(None, "The function returns nothing yet: return the weights, one a step.")
             given = torch.as_tensor(given).double()
             good = given.shape == sigma.shape and torch.allclose(given, torch.tensor(wanted).double(), rtol=1e-4)
         except Exception as error:  # an answer may be anything
@@ -649,27 +658,29 @@ def check_05(answer) -> Verdict:
     return Verdict(True, "With floor 0 the sum is the velocity energy, with floor 1 the plain sum of x0 residuals.")
 
 
-def check_05_block(answer, energies: Tensor, start: int) -> Verdict:
-    """answer: first frame of the block that holds most of the branches' energy. energies [G, B, S], fork at `start`."""
-    blocks = [start + 3 * b for b in range(energies.shape[1])]
+def check_05_least(answer, energies: Tensor) -> Verdict:
+    """answer: the branch (letter or number) with the least energy. energies [G, B, S]."""
+    g = len(energies)
     if answer is None:
-        return Verdict(False, f"Choose a block by its first frame: {blocks}.")
-    if isinstance(answer, bool) or answer not in blocks:
-        return Verdict(False, f"Expected one of the blocks' first frames, {blocks}, got {answer!r}.")
-    each = energies.sum((0, 2)).tolist()
-    best = blocks[max(range(len(each)), key=each.__getitem__)]
-    share = each[blocks.index(answer)] / sum(each)
-    if answer == best:
-        return Verdict(True, f"The block at {best} holds {share:.0%} of all energy.")
+        return Verdict(None, f"Choose a branch, a letter from A to {'ABCDEFGH'[g - 1]}.")
+    branch = _letter(answer, g)
+    if branch < 0:
+        return Verdict(False, f"Expected a branch, one of the first {g} letters, got {answer!r}.")
+    each = energies.sum((1, 2)).tolist()
+    best = min(range(g), key=each.__getitem__)
+    if branch == best:
+        return Verdict(True, f"Its energy is {each[best]:.2f}, the next one's {sorted(each)[1]:.2f}.")
     return Verdict(
-        False, f"The block at {answer} holds {share:.0%}. Where do the routes make the films differ for the first time?"
+        False,
+        f"The energy of {'ABCDEFGH'[branch]} is {each[branch]:.2f}, and another one has less. Which film could the "
+        "model have made with its ordinary memory, too?",
     )
 
 
 def check_05_tau(answer, E: Tensor) -> Verdict:
     """answer: a tau at which the entropy of the Gibbs policy over energies E [G] is half of log G, within 5%."""
     if answer is None:
-        return Verdict(False, "Give a number.")
+        return Verdict(None, "Give a number.")
     try:
         tau = float(answer)
     except (TypeError, ValueError):
@@ -689,7 +700,7 @@ def check_05_tau(answer, E: Tensor) -> Verdict:
 def check_05_slope(answer) -> Verdict:
     """answer: a function (p [G], k, tau) -> d log pi(k) / d E [G], with p the Gibbs probabilities."""
     if answer is None:
-        return Verdict(False, "Write a function (p, k, tau) -> slopes [G].")
+        return Verdict(None, "Write a function (p, k, tau) -> slopes [G].")
     generator = torch.Generator().manual_seed(0)
     for tau in (1.0, 0.3):
         E = torch.rand(4, generator=generator, dtype=torch.float64)
@@ -701,7 +712,7 @@ def check_05_slope(answer) -> Verdict:
             try:
                 given = answer(p, k, tau)
                 if given is None:
-                    return Verdict(False, "The function returns nothing yet: return the slopes, one a branch.")
+                    return Verdict(None, "The function returns nothing yet: return the slopes, one a branch.")
                 given = torch.as_tensor(given).double()
             except Exception as error:  # an answer may be anything
                 return Verdict(False, f"It raised {error!r}.")
@@ -728,7 +739,7 @@ def check_06_best(answer, values: Tensor, names) -> Verdict:
     try:
         y, x = (list(names).index(name) for name in answer)
     except (TypeError, ValueError):
-        return Verdict(False, f"Give two scenes, (where it waits, where it settles), of {', '.join(names)}.")
+        return Verdict(_wrong(answer), f"Give two scenes, (where it waits, where it settles), of {', '.join(names)}.")
     got, best = values[y, x].item(), values.max().item()
     if got > best - 0.1:  # liked scenes differ a little in how clean they look
         return Verdict(True, f"It gets {got:.2f}, and no film more than {best:.2f}.")
@@ -739,7 +750,7 @@ def check_06_advantage(answer, rewards: Tensor, anchor: float) -> Verdict:
     """answer: the advantages [G] over the anchor of one component, before they are fused."""
     r, n = rewards.tolist(), len(rewards)
     if answer is None:
-        return Verdict(False, f"Give {n} numbers, one a branch.")
+        return Verdict(None, f"Give {n} numbers, one a branch.")
     try:
         given = torch.as_tensor(answer).double()
     except (TypeError, ValueError):
@@ -775,7 +786,7 @@ def check_06_weight(answer, vq: Tensor, ta: Tensor, told: int) -> Verdict:
     """answer: the weight of TA, with VQ's at 1, from which on the best film waits where the words say, in row `told`.
     vq, ta [waits, settles]."""
     if isinstance(answer, bool) or not isinstance(answer, (int, float)):
-        return Verdict(False, "Give one number, the smallest weight of TA that stops the cheating.")
+        return Verdict(_wrong(answer), "Give one number, the smallest weight of TA that stops the cheating.")
 
     def cheats(weight: float) -> bool:
         total = vq + weight * ta
@@ -798,7 +809,7 @@ def check_06(answer) -> Verdict:
     from kvpo_min.pocket import world
 
     if not isinstance(answer, tuple) or len(answer) != 2 or any(part is None for part in answer):
-        return Verdict(False, "Give a pair: a reward (videos, prompts) -> [N], and a video that hacks it.")
+        return Verdict(None, "Give a pair: a reward (videos, prompts) -> [N], and a video that hacks it.")
     reward, video = answer
     if not isinstance(video, Tensor) or video.ndim != 4 or tuple(video.shape[1:]) != (3, 64, 64) or len(video) < 3:
         got = list(video.shape) if isinstance(video, Tensor) else type(video).__name__
@@ -843,7 +854,7 @@ def check_07_gain(answer, energies: Tensor, advantages: Tensor, tau: float) -> V
     objective's slope. energies, advantages [G]."""
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(energies)]
     if not isinstance(answer, str) or len(answer) != 1 or answer.upper() not in letters:
-        return Verdict(False, f"Give a branch, one of the letters {letters}.")
+        return Verdict(_wrong(answer), f"Give a branch, one of the letters {letters}.")
     E, g = energies.double(), letters.index(answer.upper())
     p = torch.softmax(-E / tau, 0)
     tiny = 1e-6 * tau
@@ -867,7 +878,7 @@ def check_07_gain(answer, energies: Tensor, advantages: Tensor, tau: float) -> V
 def check_07_slope(answer) -> Verdict:
     """answer: (A [G], p [G], tau) -> dL/dE [G] at ratio 1 and without KL."""
     if answer is None:
-        return Verdict(False, "Write a function (A, p, tau) -> [G].")
+        return Verdict(None, "Write a function (A, p, tau) -> [G].")
     generator = torch.Generator().manual_seed(0)
     for G, tau in ((4, 0.5), (3, 2.0), (8, 0.1)):
         E, A = torch.randn(2, G, generator=generator, dtype=torch.float64)
@@ -879,7 +890,7 @@ def check_07_slope(answer) -> Verdict:
         except Exception as error:  # an answer may be anything
             return Verdict(False, f"It raised {error!r}.")
         if given is None:
-            return Verdict(False, "The function returns nothing yet: return [G] slopes.")
+            return Verdict(None, "The function returns nothing yet: return [G] slopes.")
         if given.shape != (G,):
             return Verdict(False, f"Expected {G} slopes, one a branch, got shape {list(given.shape)}.")
         want = leaf.grad
@@ -903,7 +914,7 @@ def check_07_slope(answer) -> Verdict:
 def check_07_kl(answer) -> Verdict:
     """answer: (log_p [G], log_p_init [G]) -> KL(pi || pi_init), a number."""
     if answer is None:
-        return Verdict(False, "Write a function (log_p, log_p_init) -> a number.")
+        return Verdict(None, "Write a function (log_p, log_p_init) -> a number.")
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         log_p, initial = torch.randn(2, 5, generator=generator, dtype=torch.float64).log_softmax(1)
@@ -915,7 +926,7 @@ def check_07_kl(answer) -> Verdict:
         except Exception as error:  # an answer may be anything
             return Verdict(False, f"It raised {error!r}.")
         if given is None:
-            return Verdict(False, "The function returns nothing yet: return one number.")
+            return Verdict(None, "The function returns nothing yet: return one number.")
         if math.isclose(given, want, rel_tol=1e-4):
             continue
         for hint, wrong in (
@@ -934,7 +945,7 @@ def check_07(answer) -> Verdict:
     """answer: like `grpo.clipped_objective`, (log_p, log_p_old, A, clip_range_low, clip_range_high) -> loss ()."""
     if answer is None:
         return Verdict(
-            False, "Write a function (log_p, log_p_old, A, clip_range_low, clip_range_high) -> loss, a single number."
+            None, "Write a function (log_p, log_p_old, A, clip_range_low, clip_range_high) -> loss, a single number."
         )
     generator = torch.Generator().manual_seed(0)
     cases = [torch.randn(2, 6, generator=generator, dtype=torch.float64) for _ in range(20)]
@@ -963,7 +974,7 @@ def check_07(answer) -> Verdict:
         try:
             given = answer(leaf, log_p_old, A, 0.1, 0.3)
             if given is None:
-                return Verdict(False, "The function returns nothing yet: return the loss, a single number.")
+                return Verdict(None, "The function returns nothing yet: return the loss, a single number.")
             if isinstance(given, tuple):
                 return Verdict(False, f"Return the loss alone, a single number; this is a tuple of {len(given)}.")
             given = torch.as_tensor(given)
@@ -1012,7 +1023,7 @@ def check_07(answer) -> Verdict:
 def check_08_paired(answer) -> Verdict:
     """answer: (before [N], after [N]) -> standard error of the mean change, of the same N prompts and noise."""
     if answer is None:
-        return Verdict(False, "Write a function (before, after) -> one number.")
+        return Verdict(None, "Write a function (before, after) -> one number.")
     generator = torch.Generator().manual_seed(0)
     for n in (16, 64):
         before = torch.rand(n, generator=generator, dtype=torch.float64)
@@ -1026,7 +1037,7 @@ def check_08_paired(answer) -> Verdict:
         except Exception as error:  # an answer may be anything
             return Verdict(False, f"It raised {error!r}.")
         if given is None:
-            return Verdict(False, "The function returns nothing yet: return one number.")
+            return Verdict(None, "The function returns nothing yet: return one number.")
         if math.isclose(given, std / math.sqrt(n), rel_tol=0.04):  # divided by n or by n - 1
             continue
         apart = math.sqrt(float(before.var() + after.var()) / n)
@@ -1047,7 +1058,7 @@ def check_08_diagnose(answer, runs: dict, num_generations: int) -> Verdict:
     kinds = ("healthy", "hacked", "dead")
     named = isinstance(answer, dict) and set(answer) == set(runs)
     if not named or any(kind not in kinds for kind in answer.values()):
-        return Verdict(False, f"Give every run of {', '.join(runs)} one of the words {', '.join(kinds)}.")
+        return Verdict(_wrong(answer), f"Give every run of {', '.join(runs)} one of the words {', '.join(kinds)}.")
 
     def change(logs: list, name: str) -> float:
         return [line[f"eval/{name}"] for line in logs if f"eval/{name}" in line][-1] - logs[0][f"eval0/{name}"]
@@ -1069,7 +1080,7 @@ def check_08_alarm(answer) -> Verdict:
     """answer: (rewards, coherent), the held-out curves so far, one point every few updates -> bool: is the reward being
     hacked?"""
     if answer is None:
-        return Verdict(False, "Write a function (rewards, coherent) -> bool.")
+        return Verdict(None, "Write a function (rewards, coherent) -> bool.")
     runs = {  # name: (reward from, to; coherent from, to; whether it should ring)
         "healthy": ((1.6, 1.9), (0.95, 0.95), False),
         "hacked": ((1.6, 1.9), (0.95, 0.4), True),
@@ -1092,7 +1103,7 @@ def check_08_alarm(answer) -> Verdict:
             except Exception as error:  # an answer may be anything
                 return Verdict(False, f"It raised {error!r}.")
             if all(ring is None for ring in rang) and due:
-                return Verdict(False, "The function returns nothing yet, or never rings: return True for a hack.")
+                return Verdict(None, "The function returns nothing yet, or never rings: return True for a hack.")
             if due and not any(rang):
                 return Verdict(False, "It does not ring in a run whose reward rises by .3 while coherent falls to .4.")
             if not due and any(rang):
@@ -1123,7 +1134,7 @@ def check_08(answer, recorded: list[float] | None = None, num_generations: int =
     """answer: a stop rule `(entropies so far, num_generations) -> bool`, asked after every update. `recorded`: the
     entropies of a real run of `num_generations` branches, which did not collapse."""
     if answer is None:
-        return Verdict(False, "Write a function (entropies, num_generations) -> bool: should the run stop now?")
+        return Verdict(None, "Write a function (entropies, num_generations) -> bool: should the run stop now?")
 
     def stops(curve: list[float], g: int) -> int | None:
         """The update after which the rule stops the run; None: never."""
@@ -1131,7 +1142,7 @@ def check_08(answer, recorded: list[float] | None = None, num_generations: int =
 
     try:
         if all(answer([2.0] * 10 + [0.0] * n, 8) is None for n in (0, 30)):  # None alone means "go on"
-            return Verdict(False, "The function returns nothing yet: return True to stop, False to go on.")
+            return Verdict(None, "The function returns nothing yet: return True to stop, False to go on.")
         for g in (2, 8, 64):
             for seed in range(5):
                 curves = entropy_curves(g, seed)
@@ -1273,7 +1284,7 @@ def backbone_faults(backbone, latent_shape: tuple[int, int, int], text: Tensor) 
 def check_09(answer) -> Verdict:
     """answer: a class whose instances, `answer(StubVideoModel())`, are a `rollout.Backbone`."""
     if answer is None:
-        return Verdict(False, "Write a class with __init__(self, model), velocity and encode.")
+        return Verdict(None, "Write a class with __init__(self, model), velocity and encode.")
     model = StubVideoModel()
     text = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(3))
     latent = (model.channels, 4, 4)
@@ -1283,7 +1294,7 @@ def check_09(answer) -> Verdict:
         x, sigma = torch.randn(2, 3, *latent, generator=generator), torch.tensor([1.0, 0.625])
         given = backbone.velocity(x, sigma, 6, text, None)
         if given is None:
-            return Verdict(False, "velocity returns nothing yet: return v = noise - x0, with the shape of x.")
+            return Verdict(None, "velocity returns nothing yet: return v = noise - x0, with the shape of x.")
         fault = backbone_faults(backbone, latent, text)
     except Exception as error:  # an answer may be anything
         return Verdict(False, f"It raised {error!r}.")
@@ -1319,7 +1330,7 @@ def check_09(answer) -> Verdict:
 def check_09_shape(answer, kv: Tensor) -> Verdict:
     """answer: the shape [layers, 2, B, F, tokens a frame, heads, D] of the keys and values of a block."""
     if answer is None:
-        return Verdict(False, "Give seven numbers: layers, 2, B, frames, tokens a frame, heads, head width.")
+        return Verdict(None, "Give seven numbers: layers, 2, B, frames, tokens a frame, heads, head width.")
     try:
         named = [int(n) for n in answer]
     except (TypeError, ValueError):
@@ -1336,7 +1347,7 @@ def check_09_shape(answer, kv: Tensor) -> Verdict:
 def check_09_reward(answer) -> Verdict:
     """answer: a reward (videos [N, F, 3, H, W], prompts) -> [N] that is higher the less neighbouring frames differ."""
     if answer is None:
-        return Verdict(False, "Write a function (videos, prompts) -> one number a video.")
+        return Verdict(None, "Write a function (videos, prompts) -> one number a video.")
     generator = torch.Generator().manual_seed(0)
     still = torch.rand(3, 1, 3, 8, 8, generator=generator).expand(-1, 6, -1, -1, -1)
     noise = torch.randn(3, 6, 3, 8, 8, generator=generator)
@@ -1348,7 +1359,7 @@ def check_09_reward(answer) -> Verdict:
         for videos in (*levels, drift, blink):
             given = answer(videos, ["a disc"] * 3)
             if given is None:
-                return Verdict(False, "The function returns nothing yet: return one number a video.")
+                return Verdict(None, "The function returns nothing yet: return one number a video.")
             given = torch.as_tensor(given).float()
             if given.shape != (3,) or not bool(given.isfinite().all()):
                 return Verdict(False, f"Expected 3 finite numbers, one a video, got {given!r}.")
@@ -1374,7 +1385,7 @@ def check_09_memory(answer) -> Verdict:
 
     names = ("branches", "window", "pixels")
     if answer is None:
-        return Verdict(False, f"Put {', '.join(names)} in order, the one that costs least first.")
+        return Verdict(None, f"Put {', '.join(names)} in order, the one that costs least first.")
     try:
         named = [str(name) for name in answer]
     except TypeError:
@@ -1417,7 +1428,9 @@ def check_10_names(answer, runs: dict) -> Verdict:
     names = [runs[letter]["name"] for letter in letters]
     given = answer if isinstance(answer, dict) else {}
     if set(given) != set(letters) or sorted(map(str, given.values())) != sorted(names):
-        return Verdict(False, f"Give each of {', '.join(letters)} one of the names {', '.join(sorted(names))}.")
+        return Verdict(
+            _wrong(answer), f"Give each of {', '.join(letters)} one of the names {', '.join(sorted(names))}."
+        )
     seen = {letter: symptoms(run["log"]) for letter, run in runs.items()}
     wrong = [letter for letter in letters if given[letter] != runs[letter]["name"]]
     if not wrong:
@@ -1438,7 +1451,7 @@ def check_10_most(answer, runs: dict, key: str) -> Verdict:
     sign, key = (-1, key[1:]) if key.startswith("-") else (1, key)
     seen = {letter: symptoms(run["log"])[key] for letter, run in runs.items() if letter != "healthy"}
     if answer not in seen:
-        return Verdict(False, f"Give one of the letters {', '.join(seen)}.")
+        return Verdict(_wrong(answer), f"Give one of the letters {', '.join(seen)}.")
     best = max(seen, key=lambda letter: sign * seen[letter])
     if seen[answer] == seen[best]:
         return Verdict(
@@ -1451,7 +1464,7 @@ def check_10_alarm(answer, runs: dict, least: int = 3) -> Verdict:
     """answer: a rule `line -> bool`, asked of every update's line without its held-out curve. It must be silent in the
     healthy run and ring in `least` of the others."""
     if answer is None:
-        return Verdict(False, "Write a function: the line of an update -> True if something is wrong.")
+        return Verdict(None, "Write a function: the line of an update -> True if something is wrong.")
     rings = {}
     for letter, run in runs.items():
         lines = [{key: value for key, value in line.items() if not key.startswith("eval")} for line in run["log"]]
@@ -1460,7 +1473,7 @@ def check_10_alarm(answer, runs: dict, least: int = 3) -> Verdict:
         except Exception as error:  # an answer may be anything
             return Verdict(False, f"It raised {error!r}. A line holds {', '.join(sorted(lines[0]))}.")
     if all(ring is None for each in rings.values() for ring in each):
-        return Verdict(False, "The function returns nothing yet: return True or False.")
+        return Verdict(None, "The function returns nothing yet: return True or False.")
     if any(rings["healthy"]):
         at = [bool(ring) for ring in rings["healthy"]].index(True)
         return Verdict(False, f"It rings in the healthy run, at update {at}.")

@@ -12,7 +12,7 @@ from teach import (
     check_04_route,
     check_04_settles,
     check_05,
-    check_05_block,
+    check_05_least,
     check_05_slope,
     check_05_tau,
     check_06,
@@ -137,6 +137,9 @@ def test_04_wrong_scenes_are_told(answer, says):
 def test_04_routes_to_a_scene():
     assert check_04_route([15, 16, 17, 18], "forest", SEEN, POOL, 2, 4)
     assert check_04_route((3, 9, 15, 16), "forest", SEEN, POOL, 2, 4)
+    assert check_04_route((3, 9, 15, 16), "forest", SEEN, POOL, 2, 4, most=2)  # with the snow's two a tie
+    verdict = check_04_route([15, 16, 17, 18], "forest", SEEN, POOL, 2, 4, most=2)
+    assert not verdict and "by 4 of its frames" in verdict.says
 
 
 @pytest.mark.parametrize(
@@ -177,13 +180,16 @@ def test_04_wrong_never_is_told(answer, says):
     assert not verdict and says in verdict.says
 
 
-def test_05_the_block_with_the_energy():
-    energies = torch.ones(4, 6, 4)
-    energies[:, 2] = 5.0
-    assert "50%" in check_05_block(27, energies, 21).says and check_05_block(27, energies, 21)
-    for answer, says in ((None, "Choose"), (21, "first time"), (2, "Expected one"), (True, "Expected one")):
-        verdict = check_05_block(answer, energies, 21)
+def test_05_the_branch_with_the_least_energy():
+    energies = torch.ones(4, 4, 4)
+    energies[1] = 0.5  # 8 in all, the others 16
+    for right in ("B", "b", 1):
+        verdict = check_05_least(right, energies)
+        assert verdict and "8.00, the next one's 16.00" in verdict.says
+    for answer, says in ((None, "Choose"), ("A", "is 16.00"), ("E", "Expected a branch"), (True, "Expected a branch")):
+        verdict = check_05_least(answer, energies)
         assert not verdict and says in verdict.says
+    assert repr(check_05_least(None, energies)).startswith("Your turn. ")
 
 
 def test_05_a_temperature_of_half_the_entropy():

@@ -54,7 +54,7 @@ def test_film_fork_darkens_what_a_branch_may_not_read(fork):
         seen = greys_of_row(picture, y)
         strip = [level if k in read else int(viz.DARK * level) for k, level in enumerate(levels)]
         assert seen[seen.index(strip[0]) :][:6] == strip
-    assert max(int(viz.DARK * level) for level in levels) < min(levels) / 2
+    assert 0.3 < viz.DARK < 0.6  # what is not read can be made out, and is clearly apart from what is
 
 
 def test_film_fork_shows_the_fork_and_then_the_branch(fork):
@@ -118,24 +118,35 @@ def movie(fork):
     return args, movies.fork_movie(**args)
 
 
-def test_movie_begins_with_how_everything_ends_then_plays_all_films_in_step(movie):
+def test_movie_plays_the_past_stops_at_the_fork_and_holds_the_end(movie):
     args, pages = movie
-    assert len(pages) == 30 + 6 + 6 + 2 * 3 and {page.size for page in pages} == {(900, pages[0].height)}
-    assert pages[0].tobytes() == pages[29].tobytes() == pages[-1].tobytes()
-    places = movies._movie_page(args["past"], [{0}, {0}, {0}], ["", ""], [False] * 2, "", ("", ""), ("", "", ""))[1]
+    past, stop, held = 6, movies.STOP, movies.HELD  # a past of 6 frames has no more pages
+    assert len(pages) == past + stop + 2 * 3 + held and {page.size for page in pages} == {(900, pages[0].height)}
+    assert len({page.tobytes() for page in pages[past : past + stop]}) == 1
+    assert len({page.tobytes() for page in pages[-held - 2 :]}) == 1  # the last one is the still
+    places = movies._movie_page(args["past"], None, ["", ""], [False] * 2, "", ("", ""), [""] * 4)[1]
     films = [torch.cat([args["past"], branch]) for branch in args["branches"]] + [args["before"], args["after"]]
-    for page, t in ((pages[0], 8), (pages[30], 0), (pages[35], 5), (pages[42], 6), (pages[44], 7)):
+    shown = ((pages[0], 0), (pages[5], 5), (pages[6], 5), (pages[past + stop], 6), (pages[past + stop + 2], 7))
+    for page, t in (*shown, (pages[-1], 8)):
         for (x, y), film in zip(places, films, strict=True):
             assert page.getpixel((x + 40, y + 40)) == (movies._coarse(int(strips._bytes(film)[t, 0, 0, 0])),) * 3
 
 
-def test_movie_tells_the_ends_only_when_they_have_come(movie):
+def test_movie_says_things_when_they_come(movie):
     _, pages = movie
-    heart = tuple(int(viz.LIKED[k : k + 2], 16) for k in (1, 3, 5))
-    end, first, forked, told = (
-        sum(n for n, colour in pages[k].getcolors(1 << 20) if colour == heart) for k in (0, 30, 42, 44)
-    )
-    assert end > first > 0 and forked == first and told == end  # the sentence below has one all the time
+
+    def count(page, colour):
+        wanted = tuple(int(colour[k : k + 2], 16) for k in (1, 3, 5))
+        return sum(n for n, seen in page.getcolors(1 << 20) if seen == wanted)
+
+    fork = 6 + movies.STOP
+    assert [count(pages[k], viz.LIKED) > 0 for k in (0, 6, fork, fork + 2, -1)] == [False, False, False, True, True]
+    assert count(pages[0], viz.LIT) < count(pages[6], viz.LIT)  # before the fork nobody reads anything yet
+
+
+def test_movie_says_an_where_the_world_says_a():
+    said = movies._grammar("a orange square travels, a red disc and a yellow one settle")
+    assert said == "an orange square travels, a red disc and a yellow one settle"
 
 
 def test_movie_says_how_many():
@@ -143,6 +154,7 @@ def test_movie_says_how_many():
         movies._sentences(4, 1)[0].startswith("Four videos")
         and "The liked one (\u2665) is" in movies._sentences(4, 1)[2]
     )
+    assert movies._sentences(4, 1, ("beach", "snow"))[3] == "\u2665 liked here: beach, snow"
     assert movies._sentences(12, 2)[0].startswith("12 videos") and "ones (\u2665) are" in movies._sentences(12, 2)[2]
 
 

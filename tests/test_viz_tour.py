@@ -22,7 +22,7 @@ def heights(axes):
 
 
 def test_roadmap_lights_what_it_is_told():
-    texts = [t for t in pictures.roadmap(["energy"]).axes[0].texts if t.get_text()]
+    texts = [t for t in pictures.roadmap(["energy"]).axes[0].texts if t.get_bbox_patch()]
     faces = [to_hex(t.get_bbox_patch().get_facecolor()).upper() for t in texts]
     assert faces.count(viz.BRANCHES[1]) == 1 and faces[list(pictures.ROADMAP).index("energy")] == viz.BRANCHES[1]
     with pytest.raises(ValueError, match="nonsense"):

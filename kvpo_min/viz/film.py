@@ -13,7 +13,7 @@ from kvpo_min.viz.style import ANCHOR, _bytes, _check_labels, _small_png
 
 PAPER, CARD, INK, GREY = "#fbfaf6", "#f0ede5", "#1f1d1a", "#6b675f"
 LIT = "#ffd84d"  # around frames that may be read
-DARK = 0.16  # brightness of those that may not
+DARK = 0.5  # brightness of those that may not: still to be made out
 LIKED = "#c2255c"
 TAGS = ("#0f766e", "#8b5e34", "#475569", "#7b3f5d")  # teal, brown, slate, plum: no hero has these
 
@@ -152,11 +152,13 @@ def film_fork(
     x_film = x_line + 14
     x_label = x_film + len(index) * (films[0][0].width + 4) + 10
     text = max(_font(18).getlength(line) for label in labels for line in label.split("\n"))
+    title = f"from frame {start} on"
+    width = max(x_label + math.ceil(text) + 24, x_film + math.ceil(_font(17).getlength(title))) + margin
     head, row = 44, height + 14
-    picture = Image.new("RGB", (x_label + math.ceil(text) + 24 + margin, head + len(rows) * row + 8), PAPER)
+    picture = Image.new("RGB", (width, head + len(rows) * row + 8), PAPER)
     draw = ImageDraw.Draw(picture)
     _write(draw, x_strip, head / 2, "the past they share: only lit frames may be read", 17, GREY)
-    _write(draw, x_film, head / 2, f"from frame {start} on", 17, GREY)
+    _write(draw, x_film, head / 2, title, 17, GREY)
     for r, (strip, film, label) in enumerate(zip(strips, films, labels, strict=True)):
         y = head + r * row + height // 2
         _tag(draw, margin, y, tag, r if r < len(reads) else None)
