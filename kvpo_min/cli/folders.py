@@ -11,7 +11,7 @@ import yaml
 
 from kvpo_min.cli.options import RunOptions, all_options
 from kvpo_min.resume import check_schedule, checkpoints, discard, find_checkpoint, read_state
-from kvpo_min.system import read_yaml, write_text
+from kvpo_min.system import CLAIM, read_yaml, write_text
 
 NOT_IN_CONFIG = ("overwrite_output_dir", "resume_from_checkpoint")  # how a run was started, not what it is
 MAY_CHANGE_ON_RESUME = (
@@ -23,23 +23,8 @@ MAY_CHANGE_ON_RESUME = (
 
 def check_folder(folder: Path, overwrite: bool, how: str = ", or give --overwrite_output_dir") -> None:
     """Refuses an output folder that holds something, unless it may be overwritten."""
-    check_parents(folder)
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if folder.is_dir() and any(path.name != CLAIM for path in folder.iterdir()) and not overwrite:
         raise FileExistsError(f"{folder} is not empty; name another --output_dir{how}")
-
-
-def check_writable(folder: Path) -> None:
-    """Makes the folder and writes into it. Raises OSError now rather than after the work."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / "probe.aside"
-        probe.write_bytes(b"kvpo")
-        probe.unlink()
-    except OSError as error:
-        what_to_do = "free space, or name another --output_dir"
-        raise OSError(f"{folder} cannot be written to: {error.strerror}; {what_to_do}") from error
 
 
 def check_parents(path: Path) -> None:

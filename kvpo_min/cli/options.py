@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import io
 import math
+import os
 import re
 import tokenize
 from collections.abc import Mapping, Sequence
@@ -114,12 +115,19 @@ class ExportOptions:
 
     adapter: str = ""  # folder of a trained adapter, such as the output_dir of a run
     layout: str = "diffusers"  # diffusers (WanPipeline.load_lora_weights), peft, or authors (their lora.pt)
+    lora_alpha: float = 0.0  # the adapter's alpha; 0: the one that is written with it, else its rank
     lora: str = ""  # the released LoRA that the run had merged: both in one, for programs that load only one
+    merged_alpha: float = 0.0  # that LoRA's alpha, likewise
     output_dir: str = "kvpo_export"
 
     def __post_init__(self):
         if not self.adapter:
             raise ValueError("--adapter FOLDER is required")
+        if min(self.lora_alpha, self.merged_alpha) < 0:
+            raise ValueError(
+                f"lora_alpha and merged_alpha must be 0 (as it is written) or more, got {self.lora_alpha} and "
+                f"{self.merged_alpha}"
+            )
         if self.layout not in ("diffusers", "peft", "authors"):
             raise ValueError(f"layout must be diffusers, peft or authors, got {self.layout!r}")
 
@@ -169,6 +177,7 @@ def parse_options(command: str, classes: Sequence[type], argv: Sequence[str], de
         if token.startswith("--") and name not in (*flags, "config", "print_config", "help"):
             raise ValueError(f"unknown flag --{name}{nearest_known(name, flags)}")
     files, rest = split_config(argv)
+    files = map(os.path.expanduser, files)
     files = [f"--config={path}" for path in files if check_yaml(path, known)]  # jsonargparse refuses an empty one
     try:
         values = parser.parse_args([*files, *rest])  # of two values it takes the later: flags win wherever they stand
@@ -180,7 +189,17 @@ def parse_options(command: str, classes: Sequence[type], argv: Sequence[str], de
             raise ValueError(f"--{name}: expected a {getattr(kind, '__name__', kind)}, got {values[name]!r}")
         if isinstance(values[name], float) and not math.isfinite(values[name]):
             raise ValueError(f"--{name}: expected a finite number, got {values[name]}")
-    return {name: values[name] for name in known}
+    return {name: values[name] if name == POSITIONAL else expanded(name, values[name]) for name in known}
+
+
+def expanded(name: str, value):
+    """Every option that begins with ~ is a path in a home folder."""
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    path = os.path.expanduser(value)
+    if path.startswith("~"):
+        raise ValueError(f"--{name}: there is no home folder {value.split('/')[0]}; for a file of that name: ./{value}")
+    return path
 
 
 def split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:

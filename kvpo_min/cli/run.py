@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -24,7 +25,18 @@ from kvpo_min.pipeline import held_out_curve
 from kvpo_min.pocket.prompts import check_geometry, run_prompts
 from kvpo_min.resume import checkpoints, find_checkpoint, read_state
 from kvpo_min.rewards import RewardError
-from kvpo_min.system import gather, join_processes, processes, say, uninterrupted, write_json, write_text, writing
+from kvpo_min.system import (
+    claimed,
+    gather,
+    join_processes,
+    number_in_environment,
+    processes,
+    say,
+    uninterrupted,
+    write_json,
+    write_text,
+    writing,
+)
 from kvpo_min.viz import report
 from kvpo_min.viz.report import set_aside
 from kvpo_min.wan import real
@@ -34,6 +46,27 @@ REAL_FPS = 4  # frames a second that a real model's pipeline decodes; the pocket
 INTERRUPTED = "interrupted"
 
 
+def in_its_folder(run: Callable[..., int]) -> Callable[..., int]:
+    """Holds the output folder from the first moment to the last, so that no second run can write there too."""
+
+    @functools.wraps(run)
+    def held(config, *more) -> int:
+        first = number_in_environment("WORLD_SIZE", 1) == 1 or number_in_environment("RANK") == 0
+        with claimed(Path(config.output_dir)) if first else contextlib.nullcontext():
+            return run(config, *more)
+
+    return held
+
+
+def picture(draw: Callable, *arguments) -> None:
+    """Pictures are no result: one that cannot be made is told, and the run goes on."""
+    try:
+        draw(*arguments)
+    except Exception as error:
+        say(f"kvpo-min: pictures are left out: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+@in_its_folder
 def run(config, options: RunOptions, wan=None) -> int:
     """One training run with its evaluation, and the folder it leaves behind (`demo` and `train`). `wan`: the options of
     a real model. Under torchrun all processes train, and the first one alone evaluates and writes. -> exit code"""
@@ -69,7 +102,7 @@ def run(config, options: RunOptions, wan=None) -> int:
         return 0
     gather("")
     folder = Path(config.output_dir)
-    folders.check_writable(folder)
+    picture(report.try_pictures)  # now rather than after the last update
 
     batch, fps = (1, REAL_FPS) if wan else (32, 8)
     say(f"{pipeline.name}: {len(held_out)} held-out prompts before training")
@@ -96,14 +129,15 @@ def run(config, options: RunOptions, wan=None) -> int:
     if len(updates) < len(logs):
         result["skipped"] = len(logs) - len(updates)
     write_json(folder / "summary.json", result)  # should what follows be interrupted
-    report.draw_curves(folder, logs if updates else [], steps[-1] if steps else None)
-    report.draw_groups(pipeline, folder, config, steps, fps)
+    picture(report.draw_curves, folder, logs if updates else [], steps[-1] if steps else None)
+    picture(report.draw_groups, pipeline, folder, config, steps, fps)
     if not stopped:
         say("held-out prompts after training")
         result["after"], after_pixels = measure(pipeline, held_out, rewards, config.num_frames, batch)
-        report.draw_before_after(folder, before_pixels, after_pixels, held_out, fps)
+        picture(report.draw_before_after, folder, before_pixels, after_pixels, held_out, fps)
     result["seconds"] = round(earlier + time.perf_counter() - begun, 1)
-    seen = len(set(held_out) & set(scripts))
+    trained_on = {" ".join(script.split()).casefold() for script in scripts}
+    seen = sum(" ".join(script.split()).casefold() in trained_on for script in held_out)
     write_text(
         folder / "README.md",
         report.model_card(pipeline.name, config, options, result, len(scripts), seen, wan, held_out[0]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
-from pathlib import Path
 
 import torch
 
@@ -17,12 +16,7 @@ EVAL_SEED = 1_000_000  # of the held-out prompts; the same for every run, so tha
 
 def read_scripts(path: str) -> list[str]:
     """The scripts of a prompts file. Raises PromptError naming a bad line, FileNotFoundError or ValueError."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no prompts file {path}")
-    try:
-        return read_prompts(path)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file in UTF-8") from None
+    return read_prompts(path)
 
 
 def count_segments(scripts: Sequence[str], real: bool = False) -> int:

@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvpo_min import prompts
 from kvpo_min.chr import Window, ordinary_frames
 
 SIZE = 64  # pixels a side
@@ -171,18 +172,8 @@ def _parse_segment(words: list[str], first: bool) -> Segment:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """One script a line; empty lines and lines starting with # are skipped. A bad line is refused with its number."""
-    scripts = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            try:
-                parse(line)
-            except PromptError as error:
-                raise PromptError(f"{path}, line {number}: {error}") from None
-            scripts.append(line.strip())
-    if not scripts:
-        raise PromptError(f"{path}: no prompts in it. Write one script a line, segments separated by ' | '")
-    return scripts
+    """The scripts of a prompts file; one outside the grammar is refused with its line."""
+    return prompts.read_prompts(path, parse)
 
 
 def segments_of(script: str) -> list[str]:
