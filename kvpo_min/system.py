@@ -302,9 +302,8 @@ def read_yaml(path: Path) -> dict:
         raise FileNotFoundError(f"there is no config file {path}")
     try:
         text = read_text(path)
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
-            raise ValueError("it holds an alias (*), by which a small file can become a huge one; write it out")
-        content, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+        check_aliases(tree := yaml.compose(text, yaml.SafeLoader))
+        content = yaml.safe_load(text)
     except Exception as error:  # malformed dates, tags and nesting raise nearly anything
         raise ValueError(f"{path} is not YAML: {error or type(error).__name__}") from None
     if content is None:
@@ -315,6 +314,19 @@ def read_yaml(path: Path) -> dict:
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise ValueError(f"{path}: the key '{twice[0]}' is there twice; keep one")
     return content
+
+
+def check_aliases(tree) -> None:
+    """Raises ValueError where an alias stands for more than one value: lists of lists of such make a small file huge."""
+    seen, left = set(), [tree] if tree else []
+    while left:
+        node = left.pop()
+        if isinstance(node, yaml.ScalarNode):
+            continue
+        if id(node) in seen:
+            raise ValueError("an alias (*) may stand for a single value only: write the list out")
+        seen.add(id(node))
+        left += node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -171,7 +171,7 @@ class _Worker:
                 noise.append(line[:500])
                 continue
             theirs = answer.get("id", number)
-            if type(theirs) is int and 0 <= theirs < number:  # of a request that was interrupted
+            if type(theirs) is int and theirs < number:  # of a request that was interrupted
                 continue
             if theirs != number or type(theirs) is not int:
                 raise self.error(f"must answer request {number}, got {line[:500]!r}")

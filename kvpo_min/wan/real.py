@@ -208,10 +208,13 @@ def writable(*folders: Path) -> Path:
     """The first of these folders in which a file can be made. Raises OSError."""
     for folder in folders:
         try:
+            made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as probe:
                 probe.write(b"kvpo")
                 probe.flush()
+            if made:  # it is made again when there is something to keep
+                folder.rmdir()
             return folder
         except OSError as error:
             reason = error.strerror
@@ -279,6 +282,7 @@ def encode_texts(
                 if broken := not_finite(dict(zip(now, rows, strict=True))):
                     raise FloatingPointError(f"the encodings of these prompts are not finite: {some(broken)}")
                 path = place / f"{hashlib.sha256(''.join(found).encode()).hexdigest()[:16]}.safetensors"
+                place.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=place) as aside:  # another process may write the same
                     save_file(found, Path(aside) / path.name)
                     os.replace(Path(aside) / path.name, path)
