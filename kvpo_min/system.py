@@ -317,7 +317,7 @@ def read_yaml(path: Path) -> dict:
 
 
 def check_aliases(tree) -> None:
-    """Raises ValueError where an alias stands for more than one value: lists of lists of such make a small file huge."""
+    """Raises ValueError where an alias stands for more than one value: lists of such make a small file huge."""
     seen, left = set(), [tree] if tree else []
     while left:
         node = left.pop()
