@@ -58,8 +58,7 @@ def make_model(folder: Path) -> None:
 
 
 def start(argv: list[str], log: Path, first=None) -> int:
-    """Runs the command line in a process of its own, which begins with `first()`, and whose output goes to `log`. -> its
-    id"""
+    """Runs the command line in a process of its own, after `first()`; its output goes to `log`. -> its id"""
     from kvpo_min import cli
     from kvpo_min.viz import report
 

@@ -52,7 +52,7 @@ for line in sys.stdin:
 
 
 def plan_of(updates: int, rng: random.Random) -> dict[int, str]:
-    """{update: what goes wrong in it}; every kind once, if there is room; not the last one, after which it is measured"""
+    """{update: what goes wrong in it}; every kind once, if there is room; none in the last update"""
     at = [k for k in range(1, updates - 1) if k % 2]
     kinds = [*BORDERS, *WORKER]
     chosen = sorted(rng.sample(at, min(len(at), max(len(kinds) if updates > 60 else 3, updates // 8))))
