@@ -13,7 +13,7 @@ from kvpo_min.cli.run import REAL_FPS
 from kvpo_min.pocket.prompts import count_segments, read_scripts, video_length
 from kvpo_min.rewards import check_finite
 from kvpo_min.system import claimed
-from kvpo_min.viz.report import slug, smaller, try_pictures
+from kvpo_min.viz.report import slug, smaller, try_video
 from kvpo_min.wan.real import WanOptions, read_prompts
 
 OPTIONS = (SampleOptions, WanOptions)
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(options.output_dir)
     with claimed(folder):
         check_folder(folder, options.overwrite_output_dir)
-        try_pictures()
+        try_video()
         return make(options, wan, scripts, counts, lengths, folder)
 
 

@@ -30,11 +30,20 @@ def set_aside(step):
     return dataclasses.replace(step, groups=[dataclasses.replace(group, rollout=rollout, kept=None)])
 
 
+def try_video() -> None:
+    """Makes a small one. Raises OSError with what keeps videos from being made."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            viz.save_video(Path(folder) / "video.mp4", torch.zeros(3, 3, 64, 64))
+        except Exception as error:  # ffmpeg, and whatever is called so
+            raise OSError(f"videos cannot be written: {' '.join(str(error).split())}; is ffmpeg sound?") from error
+
+
 def try_pictures() -> None:
     """Makes a small one of each kind. Raises what keeps them from being made."""
+    try_video()
     with tempfile.TemporaryDirectory() as folder:
         viz.reward_curve([{"step": 0, "reward": 1.0, "anchor_reward": 0.0}]).savefig(Path(folder) / "curve.png")
-        viz.save_video(Path(folder) / "video.mp4", torch.zeros(3, 3, 64, 64))
 
 
 def draw_curves(folder: Path, logs: list[dict], last) -> None:
