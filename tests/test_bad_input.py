@@ -721,14 +721,14 @@ def test_kind_prompts_are_read_as_they_were_written_or_refused_with_their_line(
         refused(lambda: all_prompts(there / f"form{suffix}"), f"form{suffix}", "expected a .txt file")
 
 
+no_json = st.text("[]:,'1ae ", min_size=1, max_size=12).map("{".__add__)
 bars = st.sampled_from(["", "100%\r", "\rloading: 3/3\r", "[INFO] ", "\x1b[2K", "it/s]\r"])
 
 
 @cases(300)
 @given(
     before=bars, after=bars, scores=st.lists(st.floats(-9, 9), max_size=3),
-    wrong=st.sampled_from(['{"id": 0', "{'id': 0, 'scores': [1]}", "{", '{"scores": [1', "{]", '{"error": }'])
-    | st.text("{}[]:,'1ae ", min_size=1, max_size=12).map("{".__add__).filter(lambda t: "{}" not in t.replace(" ", "")[:2]),
+    wrong=no_json | st.sampled_from(['{"id": 0', "{'id': 0, 'scores': [1]}", "{", '{"scores": [1', "{]", '{"error": }']),
 )  # fmt: skip
 def test_kind_answers_of_workers_are_found_or_named(before, after, scores, wrong):
     line = before + json.dumps({"id": 0, "scores": scores}) + after

@@ -725,8 +725,20 @@ def test_resume_of_a_real_run(folder, tmp_path, capsys):
     more = dict(resume_from_checkpoint="latest", max_train_steps=2, checkpointing_steps=2)
     assert place.train(**more, height=48) == 2
     assert "was made with height 32, not 48; resume with the same options" in capsys.readouterr().err
-    assert place.train(**more) == 0
+    prompts = tmp_path / "prompts.txt"
+    written = prompts.read_text()
+    prompts.write_text(written.replace("disc", "square", 1))
+    assert place.train(**more) == 2
+    assert "was made with 'a red disc moves left' where 'a red square moves left' stands" in capsys.readouterr().err
+    prompts.write_text(written)
+    assert place.train(**more, eval_prompts=3) == 0  # two of them were trained on, if the checkpoint's update took them
     assert [line["step"] for line in place.metrics()] == [0, 1]
+    card, kept = (
+        (tmp_path / "run" / "README.md").read_text(),
+        json.loads((tmp_path / "run" / "scripts.json").read_text()),
+    )
+    seen = len({*kept} & {*SCRIPTS[-3:]})
+    assert f"{seen or 'none'} of them were trained on" in card
 
 
 def test_a_reward_that_breaks_stops_the_run_and_loses_nothing(folder, tmp_path, capsys, monkeypatch):

@@ -84,7 +84,7 @@ def run(config, options: RunOptions, wan=None) -> int:
     check_geometry(config, bool(wan and wan.bank_size))
     loop.check_share(config)
     if rank == 0:
-        folders.check_output(config, options, wan)
+        folders.check_output(config, options, wan, scripts)
     log_to = reporter(config, options)  # before any work: its package may be missing
     rewards = models.run_rewards(options, wan)
     if wan and rank == 0:
@@ -111,7 +111,9 @@ def run(config, options: RunOptions, wan=None) -> int:
     folders.make_room(folder, config, options)
     for name in ("videos", "figures"):
         (folder / name).mkdir(parents=True, exist_ok=True)
+    trained_on = max(scripts, folders.earlier_scripts(config), key=len)  # the one begins as the other
     folders.write_config(folder, config, options, wan)
+    write_json(folder / "scripts.json", trained_on)
     policies = adapters.add_policies(pipeline, config)
     curve = held_out_curve(pipeline, held_out, rewards, config, options.eval_every, batch)
     stopped, code, logs, ended, steps = train_loop(pipeline, scripts, rewards, config, policies, folder, log_to, curve)
@@ -136,8 +138,8 @@ def run(config, options: RunOptions, wan=None) -> int:
         result["after"], after_pixels = measure(pipeline, held_out, rewards, config.num_frames, batch)
         picture(report.draw_before_after, folder, before_pixels, after_pixels, held_out, fps)
     result["seconds"] = round(earlier + time.perf_counter() - begun, 1)
-    trained_on = {" ".join(script.split()).casefold() for script in scripts}
-    seen = sum(" ".join(script.split()).casefold() in trained_on for script in held_out)
+    words = {" ".join(script.split()).casefold() for script in trained_on}
+    seen = sum(" ".join(script.split()).casefold() in words for script in held_out)
     write_text(
         folder / "README.md",
         report.model_card(pipeline.name, config, options, result, len(scripts), seen, wan, held_out[0]),
