@@ -14,6 +14,7 @@ metrics.jsonl, adapter, summary, names of files. Prints a table; exits 1 when an
 
 import argparse
 import contextlib
+import ctypes
 import math
 import os
 import random
@@ -116,7 +117,7 @@ def install(plan: dict[int, str], place: Path, disturbed: list) -> None:
 def small_disk(folder: Path, megabytes: int):
     """-> whether a disk of its own could be mounted there"""
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=777", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=755", "tmpfs", str(folder)]
     try:
         mounted = subprocess.run(command, capture_output=True).returncode == 0
     except OSError:
@@ -134,10 +135,9 @@ def weaker(limit: int):
     def first():
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        if os.getuid() == 0:
-            os.setgroups([])
-            os.setgid(65534)
-            os.setuid(65534)
+        if os.getuid() == 0:  # no capabilities (Linux's version 3 of them)
+            nothing = ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+            assert nothing == 0, "root could not give up its rights"
 
     return first
 
@@ -169,7 +169,7 @@ def disturbance(what: str, process: int, folder: Path, argv: list[str], log: Pat
     elif what == "read-only folder":
         folder.chmod(0o555)
         yield None
-        folder.chmod(0o777)
+        folder.chmod(0o755)
     else:
         second = log.with_suffix(".second")
         yield kill_resume.wait_for(kill_resume.start([*argv, "--overwrite_output_dir"], second, weaker(0)))
@@ -181,14 +181,9 @@ def soak(updates: int, rng: random.Random) -> int:
     plan, disturbed, rows, second = plan_of(updates, rng), [], Counter(), Counter()
     with tempfile.TemporaryDirectory() as place, small_disk(Path(place) / "disk", 8) as mounted:
         place, disk = Path(place), Path(place) / "disk"
-        os.chmod(place, 0o777)
         kill_resume.make_model(place / "model")
-        for path in (place / "model").rglob("*"):  # also for who has given up his rights
-            path.chmod(0o755 if path.is_dir() else 0o644)
         (place / "worker.py").write_text(SCRIPT)
         (place / "fault").write_text("")
-        (place / "fault").chmod(0o666)
-        disk.chmod(0o777)
         install(plan, place, disturbed)
         log = place / "log"
         more = f"--max_train_steps {updates} --tau 0.001 --checkpoints_total_limit 2 --output_dir".split()

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import mediapy
 import pytest
 import torch
 import yaml
@@ -317,6 +318,7 @@ def test_a_broken_ffmpeg_is_said_before_a_video_is_made(tmp_path, capsys, monkey
     (tmp_path / "ffmpeg").write_text("#!/bin/sh\necho wrong version >&2\nexit 1\n")
     (tmp_path / "ffmpeg").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(mediapy._config, "ffmpeg_name_or_path", "ffmpeg")  # as in a new process
     monkeypatch.setattr(pocket, "load_model", None)  # would fail if it were reached
     assert cli.main(["sample", "a disc", "--output_dir", str(tmp_path / "out")]) == 2
     assert "videos cannot be written" in capsys.readouterr().err and not (tmp_path / "out").exists()
