@@ -105,6 +105,7 @@ def install(plan: dict[int, str], place: Path, disturbed: list) -> None:
         return videos[:, :, 0].mean((1, 2, 3)) * (math.nan if hit("reward") else 1.0)
 
     def mixed(*args):
+        (place / "fault").write_text("")  # that of an update that the last process did not survive
         worker = WorkerReward([sys.executable, "-S", str(place / "worker.py")], TIMEOUT)
         rewards = {"vq": red, "mq": lambda videos, prompts: videos.std((1, 2, 3, 4)), "ta": worker}
         return Mixture(rewards, dict.fromkeys(rewards, 1.0))
