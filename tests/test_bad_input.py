@@ -770,7 +770,7 @@ def test_kind_scales_are_read_from_everywhere_or_refused(alphas, last, odd, ther
     refused(lambda: read_lora(path), path, "alpha")
 
 
-@cases(200)
+@cases(300)
 @given(
     names=st.sets(st.sampled_from(["generator", "generator_ema", "model", "critic", "ema", "optimizer"]), min_size=1),
     which=st.sampled_from(["", "generator", "generator_ema", "critic", "nowhere"]),
@@ -845,7 +845,7 @@ def test_kind_small_files_that_would_become_huge_are_refused(wide, deep, kind, t
     refused(lambda: read_file(there / "huge.safetensors"), "huge.safetensors")
 
 
-@cases(150)
+@cases(200)
 @given(
     name=st.sampled_from(["WORLD_SIZE", "LOCAL_RANK", "RANK"]),
     value=st.sampled_from(["", "two", "-1", "1.5", "1e3", "٣", " 2", "0x2", "None"]),
@@ -856,7 +856,7 @@ def test_kind_environment_variables_are_named(name, value):
         refused(lambda: number_in_environment(name), name, repr(value))
 
 
-@cases(100)
+@cases(150)
 @given(
     content=st.binary(max_size=80) | st.sampled_from([b"elsewhere 12\n", b"elsewhere x", b"\xff\xfe 3"]),
     age=st.integers(0, 600), option=st.sampled_from(["output_dir", "model", "prompts"]), user=words,
@@ -1171,6 +1171,17 @@ def test_models_that_are_damaged_or_do_not_belong_together(data, model, there):
 
 
 # --------------------------------------------------------------------------------------------------------------- count
+
+
+def test_kind_cases_were_so_many(capsys):
+    """`HYPOTHESIS_PROFILE=many pytest -n 0 tests/test_bad_input.py -k test_kind`: 10,000"""
+    kinds = {name for name in TESTS if name.startswith("test_kind")}
+    if kinds - set(CASES):
+        pytest.skip("counts only where all kinds are run")
+    total = sum(CASES[name] for name in kinds)
+    with capsys.disabled():
+        print(f"\n{total} cases of {len(kinds)} kinds")
+    assert total >= 1980 * TIMES  # hypothesis may draw a few less where there are no others
 
 
 def test_how_many_cases_there_were(capsys):
