@@ -57,8 +57,8 @@ def make_model(folder: Path) -> None:
     add_policies(load_pocket(folder=folder), TrainConfig(rank=2))
 
 
-def start(argv: list[str], log: Path) -> int:
-    """Runs the command line in a process of its own, whose output goes to `log`. -> its id"""
+def start(argv: list[str], log: Path, first=None) -> int:
+    """Runs the command line in a process of its own, after `first()`; its output goes to `log`. -> its id"""
     from kvpo_min import cli
     from kvpo_min.viz import report
 
@@ -70,6 +70,8 @@ def start(argv: list[str], log: Path) -> int:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
         os.dup2(out, 2)
+        if first:
+            first()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the shell has set
         for name in ("draw_curves", "draw_groups", "draw_before_after"):  # they take longer than all the rest
             setattr(report, name, lambda *arguments: None)
@@ -82,9 +84,14 @@ def start(argv: list[str], log: Path) -> int:
         os._exit(code)
 
 
+def wait_for(process: int) -> int:
+    """-> exit code"""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
 def finish(argv: list[str], log: Path) -> int:
     """Runs the command line to its end. -> exit code"""
-    return os.waitstatus_to_exitcode(os.waitpid(start(argv, log), 0)[1])
+    return wait_for(start(argv, log))
 
 
 def kill_at(process: int, number: int, delay: float, aside: Path | None) -> tuple[int, bool]:
@@ -110,9 +117,9 @@ def log_lines(folder: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key != "step_time"} for line in lines]
 
 
-def contents(folder: Path) -> dict:
+def contents(folder: Path, updates: int = UPDATES) -> dict:
     """What a finished run left, without what must differ: its name and its times."""
-    last = folder / f"checkpoint-{UPDATES}"
+    last = folder / f"checkpoint-{updates}"
     training = torch.load(last / "training_state.pt", weights_only=True)
     state, summary = json.loads((last / "state.json").read_text()), json.loads((folder / "summary.json").read_text())
     moments = training["optimizer"]["state"]

@@ -34,7 +34,7 @@ from kvpo_min.config import TrainConfig
 from kvpo_min.grpo import Loss, anchor_advantages, branch_is_safe, fuse, kvpo_loss, safety_scale
 from kvpo_min.pipeline import Pipeline, score
 from kvpo_min.policies import acting
-from kvpo_min.rewards import Mixture
+from kvpo_min.rewards import Mixture, check_finite
 from kvpo_min.rollout import (
     Rollout,
     Sampler,
@@ -364,9 +364,3 @@ def check_bank(config: TrainConfig) -> None:
             f"prefix_coef must be 0 with a memory bank (bank_size), got {config.prefix_coef}: `preserve` would replay "
             f"the prefix without the bank that it was made with"
         )
-
-
-def check_finite(what: str, numbers: Tensor) -> None:
-    """Raises FloatingPointError: the update is skipped, and no NaN reaches a weight."""
-    if not numbers.isfinite().all():
-        raise FloatingPointError(f"{what} not finite")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpo_min.chr import Window
-from kvpo_min.rewards import Mixture
+from kvpo_min.rewards import Mixture, check_finite
 from kvpo_min.rollout import Sampler, Stream, draw_noise, generate, switch_reach
 from kvpo_min.system import gather, processes
 from kvpo_min.tve import schedule
@@ -75,7 +75,8 @@ def sample(
 ) -> Iterator[Tensor]:  # fmt: skip
     """Generates one video a script, unrouted; video i's noise comes from a generator of its own, seed + 10000 i, so
     it does not depend on the batch. `sigmas`, `eta`: another sampler than the 4-step one. `first`: number of the first
-    script, where these are a part of more. Yields latents [b, T, C, H, W]."""
+    script, where these are a part of more. Yields latents [b, T, C, H, W]. Raises FloatingPointError when they are not
+    finite."""
     from tqdm import tqdm
 
     sigmas = pipeline.sigmas if sigmas is None else sigmas
@@ -93,7 +94,9 @@ def sample(
             for i in range(len(part))
         ]  # fmt: skip
         noise = torch.cat(noise).to(pipeline.backbone.device)  # drawn on the CPU: the same on every device
-        yield generate(pipeline.backbone, Stream(bank=pipeline.bank), texts, noise, num_frames, sampler).latents
+        latents = generate(pipeline.backbone, Stream(bank=pipeline.bank), texts, noise, num_frames, sampler).latents
+        check_finite("the latents of the videos are", latents)
+        yield latents
 
 
 def observe(

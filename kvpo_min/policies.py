@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvpo_min.system import sync, writing
+from kvpo_min.system import not_finite, sync, writing
 
 if TYPE_CHECKING:
     from kvpo_min.config import TrainConfig
@@ -92,7 +92,7 @@ def load_adapter(pipeline, folder: str | Path):
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    folder, transformer = Path(folder), pipeline.backbone.transformer
+    folder, transformer = Path(folder).expanduser(), pipeline.backbone.transformer
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not an adapter: it has no {name}")
@@ -102,11 +102,13 @@ def load_adapter(pipeline, folder: str | Path):
         if json.loads((folder / "adapter_config.json").read_text())["peft_type"] != "LORA":
             raise ValueError("peft_type is not LORA")
         config = LoraConfig.from_pretrained(folder)
+        if config.megatron_config:  # peft would import a module of the config's choice
+            raise ValueError("megatron_config is not supported")
         config.base_model_name_or_path = None  # a note for readers; peft would compare it with the base's path
         saved = load_file(folder / "adapter_model.safetensors")
     except Exception as error:  # JSON, safetensors and peft have kinds of their own
         raise ValueError(f"{folder}: the adapter is damaged or not a LoRA: {error or type(error).__name__}") from None
-    if broken := [key for key, weight in saved.items() if not weight.float().isfinite().all()]:
+    if broken := not_finite(saved):
         raise ValueError(f"{folder}: the adapter's {broken[0]} holds numbers that are not finite")
     try:
         with torch.device("meta"):  # first on a model without weights: what fails half-way would leave its layers

@@ -14,7 +14,7 @@ import torch
 
 from kvpo_min.config import TrainConfig
 from kvpo_min.policies import adapter_weights
-from kvpo_min.system import sync, writing
+from kvpo_min.system import load_tensors, not_finite, sync, uninterrupted, writing
 
 
 def discard(folder: Path) -> None:
@@ -25,6 +25,7 @@ def discard(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+@uninterrupted()
 def save_checkpoint(config: TrainConfig, policies, optimizer, generator: torch.Generator, state: dict) -> Path:
     """Writes `checkpoint-N` aside and renames it once it is on the disk; older ones beyond the limit are deleted only
     afterwards, and what an interrupted call left. Raises OSError naming the file; the earlier checkpoints are then as
@@ -41,7 +42,7 @@ def save_checkpoint(config: TrainConfig, policies, optimizer, generator: torch.G
         for name in ("default", "old", "ema"):
             tensors = {key: weight.detach().contiguous() for key, weight in adapter_weights(policies, name).items()}
             with writing(aside / f"{name}.safetensors") as path:
-                save_file(tensors, path)
+                save_file(tensors, path, {"lora_alpha": str(config.lora_alpha)})  # also of a file that is taken alone
         training = io.BytesIO()  # torch.save to a file does not say when the disk is full
         torch.save({"optimizer": optimizer.state_dict(), "generator": generator.get_state()}, training)
         with writing(aside / "training_state.pt") as path:
@@ -127,8 +128,11 @@ def load_checkpoint(folder: Path, policies, optimizer, generator: torch.Generato
 
     try:
         saved = {name: load_file(folder / f"{name}.safetensors") for name in ("default", "old", "ema")}
-        training = torch.load(folder / "training_state.pt", weights_only=True, map_location="cpu")
+        training = load_tensors(folder / "training_state.pt")
         training = training["optimizer"], training["generator"]
+        moments = {f"{k} {name}": t for k, part in training[0]["state"].items() for name, t in part.items()}
+        if broken := not_finite(moments | {f"{of} {key}": t for of in saved for key, t in saved[of].items()}):
+            raise ValueError(f"{broken[0]} is not finite")
     except Exception as error:  # a damaged file can raise nearly anything
         raise damaged(folder, error) from None
     state = read_state(folder)

@@ -34,6 +34,12 @@ class Reward(Protocol):
     def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor: ...
 
 
+def check_finite(what: str, numbers: Tensor) -> None:
+    """Raises FloatingPointError: a training run skips the update, and every other command ends with it."""
+    if not numbers.isfinite().all():
+        raise FloatingPointError(f"{what} not finite")
+
+
 def check_videos(videos: Tensor, prompts: list[str], least: int = 1) -> Tensor:
     """-> the videos [N, F, 3, H, W], in float32 or better. Raises ValueError for what cannot be scored, such as fewer
     frames than `least`."""
@@ -45,6 +51,7 @@ def check_videos(videos: Tensor, prompts: list[str], least: int = 1) -> Tensor:
         raise ValueError(f"a reward takes videos of floats in [0, 1], got {videos.dtype}")
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"a reward takes a list of prompts, got {prompts!r}")
+    check_finite("the pixels of the videos are", videos)  # a formula on NaN can give any number
     if videos.min() < -0.5 or videos.max() > 1.5:  # bytes, or -1 to 1; a little over the edge is a decoder's
         raise ValueError(f"a reward takes videos in [0, 1], got {videos.min():.3g} to {videos.max():.3g}: rescale them")
     if videos.shape[1] < least:
@@ -69,6 +76,7 @@ class Mixture:
     def scores(self, videos: Tensor, prompts: list[str]) -> dict[str, Tensor]:
         """Each component's own scores; a component that returns anything but N numbers is a ValueError naming it, and
         NotFinite if they are not finite."""
+        check_finite("the pixels of the videos are", videos)
         out = {}
         for name, reward in self.rewards.items():
             given, wanted = reward(videos, prompts), f"reward '{name}' must give {len(videos)} finite numbers"

@@ -142,7 +142,7 @@ class Sampler:
 def draw_noise(n_blocks: int, n_steps: int, shape: Sequence[int], generator: torch.Generator, batch: int = 1) -> Tensor:
     """All the noise of a video: initial noise and re-noise of every block. shape (F, C, H, W) -> [batch, blocks, S,
     F, C, H, W]"""
-    return torch.randn(batch, n_blocks, n_steps, *shape, generator=generator)
+    return torch.randn(batch, n_blocks, n_steps, *shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def denoise(

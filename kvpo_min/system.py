@@ -10,7 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -20,16 +22,21 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # ------------------------------------------------------------------------------------------------------------ processes
 
 
 def join_processes() -> None:
     """Under torchrun or `share_work`: joins the other processes and takes the GPU that is this one's. Otherwise
     nothing."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    if number_in_environment("WORLD_SIZE", 1) == 1 or dist.is_initialized():
         return
-    if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if (local := number_in_environment("LOCAL_RANK")) < torch.cuda.device_count():
+        torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=12))  # one process writes while the others wait
 
@@ -81,6 +88,15 @@ def share_work(n: int, command: Sequence[str]) -> Iterator[None]:
         os.environ |= before
 
 
+def number_in_environment(name: str, default: int | None = None) -> int:
+    """One of the numbers that torchrun sets. Raises ValueError naming the variable."""
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not text.isascii() or not text.isdigit() or name == "WORLD_SIZE" and int(text) < 1:
+        wanted = "a number, as torchrun sets it" + (", and it must come with WORLD_SIZE" if default is None else "")
+        raise ValueError(f"the environment variable {name} must be {wanted}, got {text!r}; start with torchrun")
+    return int(text)
+
+
 def processes() -> tuple[int, int]:
     """-> the rank of this process, and how many there are; (0, 1) without torchrun"""
     if not (dist.is_available() and dist.is_initialized()):
@@ -123,41 +139,48 @@ def sum_gradients(weights: Sequence[Tensor]) -> None:
 # -------------------------------------------------------------------------------------------------------------- signals
 
 
+# All signals that end a process and can be caught; a system may lack some.
+ENDING = [getattr(signal, f"SIG{name}") for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "XCPU", "ALRM",
+          "VTALRM", "PROF", "BREAK") if hasattr(signal, f"SIG{name}")]  # fmt: skip
+
+
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the block is done, so that it is done as a whole."""
-    if threading.current_thread() is not threading.main_thread():  # signals come to the main thread alone
-        yield
-        return
-    came = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    handlers = {number: handler for number, handler in handlers.items() if handler is not None}  # None: not Python's
-    for number in handlers:
-        signal.signal(number, lambda number, frame: came.append(number))
+def handling(handler, *kinds) -> Iterator[None]:
+    """Gives the ending signals whose handler is one of these kinds (none: any but "ignore", which nohup sets, and those
+    that are not Python's) another one, for the block. They come to the main thread alone."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in ENDING}
+    before = {n: old for n, old in before.items() if (old in kinds if kinds else old not in (None, signal.SIG_IGN))}
+    for number in before:
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and all other ending signals wait until the block is done, so that it is done as a whole."""
+    came = []
+    try:
+        with handling(lambda number, frame: came.append(number)):
+            yield
+    finally:
         if came:
             signal.raise_signal(came[0])
 
 
-@contextlib.contextmanager
-def ends_like_ctrl_c() -> Iterator[None]:
-    """SIGTERM, with which clusters end a job, is taken as Ctrl-C is."""
+def ends_like_ctrl_c():
+    """For a block: every signal that would end the process, such as SIGTERM of a cluster or SIGHUP of a terminal that
+    is closed, is taken as Ctrl-C is."""
 
     def interrupt(number, frame):
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return handling(interrupt, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -190,7 +213,126 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+# -------------------------------------------------------------------------------------------------------------- folders
+
+CLAIM = ".claim"  # in an output folder: the host and process that write there
+STALE = 120.0  # seconds without a sign of life after which a claim of another machine no longer counts
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Makes the folder and holds it: whoever else wants it meanwhile gets FileExistsError. Raises OSError where nothing
+    can be written. What was made goes again if nothing was put into it.
+
+    A lock on the file `.claim` decides, which the system frees with its process. Where the disk knows no locks, or does
+    not share them, decide the process, or the file's age by the disk's own clock: a thread renews it."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    beat, path, descriptor = threading.Event(), folder / CLAIM, None
+
+    def renew():
+        while not beat.wait(STALE / 6):
+            with contextlib.suppress(OSError):
+                os.utime(descriptor)
+
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; name a folder")
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            while True:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                holder = holder_of(descriptor, folder)
+                if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    break
+                os.close(descriptor)  # its holder deleted it in this moment
+            if not holder:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
+                os.fsync(descriptor)
+        except OSError as error:
+            above = next((place for place in folder.parents if place.exists()), None)
+            if above and not above.is_dir():
+                raise NotADirectoryError(f"{above} is a file, so {folder} cannot be made; name another place") from None
+            what_to_do = "free space, or name another --output_dir"
+            raise OSError(f"{folder} cannot be written to: {error.strerror}; {what_to_do}") from error
+        if holder:
+            os.close(descriptor)
+            descriptor = None
+            raise FileExistsError(
+                f"{folder} is in use: {holder} writes there. Wait for it, or name another folder; should it be dead, "
+                f"its claim ({path.name}) no longer counts after {STALE:.0f} seconds"
+            )
+        threading.Thread(target=renew, daemon=True).start()
+        yield
+    finally:
+        beat.set()
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    path.unlink()
+            os.close(descriptor)
+        for place in made:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+
+
+def holder_of(descriptor: int, folder: Path) -> str:
+    """Locks an open claim. -> who else holds it, in words, or "" """
+    host, _, process = os.pread(descriptor, 200, 0).decode(errors="replace").strip().rpartition(" ")
+    words = f"process {process} on {host}" if host else "another process"
+    locked = False
+    if fcntl:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except BlockingIOError:
+            return words
+        except OSError:  # this disk knows no locks
+            pass
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(b"kvpo")  # a full disk is seen now
+        probe.flush()
+        age = os.fstat(probe.fileno()).st_mtime - os.fstat(descriptor).st_mtime
+    if host and host != socket.gethostname():
+        return words if age < STALE else ""
+    if host and not locked and process.isdigit() and int(process) != os.getpid():
+        with contextlib.suppress(OSError):
+            os.kill(int(process), 0)
+            return words
+    return ""
+
+
+def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity."""
+    parts = {name: t for name, t in weights.items() if t.is_floating_point() and t.numel() and not t.is_meta}
+    return [name for name, t in parts.items() if not torch.stack(t.detach().float().aminmax()).isfinite().all()]
+
+
 # -------------------------------------------------------------------------------------------------- text files of a run
+
+MOST_TEXT = 2**26  # bytes of a text file that is read: a larger one is no config, no list of prompts
+
+
+def read_text(path: Path) -> str:
+    """A text file, whose size is looked at before it is read. Raises ValueError naming it, and OSError."""
+    if path.stat().st_size > MOST_TEXT:
+        raise ValueError(f"{path} is too large for a text file: {path.stat().st_size} bytes, at most {MOST_TEXT}")
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file in UTF-8; save it as one") from None
+
+
+def load_tensors(path: Path):
+    """What torch.save wrote, without running code of the file. Raises pickle.UnpicklingError for what could be code,
+    and ValueError for an archive that would be larger in memory than on the disk, before it is read."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            sizes = [part.file_size for part in archive.infolist()]
+            packed = any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())
+        if packed or sum(sizes) > path.stat().st_size:
+            raise ValueError("its parts are compressed, which torch.save never does")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def say(line: str) -> None:
@@ -208,8 +350,9 @@ def read_yaml(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"there is no config file {path}")
     try:
-        text = path.read_text(encoding="utf-8")
-        content, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+        text = read_text(path)
+        check_aliases(tree := yaml.compose(text, yaml.SafeLoader))
+        content = yaml.safe_load(text)
     except Exception as error:  # malformed dates, tags and nesting raise nearly anything
         raise ValueError(f"{path} is not YAML: {error or type(error).__name__}") from None
     if content is None:
@@ -220,6 +363,19 @@ def read_yaml(path: Path) -> dict:
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise ValueError(f"{path}: the key '{twice[0]}' is there twice; keep one")
     return content
+
+
+def check_aliases(tree) -> None:
+    """Raises ValueError where an alias stands for more than one value: lists of such make a small file huge."""
+    seen, left = set(), [tree] if tree else []
+    while left:
+        node = left.pop()
+        if isinstance(node, yaml.ScalarNode):
+            continue
+        if id(node) in seen:
+            raise ValueError("an alias (*) may stand for a single value only: write the list out")
+        seen.add(id(node))
+        left += node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
 
 
 def read_metrics(path: Path) -> list[dict]:

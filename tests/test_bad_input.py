@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import string
+import time
 import warnings
 from collections import Counter
 from dataclasses import fields, replace
@@ -25,7 +26,7 @@ import pytest
 import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from kvpo_min import chr as routing
 from kvpo_min import cli, pocket
@@ -40,12 +41,15 @@ from kvpo_min.pocket import prompts as prompts_of
 from kvpo_min.pocket import world
 from kvpo_min.pocket.distill import DistillConfig
 from kvpo_min.pocket.rewards import MotionQuality, TextAlignment, VisualQuality
+from kvpo_min.prompts import read_prompts as all_prompts
+from kvpo_min.reward_models import answer_in
 from kvpo_min.rewards import Mixture, check_videos
 from kvpo_min.rollout import KVHistory, Sampler, Stream, draw_noise, fork, generate, pieces, replay
-from kvpo_min.train import TrainConfig, add_policies, score
+from kvpo_min.system import CLAIM, STALE, claimed, number_in_environment
+from kvpo_min.train import TrainConfig, add_policies, sample, score
 from kvpo_min.tve import schedule
 from kvpo_min.wan import real
-from kvpo_min.wan.checkpoints import load_transformer, read_file, read_lora
+from kvpo_min.wan.checkpoints import GENERATORS, load_transformer, read_file, read_lora, tensors_of
 from kvpo_min.wan.real import WanOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -677,9 +681,206 @@ def test_adapter_folders_that_are_damaged(keep, config, nan, adapted, there):
     assert not any("lora" in name for name, _ in pipeline.backbone.named_modules())
 
 
+# ------------------------------------------------------------------------------------- kinds that users met elsewhere
+
+lines_of = {  # form -> a script's line
+    ".txt": " | ".join,
+    "LongLive's": lambda prompts: f"{len(prompts)},{','.join(f'[{prompt}]' for prompt in prompts)}",
+    ".jsonl": lambda prompts: json.dumps({"prompts": prompts}),
+}
+scripts_of = st.lists(
+    st.lists(st.text("abcé []{},\"'#0129-", min_size=1, max_size=12), min_size=1, max_size=4), max_size=5
+)
+spoils = st.sampled_from(
+    ["\u200b", "\ufeff \u2060", "\x00a", "a |b", "a | ", "|", '{"text": "a"}', '["a", "b"]', "[", '["a",']
+)
+
+
+@cases(400)
+@given(
+    form=st.sampled_from(sorted(lines_of)), scripts=scripts_of, spoil=spoils, at=st.integers(0, 5), end=st.booleans(),
+    blank=st.booleans(), suffix=st.sampled_from(["", ".csv", ".json", ".yaml", ".tsv", ".md"]),
+)  # fmt: skip
+def test_kind_prompts_are_read_as_they_were_written_or_refused_with_their_line(
+    form, scripts, spoil, at, end, blank, suffix, there
+):
+    scripts = [[" ".join(prompt.split()).strip('[]{}#,"').strip() for prompt in script] for script in scripts]
+    scripts = [[f"x{prompt}x".replace("[", "").replace("]", "") for prompt in script] for script in scripts]
+    lines = [lines_of[form](script) for script in scripts]
+    if blank:
+        lines = [line for each in lines for line in ("", each)]
+    name = "form.JSONL" if form == ".jsonl" else "form.txt"
+    (there / name).write_bytes(("\ufeff" * blank + ("\r\n" if end else "\n").join(lines)).encode())
+    if scripts:
+        assert all_prompts(there / name) == [" | ".join(script) for script in scripts]
+    lines.insert(min(at, len(lines)), spoil)
+    (there / name).write_text("\n".join(lines))
+    refused(lambda: all_prompts(there / name), there / name, ", line ")
+    if suffix:
+        (there / f"form{suffix}").write_text("\n".join(lines))
+        refused(lambda: all_prompts(there / f"form{suffix}"), f"form{suffix}", "expected a .txt file")
+
+
+no_json = st.text("[]:,'1ae ", min_size=1, max_size=12).map("{".__add__)
+bars = st.sampled_from(["", "100%\r", "\rloading: 3/3\r", "[INFO] ", "\x1b[2K", "it/s]\r"])
+
+
+@cases(300)
+@given(
+    before=bars, after=bars, scores=st.lists(st.floats(-9, 9), max_size=3),
+    wrong=no_json | st.sampled_from(['{"id": 0', "{'id': 0, 'scores': [1]}", '{"scores": [1', "{]", '{"error": }']),
+)  # fmt: skip
+def test_kind_answers_of_workers_are_found_or_named(before, after, scores, wrong):
+    line = before + json.dumps({"id": 0, "scores": scores}) + after
+    found = [answer for answer in map(answer_in, line.split("\r")) if answer]
+    assert found == [{"id": 0, "scores": scores}]
+    for noise in (before, after, "Loading 100%", "", "nan", "3"):
+        assert not any(map(answer_in, noise.split("\r")))
+    refused(lambda: [answer_in(part) for part in ("\r" * bool(after) + wrong).split("\r")])
+
+
+@cases(250)
+@given(
+    alphas=st.dictionaries(st.sampled_from(["config", "state", "header", "tensors", "kohya"]), st.sampled_from([4, 8]),
+                           min_size=1),
+    last=st.sampled_from([0.0, 3.0]), odd=st.sampled_from(["x", "", "0", "-1", "nan", "inf", "[1]"]),
+)  # fmt: skip
+def test_kind_scales_are_read_from_everywhere_or_refused(alphas, last, odd, there):
+    folder = there / "scales"
+    folder.mkdir(exist_ok=True)
+    for name in ("adapter_config.json", "state.json"):
+        (folder / name).unlink(missing_ok=True)
+    tensors, header = lora_tensors(), {}
+    for place, alpha in alphas.items():
+        if place == "config":
+            (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": alpha}))
+        elif place == "state":
+            (folder / "state.json").write_text(json.dumps({"config": {"rank": 2, "lora_alpha": alpha}}))
+        elif place == "tensors":
+            tensors[f"{BLOCK}.alpha"] = torch.tensor(float(alpha))
+        else:
+            header["lora_alpha" if place == "header" else "ss_network_alpha"] = str(alpha)
+    path = folder / "a.safetensors"
+    path.write_bytes(save(tensors, header or None))
+    if len({*alphas.values()}) == 1 or last:
+        assert read_lora(path, last).alpha == (last or next(iter(alphas.values())))
+    else:
+        refused(lambda: read_lora(path), path, "4.0, 8.0", "--lora_alpha")
+    path.write_bytes(save(tensors, {"lora_alpha": odd}))
+    refused(lambda: read_lora(path), path, "alpha")
+
+
+@cases(300)
+@given(
+    names=st.sets(st.sampled_from(["generator", "generator_ema", "model", "critic", "ema", "optimizer"]), min_size=1),
+    which=st.sampled_from(["", "generator", "generator_ema", "critic", "nowhere"]),
+)  # fmt: skip
+def test_kind_of_several_weights_the_named_or_the_average_is_taken(names, which):
+    content = {name: {"a": torch.full((2,), float(k))} for k, name in enumerate(sorted(names))} | {"step": 3}
+    wanted = which or next((name for name in GENERATORS if name in names), "")
+    if wanted in names:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            assert tensors_of(content, GENERATORS, which) == {"a": content[wanted]["a"]}
+        assert (wanted in said.getvalue()) == (len(names) > 1 and not which)
+    refused(lambda: tensors_of(content, GENERATORS, "nowhere"), "nowhere")
+
+
+@cases(250)
+@given(
+    where=st.sampled_from(["lora", "adapter", "pixels", "scores", "latents"]),
+    value=st.sampled_from([math.nan, math.inf, -math.inf]),
+    at=st.integers(0, 47),
+)
+def test_kind_numbers_that_are_not_finite_pass_no_border(where, value, at, adapted, there):
+    """At every position of what is handed on."""
+
+    def spoil(tensor):
+        spoilt = tensor.clone()
+        spoilt.view(-1)[at % tensor.numel()] = value
+        return spoilt
+
+    pipeline, config, weights = adapted
+    if where == "lora":
+        key = sorted(lora_tensors())[at % 2]
+        (there / "nan.safetensors").write_bytes(save(lora_tensors() | {key: spoil(lora_tensors()[key])}))
+        return refused(lambda: read_lora(there / "nan.safetensors"), "nan.safetensors", "finite")
+    if where == "adapter":
+        state, folder = load(weights), there / "load"
+        key = sorted(state)[at % len(state)]
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        (folder / "adapter_model.safetensors").write_bytes(save(state | {key: spoil(state[key])}))
+        return refused(lambda: adapters.load_adapter(pipeline, folder), folder, key)
+    scored = []
+    mixture = Mixture({"it": lambda videos, prompts: scored.append(1) or spoil(torch.zeros(N))}, {"it": 1.0})
+    if where == "scores":
+        return refused(lambda: mixture(VIDEOS, ["", ""]), "reward 'it' must give 2 finite numbers")
+    if where == "latents":
+        broken = lambda *args: replace(STREAM, x0=(spoil(torch.zeros(1, 3, 8, 4, 4)),))  # noqa: E731
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("kvpo_min.pipeline.generate", broken)
+            return refused(lambda: next(sample(pipeline, ["a disc"], 3)), "latents", error=FloatingPointError)
+    for reward in (mixture, MotionQuality(None)):
+        refused(lambda reward=reward: reward(spoil(VIDEOS), ["", ""]), "pixels", error=FloatingPointError)
+    assert not scored
+
+
+@cases(150)
+@given(wide=st.integers(2, 9), deep=st.integers(2, 30), kind=st.sampled_from(["list", "mapping", "self"]))
+def test_kind_small_files_that_would_become_huge_are_refused(wide, deep, kind, there):
+    path = there / "bomb.yaml"
+    parts = ["a0: &a0 [x, x]" if kind != "mapping" else "a0: &a0 {b: x}"]
+    for k in range(1, deep):
+        refs = [f"*a{k - 1}"] * wide
+        inner = (
+            f"[{', '.join(refs)}]"
+            if kind != "mapping"
+            else f"{{{', '.join(f'c{n}: {r}' for n, r in enumerate(refs))}}}"
+        )
+        parts.append(f"a{k}: &a{k} {inner}")
+    path.write_text("a: &a [*a]\n" if kind == "self" else "\n".join(parts))
+    refused(lambda: cli_options.check_yaml(str(path), ["seed"]), path)
+    claimed_size = 2 ** (20 + deep)
+    (there / "huge.safetensors").write_bytes(claimed_size.to_bytes(8, "little") + b'{"a": 1}' * wide)
+    refused(lambda: read_file(there / "huge.safetensors"), "huge.safetensors")
+
+
+@cases(200)
+@given(
+    name=st.sampled_from(["WORLD_SIZE", "LOCAL_RANK", "RANK"]),
+    value=st.sampled_from(["", "two", "-1", "1.5", "1e3", "٣", " 2", "0x2", "None"]),
+)
+def test_kind_environment_variables_are_named(name, value):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, value)
+        refused(lambda: number_in_environment(name), name, repr(value))
+
+
+@cases(150)
+@given(
+    content=st.binary(max_size=80) | st.sampled_from([b"elsewhere 12\n", b"elsewhere x", b"\xff\xfe 3"]),
+    age=st.integers(0, 600), option=st.sampled_from(["output_dir", "model", "prompts"]), user=words,
+)  # fmt: skip
+def test_kind_claims_and_homes(content, age, option, user, there):
+    """Whatever is in a claim: it counts, or it does not, and the folder is free again afterwards."""
+    folder = there / "claimed"
+    folder.mkdir(exist_ok=True)
+    (folder / CLAIM).write_bytes(content)
+    os.utime(folder / CLAIM, (time.time() - age,) * 2)
+    with contextlib.suppress(FileExistsError), claimed(folder):
+        refused(lambda: claimed(folder).__enter__(), folder, "is in use", error=FileExistsError)
+    if age > STALE + 5 or b" " not in content.strip():
+        assert not (folder / CLAIM).exists()
+    (folder / CLAIM).unlink(missing_ok=True)
+    home = cli_options.expanded(option, "~/" + user)
+    assert home.startswith("/") and home.endswith(user)
+    refused(lambda: cli_options.expanded(option, "~nobody-of-that-name/" + user), option, "~nobody-of-that-name")
+
+
 # ------------------------------------------------------------------------------------------------------------- rewards
 
 N = 2
+STREAM = Stream()
 VIDEOS = torch.zeros(N, 4, 3, 8, 8)
 liking_nothing = functools.partial(VisualQuality, like=())
 wrong_scores = (
@@ -970,6 +1171,17 @@ def test_models_that_are_damaged_or_do_not_belong_together(data, model, there):
 
 
 # --------------------------------------------------------------------------------------------------------------- count
+
+
+def test_kind_cases_were_so_many(capsys):
+    """`HYPOTHESIS_PROFILE=many pytest -n 0 tests/test_bad_input.py -k test_kind`: 10,000"""
+    kinds = {name for name in TESTS if name.startswith("test_kind")}
+    if kinds - set(CASES):
+        pytest.skip("counts only where all kinds are run")
+    total = sum(CASES[name] for name in kinds)
+    with capsys.disabled():
+        print(f"\n{total} cases of {len(kinds)} kinds")
+    assert total >= 1980 * TIMES  # hypothesis may draw a few less where there are no others
 
 
 def test_how_many_cases_there_were(capsys):

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import peft
@@ -121,12 +122,50 @@ def test_every_layout_gives_the_same_model(layout, base, weights, tmp_path):
     assert {k: tuple(v) if isinstance(v, list) else v for k, v in loaded.config.items() if k in wanted} == wanted
 
 
-def test_generator_wins_over_its_average(weights, tmp_path):
-    """as in the authors' code, kvpo.py:283"""
-    other = {key: torch.zeros_like(tensor) for key, tensor in original(weights).items()}
-    path = write(tmp_path / "both.pt", {"generator_ema": other, "generator": original(weights)})
-    loaded = load_transformer(path, dtype=torch.float32, num_heads=2).state_dict()
-    assert_close(dict(loaded), dict(weights), rtol=0, atol=0)
+def test_of_several_weights_the_average_is_taken_or_the_one_that_is_named(weights, tmp_path, capsys):
+    """As Self-Forcing's own inference takes them; a line says what was taken where there was a choice."""
+    names = {"generator": 2.0, "critic": 3.0, "generator_ema": 1.0}
+    content = {name: {key: k * tensor for key, tensor in original(weights).items()} for name, k in names.items()}
+    path, key = write(tmp_path / "both.pt", content), "blocks.0.attn1.to_q.weight"
+    for which, k in (("", 1.0), ("generator", 2.0), ("critic", 3.0)):
+        loaded = load_transformer(path, dtype=torch.float32, num_heads=2, which=which).state_dict()
+        assert_close(loaded[key], k * weights[key], rtol=0, atol=0)
+        said = capsys.readouterr().err
+        assert ("generator_ema is taken" in said and "--weights_name" in said) == (not which)
+    write(path, {"generator": content["generator"], "step": 3})
+    load_transformer(path, num_heads=2)
+    assert not capsys.readouterr().err  # there is no choice
+    with pytest.raises(ValueError, match="both.pt.*'ema'.*generator"):
+        load_transformer(path, num_heads=2, which="ema")
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(base, weights, adapter, tmp_path):
+    for value in (float("nan"), float("inf")):
+        bad = {key: tensor.clone() for key, tensor in weights.items()}
+        bad["blocks.1.attn1.to_q.weight"][0, 0] = value
+        with pytest.raises(ValueError, match="wan.pt: .*not finite: blocks.1.attn1.to_q.weight"):
+            load_transformer(write(tmp_path / "wan.pt", original(bad)), num_heads=2)
+        base.save_pretrained(tmp_path / "transformer")
+        save_file({key: t.contiguous() for key, t in bad.items()},
+                  tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")  # fmt: skip
+        with pytest.raises(ValueError, match="transformer.*not finite: blocks.1.attn1.to_q.weight"):
+            load_transformer(tmp_path)
+
+
+def test_files_that_claim_more_than_they_hold_are_refused_before_they_are_read(tmp_path):
+    """A header of 2^60 bytes, a compressed archive, and a view of 2^40 numbers on one."""
+    header, bomb, view = tmp_path / "a.safetensors", tmp_path / "b.pt", tmp_path / "c.pt"
+    header.write_bytes((2**60).to_bytes(8, "little") + b"{}" + bytes(64))
+    torch.save({"generator": {"a": torch.zeros(2**18)}}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        for part in plain.infolist():
+            packed.writestr(part.filename, plain.read(part))
+    assert bomb.stat().st_size < 2**17
+    write(view, {"blocks.0.a.lora_A.weight": torch.zeros(1).expand(2**40)})
+    for path, said in ((header, "cannot be read"), (bomb, "compressed"), (view, "claim more numbers")):
+        for read in (load_transformer, read_lora):
+            with pytest.raises(ValueError, match=f"{path.name}.*{said}"):
+                read(path)
 
 
 def test_folders(base, weights, tmp_path):
@@ -372,6 +411,66 @@ def test_peft_folder_keeps_alpha(adapter, trained, base, tmp_path):
     base.save_pretrained(tmp_path / "transformer")
     merged = load_transformer(tmp_path, lora=adapter, dtype=torch.float32)
     assert_close(forward(merged), forward(trained.base_model.model), rtol=0, atol=2e-5)
+
+
+SCALES = {  # where alpha 8 of a LoRA of rank 4 is written: file, what it holds, header, files beside it
+    "config beside .bin": ("adapter_model.bin", dict, {}, "adapter_config.json"),
+    "config beside any name": ("my_lora.safetensors", dict, {}, "adapter_config.json"),
+    "kohya's header": ("a.safetensors", dict, {"ss_network_alpha": "8"}, ""),
+    "header": ("a.safetensors", dict, {"lora_alpha": "8.0"}, ""),
+    "beside the tensors": ("a.pt", lambda s: {"generator_lora": s, "lora_alpha": 8}, {}, ""),
+    "in a config beside them": ("a.pt", lambda s: {"generator_lora": s, "config": {"adapter": {"alpha": 8}}}, {}, ""),
+    "among the tensors": ("a.pt", lambda s: s | {"blocks.0.attn1.to_q.alpha": torch.tensor(8.0)}, {}, ""),
+    "a state beside": ("ema.safetensors", dict, {}, "state.json"),
+}
+
+
+@pytest.mark.parametrize("case", SCALES)
+def test_alpha_is_read_from_wherever_it_is_written(case, tmp_path, capsys):
+    name, wrap, header, beside = SCALES[case]
+    layer = "blocks.0.attn1.to_q"
+    tensors = {f"{layer}.lora_A.weight": draw(4, 24), f"{layer}.lora_B.weight": draw(24, 4, seed=1)}
+    path = tmp_path / name
+    if path.suffix == ".safetensors":
+        save_file(wrap(tensors), path, header or None)
+    else:
+        torch.save(wrap(tensors), path)
+    if beside:
+        config = {"r": 4, "lora_alpha": 8} if "adapter" in beside else {"config": {"rank": 4, "lora_alpha": 8}}
+        (tmp_path / beside).write_text(json.dumps(config))
+    lora = read_lora(path)
+    assert (lora.rank, lora.alpha) == (4, 8.0)
+    assert_close(lora.pair(layer)[1], 2 * tensors[f"{layer}.lora_B.weight"], rtol=0, atol=0)
+    assert not capsys.readouterr().err and read_lora(path, 6.0).alpha == 6.0  # the last word is the user's
+    other = {"config": {"lora_alpha": 3}} if beside == "state.json" else {"lora_alpha": 3}
+    if beside != "adapter_config.json":
+        (tmp_path / "adapter_config.json").write_text(json.dumps(other | {"lora_alpha": 3}))
+        with pytest.raises(ValueError, match=f"{name}: .*3.0, 8.0.*--lora_alpha"):
+            read_lora(path)
+
+
+def test_alpha_that_is_written_nowhere_is_the_rank_and_said(tmp_path, capsys):
+    layer = "blocks.0.attn1.to_q"
+    path = write(tmp_path / "a.pt", {f"{layer}.lora_A.weight": draw(4, 24), f"{layer}.lora_B.weight": draw(24, 4)})
+    assert read_lora(path).alpha == 4.0 and "no alpha is written" in capsys.readouterr().err
+    for odd in (
+        {"alpha": "x"},
+        {"lora_alpha": None},
+        {"alpha": torch.zeros(2)},
+        {"alpha": -1},
+        {"alpha": float("nan")},
+    ):
+        with pytest.raises(ValueError, match="a.pt: .*alpha"):
+            read_lora(write(path, torch.load(path) | odd))
+        write(path, {key: t for key, t in torch.load(path).items() if "lora_A" in key or "lora_B" in key})
+
+
+def test_a_folder_of_two_loras_is_not_decided(adapter, tmp_path):
+    for layout in ("peft", "authors"):
+        export_lora(read_lora(adapter), tmp_path, layout)
+    with pytest.raises(ValueError, match="holds adapter_model.safetensors, lora.pt; or name the file"):
+        read_lora(tmp_path)
+    assert read_lora(tmp_path / "adapter_model.safetensors").alpha == ALPHA
 
 
 def test_export_peft(adapter, trained, make_transformer, tmp_path):

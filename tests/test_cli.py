@@ -1,8 +1,10 @@
 """The commands as a user meets them, on a tiny random model in the layout of `kvpo-min distill`."""
 
 import dataclasses
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import time
 from pathlib import Path
 from types import ModuleType
 
+import mediapy
 import pytest
 import torch
 import yaml
@@ -27,6 +30,7 @@ from kvpo_min.cli.demo import DEFAULTS
 from kvpo_min.cli.doctor import read_config
 from kvpo_min.pocket import load_pocket, pocket_rewards, world
 from kvpo_min.pocket import prompts as prompts_of
+from kvpo_min.rollout import draw_noise
 from kvpo_min.train import TrainConfig, adapter_weights, add_policies, evaluate, train
 from kvpo_min.viz import report as cli_report
 from kvpo_min.wan.real import WanOptions
@@ -242,6 +246,128 @@ def test_wrong_input_is_one_line_and_writes_nothing(case, model, tmp_path, capsy
     err = capsys.readouterr().err
     assert err.startswith("kvpo-min: error: ") and err.count("\n") == 1 and message in err
     assert contents(tmp_path) == before and not list(elsewhere.iterdir())
+
+
+def test_home_is_expanded_in_every_option_and_file(tmp_path, monkeypatch):
+    """In flags, in YAML, and in the path of the YAML file; a script may begin with what it likes."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("output_dir: ~/run\nlora: ~/lora.pt\ncomponents: ~/wan\n")
+    classes = [TrainConfig, cli_options.RunOptions, WanOptions]
+    argv = ["--config", "~/c.yaml", "--prompts", "~/p.txt", "--model=~/pocket", "--resume_from_checkpoint", "~/run/c"]
+    values = cli_options.all_options(*cli_options.parse_options("train", classes, argv))
+    places = dict(output_dir="run", lora="lora.pt", components="wan", prompts="p.txt", model="pocket")
+    for name, place in (places | {"resume_from_checkpoint": "run/c"}).items():
+        assert values[name] == f"{tmp_path}/{place}"
+    assert cli_options.parse_options("sample", [cli_options.SampleOptions], ["~ a disc"])[0].script == "~ a disc"
+    with pytest.raises(ValueError, match="--prompts.*~nobody-of-that-name"):
+        cli_options.parse_options("train", classes, ["--prompts", "~nobody-of-that-name/p.txt"])
+    (tmp_path / "p.txt").write_text("a disc\n")
+    assert world.read_prompts("~/p.txt") == ["a disc"]
+
+
+def closed_pipe():
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w")
+
+
+OUTPUTS = {
+    "ascii": lambda: io.TextIOWrapper(io.BytesIO(), encoding="ascii"),
+    "full": lambda: open("/dev/full", "w"),
+    "gone": closed_pipe,
+    "none": lambda: None,
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_result_that_cannot_be_printed_is_saved_and_no_failure(output, make_pipeline, tmp_path, monkeypatch):
+    result = {"vq": 0.5, "mq": 0.5, "ta": 0.5, "reward": 1.5, "reward_sem": 0.25, "judge": {"all": 1.0}}
+    monkeypatch.setattr(generator, "evaluate", lambda *args, **kwargs: result)
+    monkeypatch.setattr(pocket, "load_model", lambda *args: make_pipeline())
+    (tmp_path / "p.txt").write_text("a disc\n")
+    streams = [OUTPUTS[output](), OUTPUTS[output]()]
+    for name, stream in zip(("stdout", "stderr"), streams, strict=True):
+        monkeypatch.setattr(sys, name, stream)
+    code = cli.main(["eval", "--prompts", str(tmp_path / "p.txt"), "--json", str(tmp_path / "a.json")])
+    assert [sys.stdout, sys.stderr] == streams
+    monkeypatch.undo()
+    assert code == 0 and json.loads((tmp_path / "a.json").read_text())["reward"] == 1.5
+    if output == "ascii":
+        streams[0].seek(0)
+        assert "1.500 \\xb1 0.250" in streams[0].read()
+
+
+def test_pictures_that_cannot_be_made_cost_no_result(model, tmp_path, capsys, monkeypatch):
+    """It is tried before the first update, and said; the result is measured all the same, and the card shows none."""
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("ffmpeg: no such codec")
+
+    for name in ("reward_curve", "save_video", "before_after"):
+        monkeypatch.setattr(f"kvpo_min.viz.{name}", broken)
+    argv = ["train", "--model", str(model), "--output_dir", str(tmp_path / "run"), *SMALL, "--max_train_steps", "1"]
+    assert cli.main([*argv, "--eval_every", "0", "--num_iterations", "1"]) == 0
+    err = capsys.readouterr().err
+    assert err.index("no such codec") < err.index("before training") and err.count("pictures are left out") == 4
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["after"]["reward"] > 0
+    assert "![" not in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_broken_ffmpeg_is_said_before_a_video_is_made(tmp_path, capsys, monkeypatch):
+    (tmp_path / "ffmpeg").write_text("#!/bin/sh\necho wrong version >&2\nexit 1\n")
+    (tmp_path / "ffmpeg").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(mediapy._config, "ffmpeg_name_or_path", "ffmpeg")  # as in a new process
+    monkeypatch.setattr(pocket, "load_model", None)  # would fail if it were reached
+    assert cli.main(["sample", "a disc", "--output_dir", str(tmp_path / "out")]) == 2
+    assert "videos cannot be written" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["eval", "sample"])
+@pytest.mark.parametrize("where", ["weights", "latents", "pixels"])
+def test_what_is_not_finite_ends_a_command_with_a_name(command, where, model, tmp_path, capsys, monkeypatch):
+    """No JSON with a mean of it, no black video."""
+    place, load = tmp_path / "model", pocket.load_model
+    shutil.copytree(model, place)
+    if where == "weights":
+        file = place / "student" / "diffusion_pytorch_model.safetensors"
+        weights = load_file(file)
+        weights["blocks.0.attn1.to_q.weight"][3, 4] = float("nan")
+        save_file(weights, file, {"format": "pt"})
+
+    def spoiled(*args):
+        pipeline = load(*args)
+        if where == "latents":
+            pipeline.backbone.velocity = lambda x, *more: x * float("inf")
+        else:
+            decode = pipeline.decode
+            pipeline = dataclasses.replace(
+                pipeline, decode=lambda z: decode(z).index_fill(1, torch.tensor([2]), float("nan"))
+            )
+        return pipeline
+
+    if where != "weights":
+        monkeypatch.setattr(pocket, "load_model", spoiled)
+    (tmp_path / "p.txt").write_text("a disc\n")
+    out = ["--json", str(tmp_path / "a.json")] if command == "eval" else ["--output_dir", str(tmp_path / "out")]
+    code = cli.main([command, "--prompts", str(tmp_path / "p.txt"), "--model", str(place), "--num_frames", "6", *out])
+    err = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    named = {"weights": "blocks.0.attn1.to_q.weight", "latents": "the latents", "pixels": "the pixels"}[where]
+    assert code == (2 if where == "weights" else 1) and len(err) == 1 and named in err[0] and "not finite" in err[0]
+    assert not (tmp_path / "a.json").exists() and not list(tmp_path.rglob("*.mp4"))
+
+
+def test_numbers_do_not_depend_on_torchs_defaults(make_pipeline):
+    made = []
+    for dtype in (torch.float32, torch.float64):
+        before = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(dtype)
+            noise = draw_noise(2, 4, (3, 8, 4, 4), torch.Generator().manual_seed(0))
+        finally:
+            torch.set_default_dtype(before)
+        made.append(noise)
+    assert made[0].dtype == made[1].dtype == torch.float32 and made[0].equal(made[1])
 
 
 def test_damaged_model_is_named(model, tmp_path, capsys):

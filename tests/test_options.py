@@ -133,7 +133,9 @@ CASES = {
     cli_options.ExportOptions: {
         "adapter": of("files", adapter="{there}/lora_b"),
         "layout": of("files", layout="authors"),
+        "lora_alpha": of("files", lora_alpha=3.0),
         "lora": of("files", lora="{there}/lora_b"),
+        "merged_alpha": of("files", {"lora": "{there}/lora_b"}, merged_alpha=3.0),
         "output_dir": of("files", output_dir="b"),
     },
     arena_of.ArenaOptions: {
@@ -178,7 +180,9 @@ CASES = {
     },
     parity_of.ParityOptions: {"golden": of("err", golden="{there}/full")},
     WanOptions: {
+        "weights_name": of("told", weights_name="generator"),
         "lora": of("transformer", lora="a/b"),
+        "merged_alpha": of("told", merged_alpha=3.0),
         "components": of("text", components="c"),
         "height": of("latent_shape", height=64),
         "width": of("latent_shape", width=64),
@@ -503,7 +507,7 @@ def observe_wan(options, make_pipeline, monkeypatch, folder):
 
     monkeypatch.setattr(real, "encode_texts", encode_texts)
     monkeypatch.setattr(
-        real, "load_transformer", lambda *args, **told: seen.update(transformer=args, memflow=told) or Part()
+        real, "load_transformer", lambda *args, **told: seen.update(transformer=args, told=told) or Part()
     )
     monkeypatch.setattr(real, "from_folder", lambda cls, path, dtype: Part())
     monkeypatch.setattr(real, "fetch", lambda source, patterns: Path(source))
@@ -511,7 +515,7 @@ def observe_wan(options, make_pipeline, monkeypatch, folder):
     monkeypatch.setattr(real, "MixedBackbone", lambda *args: None)
     pipeline = real.load_wan("m", ["a"], "cache", options)
     seen |= {"latent_shape": pipeline.latent_shape, "bank": pipeline.bank}
-    assert seen["memflow"] == ({"memflow": True} if options.bank_size else {})
+    assert ("memflow" in seen["told"]) == bool(options.bank_size)
     named = {name: float(bool(getattr(options, f"{name}_model"))) for name in ("vq", "mq", "ta")}
     rewards = real.load_rewards(options, **named).rewards
     return seen | {"rewards": {name: (reward.worker.command, reward.component) for name, reward in rewards.items()}}

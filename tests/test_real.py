@@ -3,6 +3,9 @@
 import gc
 import json
 import math
+import os
+import shlex
+import shutil
 import sys
 import weakref
 from dataclasses import asdict, replace
@@ -12,7 +15,7 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -22,6 +25,7 @@ from kvpo_min.checks import doctor
 from kvpo_min.cli import run as cli_run
 from kvpo_min.cli.doctor import read_config
 from kvpo_min.cli.options import RunOptions, parse_options
+from kvpo_min.pocket import world
 from kvpo_min.rewards import Mixture
 from kvpo_min.train import TrainConfig, add_policies, sample, train
 from kvpo_min.wan import real
@@ -144,8 +148,60 @@ def test_texts_are_encoded_once_and_the_encoder_is_freed(folder, tmp_path, monke
     other = tmp_path / "other"
     other.symlink_to(folder)
     encode_texts(TEXTS[:1], cache, str(other))
-    assert encoded == [*TEXTS, TEXTS[0]]  # another encoder's name: not the same encoding
+    assert encoded == TEXTS  # the same encoder under another name
+    encode_texts(TEXTS[:1], cache, str(folder), dtype=torch.float32)
+    assert encoded == [*TEXTS, TEXTS[0]]  # in another precision: not the same encoding
     assert encoded_in(cache) == [1, 1, 2]  # three calls that lacked something, three files, and nothing left aside
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer"])
+def test_another_encoder_under_the_same_path_encodes_anew(part, parts, folder, tmp_path):
+    """Of the same size and date: only what is in its files differs."""
+    shutil.copytree(folder, tmp_path / "wan")
+    place, cache = str(tmp_path / "wan"), tmp_path / "cache"
+    before = encode_texts(TEXTS, cache, place, dtype=torch.float32)(TEXTS)
+    if part == "text_encoder":
+        file = tmp_path / "wan" / part / "model.safetensors"
+        changed = {key: t * 1.5 for key, t in load_file(file).items()}
+        stat = file.stat()
+        save_file(changed, file, {"format": "pt"})
+        assert file.stat().st_size == stat.st_size
+    else:
+        file = tmp_path / "wan" / part / "tokenizer.json"
+        stat, text = file.stat(), file.read_text()
+        swapped = text.replace('"red"', '"xxx"').replace('"blue"', '"red"').replace('"xxx"', '"blue"')
+        file.write_text(swapped)
+        assert swapped != text
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    after = encode_texts(TEXTS, cache, place, dtype=torch.float32)(TEXTS)
+    assert (after - before).abs().max() > 1e-2
+    fresh = encode_texts(TEXTS, tmp_path / "fresh", place, dtype=torch.float32)(TEXTS)
+    assert_close(after, fresh, rtol=0, atol=0)
+
+
+def test_encodings_are_kept_elsewhere_if_the_folder_cannot_be_written_to(folder, tmp_path, monkeypatch):
+    """And nothing is loaded where they can be kept nowhere."""
+    (tmp_path / "file").write_text("")
+    cache = tmp_path / "file" / "prompts.txt.umt5"  # below a file, nobody can make a folder
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(real, "text_encoder", None)  # would fail if it were reached
+    with pytest.raises(OSError, match=f"neither in {cache} nor in .*cache"):
+        encode_texts(TEXTS, cache, str(folder))
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    first = encode_texts(TEXTS, cache, str(folder))(TEXTS)
+    assert encoded_in(tmp_path / "home" / "kvpo_min") == [3]
+    monkeypatch.setattr(real, "text_encoder", None)
+    assert_close(encode_texts(TEXTS, cache, str(folder))(TEXTS), first, rtol=0, atol=0)
+
+
+def test_encodings_that_are_not_finite_are_not_kept(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        real, "text_encoder", lambda *args: lambda texts: [torch.full((2, 32), float("nan"))] * len(texts)
+    )
+    with pytest.raises(FloatingPointError, match="not finite: a red disc moves left"):
+        encode_texts(TEXTS, tmp_path / "cache", str(folder))
+    assert not (tmp_path / "cache").exists()
 
 
 def encoded_in(cache):
@@ -372,6 +428,8 @@ def test_options_of_the_bank_are_checked():
 
 
 def test_options_are_checked():
+    with pytest.raises(ValueError, match="merged_alpha must be 0"):
+        WanOptions(merged_alpha=-1)
     for bad in ({"dtype": "float16"}, {"height": 481}, {"width": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
             WanOptions(**bad)
@@ -387,13 +445,40 @@ def test_prompt_files(tmp_path):
     plain.write_text("a, b | it [x] | c\nd | e\n")
     for path in (listed, lines, plain):
         assert read_prompts(path, 2) == ["a, b | it [x]", "d | e"]
-        with pytest.warns(UserWarning, match=r"1 of 2 lines have fewer than 3 prompts .* first is line [23]$"):
+        with pytest.warns(UserWarning, match="1 of 2 scripts have fewer than 3 prompts"):
             assert read_prompts(path, 3) == ["a, b | it [x] | c"]
         with pytest.raises(ValueError, match="no script of 4 prompts"):
             read_prompts(path, 4)
     lines.write_text("1,[a]\n0\n0,\n")  # `0`: the authors' tool found no scene in that line
     with pytest.warns(UserWarning, match="2 of 3"):
         assert read_prompts(lines, 1) == ["a"]
+
+
+@pytest.mark.parametrize("reader", [read_prompts, world.read_prompts])
+def test_other_forms_are_refused_and_the_same_for_both_models(reader, tmp_path):
+    """With the file, the line, and the form that is wanted; none of them becomes a prompt."""
+    for name, text, line in (
+        ("a.csv", "prompt\na disc\n", 0), ("a.json", '["a disc"]', 0), ("a.yaml", "- a disc", 0), ("a.md", "a disc", 0),
+        ("a.txt", '["a disc",\n"a cross"]', 1), ("a.txt", '[\n"a disc"\n]', 1), ("a.txt", '{"prompts": ["a disc"]}', 1),
+        ("a.txt", "a disc\n3,[slow] a disc\na disc\n", 2), ("a.txt", "1,[a disc]\na disc\n", 2),
+        ("a.txt", "a disc\n\u200b\n", 2), ("a.txt", "a disc\n\x00\n", 2), ("a.txt", "a disc |a cross\n", 1),
+        ("a.jsonl", '"a disc"\n', 1), ("a.jsonl", "a disc\n", 1), ("a.txt", "# a disc\n", 0),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match="expected") as caught:
+            reader(tmp_path / name)
+        assert (
+            f"{tmp_path / name}, line {line}: " in str(caught.value)
+            if line
+            else str(tmp_path / name) in str(caught.value)
+        )
+    for name, text in (
+        ("A.JSONL", '{"prompts": ["a disc", "it rests"]}\n\n{"prompts": ["a cross", "it rests"]}'),
+        ("a.txt", "\ufeff# two of them\r\na disc | it rests\r\n\r\na cross | it rests"),
+        ("b.txt", "2,[a disc],[it rests]\n2, [a cross], [it rests]\n"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(text.encode())
+        assert reader(tmp_path / name) == ["a disc | it rests", "a cross | it rests"]
 
 
 @pytest.mark.parametrize(
@@ -546,7 +631,32 @@ def test_a_run_of_a_real_model_leaves_what_is_promised(trained, folder):
     assert saved | trained.options | trained.small == saved and saved["gradient_checkpointing"] is False
     card = (run / "README.md").read_text()
     assert f"kvpo-min sample '{SCRIPTS[-1]}' --adapter {run} --model {folder}" in card
+    assert "none of them were trained on" in card
     assert "reward\n1 VQ + 0.5 TA" in card and "pocket" not in card
+
+
+def test_the_commands_of_the_card_run_as_they_are_printed(trained, tmp_path, monkeypatch):
+    """On this machine: device and precision are the run's."""
+    card = (trained.path / "run" / "README.md").read_text()
+    commands = [shlex.split(line)[1:] for line in card.splitlines() if line.startswith("kvpo-min ")]
+    assert [command[0] for command in commands] == ["sample", "export"]
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        short = ["--num_frames", "3"] if command[0] == "sample" else []  # only to be done sooner
+        assert cli.main([*command, *short]) == 0, command
+    assert len(list((tmp_path / "kvpo_samples").glob("*.mp4"))) == 1
+    assert (tmp_path / "kvpo_export" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_held_out_prompts_are_not_trained_on(tmp_path, capsys):
+    """Held out are words, not lines: what is there twice, also in other letters or spaces, is not trained on."""
+    (tmp_path / "p.txt").write_text("a\nb\nC  d\nb\nc d\nb\n")
+    config, options = TrainConfig(), RunOptions(prompts=str(tmp_path / "p.txt"), eval_prompts=2)
+    scripts, held_out = real.real_prompts(config, options)
+    assert (scripts, held_out) == (["a"], ["c d", "b"]) and "3 scripts are left out" in capsys.readouterr().err
+    (tmp_path / "p.txt").write_text("b\nB\n")
+    with pytest.raises(ValueError, match="no other one"):
+        real.real_prompts(config, replace(options, eval_prompts=1))
 
 
 def test_eval_of_the_adapter_is_the_runs_own_measurement(trained, tmp_path):
@@ -613,8 +723,20 @@ def test_resume_of_a_real_run(folder, tmp_path, capsys):
     more = dict(resume_from_checkpoint="latest", max_train_steps=2, checkpointing_steps=2)
     assert place.train(**more, height=48) == 2
     assert "was made with height 32, not 48; resume with the same options" in capsys.readouterr().err
-    assert place.train(**more) == 0
+    prompts = tmp_path / "prompts.txt"
+    written = prompts.read_text()
+    prompts.write_text(written.replace("disc", "square", 1))
+    assert place.train(**more) == 2
+    assert "was made with 'a red disc moves left' where 'a red square moves left' stands" in capsys.readouterr().err
+    prompts.write_text(written)
+    assert place.train(**more, eval_prompts=3) == 0  # two of them were trained on, if the checkpoint's update took them
     assert [line["step"] for line in place.metrics()] == [0, 1]
+    card, kept = (
+        (tmp_path / "run" / "README.md").read_text(),
+        json.loads((tmp_path / "run" / "scripts.json").read_text()),
+    )
+    seen = len({*kept} & {*SCRIPTS[-3:]})
+    assert f"{seen or 'none'} of them were trained on" in card
 
 
 def test_a_reward_that_breaks_stops_the_run_and_loses_nothing(folder, tmp_path, capsys, monkeypatch):

@@ -9,8 +9,10 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -333,6 +335,7 @@ def test_a_damaged_checkpoint_is_named_and_changes_nothing(saving, make_pipeline
 
 NOT_FINITE = {  # what is spoiled: what is said, and what to do
     "reward": (r"reward 'it' must give 3 finite numbers, got \[1.0, nan, 1.0\]", "mend that reward or leave it out"),
+    "pixels": ("the pixels of the videos are not finite", "diverged: start again with a lower learning_rate"),
     "videos": ("the latents of the videos are not finite", "diverged: start again with a lower learning_rate"),
     "initial": ("the energies of the initial policy are not finite", "diverged"),
     "trained": ("the energies of the trained policy are not finite", "diverged"),
@@ -363,6 +366,14 @@ def spoiled(what, run, monkeypatch):
     def fork(*args):
         made = plain["fork"](*args)
         return replace(made, videos=made.videos / 0) if on and what == "videos" else made
+
+    decode = run.pipeline.decode
+
+    def spoiled_decode(latents):
+        pixels = decode(latents)
+        return pixels * float("nan") if on and what == "pixels" else pixels
+
+    object.__setattr__(run.pipeline, "decode", spoiled_decode)
 
     def replay_energies(*args):
         energies = plain["replay_energies"](*args)
@@ -491,7 +502,32 @@ def after_calls(monkeypatch, calls, act):
     monkeypatch.setattr(cli_models, "run_rewards", run_rewards)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [n for n in system.ENDING if n != signal.SIGALRM])
+def test_every_ending_signal_is_taken_as_ctrl_c(number):
+    """Inside the block that a command is, and only there; while something is written it waits."""
+    default, done = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL, []
+    before = signal.signal(number, default)  # a shell's background jobs ignore some
+    try:
+        with pytest.raises(KeyboardInterrupt), system.ends_like_ctrl_c():
+            with system.uninterrupted():
+                signal.raise_signal(number)
+                done.append("whole")
+            done.append("not reached")
+        assert done == ["whole"] and signal.getsignal(number) == default
+    finally:
+        signal.signal(number, before)
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with system.ends_like_ctrl_c(), system.uninterrupted():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_all_updates_without_checkpoints_too(number, model, finished, tmp_path, capsys, monkeypatch):
     after_calls(monkeypatch, [3], lambda score: signal.raise_signal(number))
     command = argv(model, tmp_path / "run", "--checkpointing_steps", "0", "--max_train_steps", "3")
@@ -627,12 +663,68 @@ def test_a_folder_that_cannot_be_written_is_said_before_any_work(model, tmp_path
         err = capsys.readouterr().err
         assert f"kvpo-min: error: {folder} cannot be" in err or f"so {folder} cannot be made" in err
 
-    def read_only(*arguments):
+    def read_only(*arguments, **more):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(Path, "write_bytes", read_only)
+    monkeypatch.setattr(system.tempfile, "TemporaryFile", read_only)
     assert cli.main(argv(model, tmp_path / "run")) == 2
     assert "cannot be written to: Read-only file system; free space, or name another" in capsys.readouterr().err
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
+    """A live process holds it by a lock; one of another machine by its last sign of life; a dead one does not."""
+    folder = tmp_path / "a" / "run"
+    with system.claimed(folder):
+        (held,) = folder.iterdir()
+        for _ in range(2):
+            with pytest.raises(FileExistsError, match=f"{folder} is in use.*process {os.getpid()}"):
+                with system.claimed(folder):
+                    raise AssertionError("two at once")
+        assert list(folder.iterdir()) == [held]
+    assert not (tmp_path / "a").exists()  # nothing was put into it
+    folder.mkdir(parents=True)
+    for host, seconds, taken in (("elsewhere", 0, True), ("elsewhere", 3600, False), (socket.gethostname(), 0, False)):
+        (folder / held.name).write_text(f"{host} 99999999\n")
+        then = time.time() - seconds
+        os.utime(folder / held.name, (then, then))
+        with contextlib.ExitStack() as stack:
+            if taken:
+                stack.enter_context(pytest.raises(FileExistsError, match=f"process 99999999 on {host}"))
+            stack.enter_context(system.claimed(folder))
+            (folder / "kept").write_text("x")
+        assert (folder / held.name).exists() == taken
+    assert (folder / "kept").exists()
+
+
+def test_a_claim_where_the_disk_knows_no_locks(tmp_path, monkeypatch):
+    """Then a process of this machine is asked for."""
+
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(system.fcntl, "flock", no_locks)
+    for process, taken in ((os.getppid(), True), (2**22 + 5, False)):
+        (tmp_path / system.CLAIM).write_text(f"{socket.gethostname()} {process}\n")
+        with pytest.raises(FileExistsError) if taken else contextlib.nullcontext():
+            with system.claimed(tmp_path):
+                pass
+
+
+def test_of_two_runs_in_one_folder_the_second_is_refused(model, tmp_path, capsys, monkeypatch):
+    """It starts while the first is measured, after all its checks; the first one's files are its own."""
+    second, plain = [], cli_run.measure
+
+    def measure(*arguments):
+        if not second:
+            second.append(None)
+            second[0] = cli.main(argv(model, tmp_path / "run", "--overwrite_output_dir"))
+        return plain(*arguments)
+
+    monkeypatch.setattr(cli_run, "measure", measure)
+    assert cli.main(argv(model, tmp_path / "run", "--max_train_steps", "2")) == 0
+    assert second == [2] and f"{tmp_path / 'run'} is in use" in capsys.readouterr().err
+    assert [line["step"] for line in log_lines(tmp_path / "run")] == [0, 1]
+    assert not (tmp_path / "run" / system.CLAIM).exists()
 
 
 def test_nothing_is_overwritten_unasked(model, finished, tmp_path, capsys):

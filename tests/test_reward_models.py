@@ -107,6 +107,63 @@ def test_noise_on_stdout_is_skipped(stub):
         assert reward(VIDEOS, PROMPTS).tolist() == [1, 2.5, 3]
 
 
+ANSWERS = {  # what a worker prints -> its scores
+    "after a bar": "tell(chr(13) + '100%' + chr(13) + json.dumps(dict(id=request['id'], scores=[1, 2, 3])))",
+    "after words": "tell('loaded: 100% ' + json.dumps(dict(id=request['id'], scores=[1, 2, 3])))",
+    "before a bar": "tell(json.dumps(dict(id=request['id'], scores=[1, 2, 3])) + chr(13) + '100%')",
+    "without an id": "tell(json.dumps(dict(scores=[1, 2, 3])))",
+    "no error": "tell(json.dumps(dict(id=request['id'], scores=[1, 2, 3], error=None)))",
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_an_answer_beside_something_else_is_read(case, stub):
+    assert stub(ANSWERS[case])(VIDEOS, PROMPTS).tolist() == [1, 2, 3]
+
+
+NO_ANSWERS = {  # what a worker prints instead, and what must be in the error, soon
+    "a bare list": ("tell('[0.1, 0.2, 0.3]')", "[0.1, 0.2, 0.3]"),
+    "of another request": ("tell(json.dumps(dict(id=request['id'] + 1, scores=[1, 2, 3])))", '"id": 1'),
+    "an id that is no number": ("tell(json.dumps(dict(id='x', scores=[1, 2, 3])))", '"id": "x"'),
+    "Python's form": ("tell(str(dict(id=request['id'], scores=[1, 2, 3])))", "{'id': 0"),
+    "cut": ("tell('{' + chr(34) + 'id' + chr(34) + ': 0, ')", '{"id": 0,'),
+}
+
+
+@pytest.mark.parametrize("case", NO_ANSWERS)
+def test_an_answer_that_cannot_be_used_is_named_at_once(case, stub):
+    body, said = NO_ANSWERS[case]
+    begun = time.monotonic()
+    with pytest.raises(RewardError, match="must ") as caught:
+        stub(body, timeout=300)(VIDEOS, PROMPTS)
+    assert said in str(caught.value) and time.monotonic() - begun < 60
+
+
+def test_a_worker_that_prints_without_end_is_ended(stub):
+    with pytest.raises(RewardError, match="no answer within 1 s"):
+        stub("[tell('still loading') for _ in iter(int, 1)]", timeout=1)(VIDEOS, PROMPTS)
+
+
+def test_pixels_that_are_not_finite_reach_no_reward(stub, tmp_path):
+    """Rounded to bytes NaN would be some colour, and score as that."""
+    videos, asked = VIDEOS.clone(), []
+    videos[1, 2, 0, 3, 4] = float("nan")
+    mixture = Mixture({"it": lambda videos, prompts: asked.append(1) or [1.0] * len(videos)}, {"it": 1.0})
+    for reward in (stub("tell_scores([1, 2, 3])"), mixture):
+        with pytest.raises(FloatingPointError, match="pixels.*not finite"):
+            reward(videos, PROMPTS)
+    assert not asked and not (tmp_path / "starts").exists()
+
+
+def test_a_worker_gets_no_secrets_of_its_parent(stub, monkeypatch):
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "MY_VARIABLE", "LD_PRELOAD"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("HF_HOME", "/somewhere")
+    body = "env = os.environ; secrets = sum(v == 'secret' for v in env.values()); "
+    body += "tell_scores([secrets, int('PATH' in env), int('HF_HOME' in env)])"
+    assert stub(body)(VIDEOS, PROMPTS).tolist() == [0, 1, 1]
+
+
 def test_it_fits_in_a_mixture(stub):
     reward = stub("tell_scores([0.5, 1, 2])")
     mixture = Mixture({"vq": reward, "ta": lambda videos, prompts: torch.ones(len(videos))}, {"vq": 2.0, "ta": 1.0})

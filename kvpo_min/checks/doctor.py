@@ -69,7 +69,7 @@ def check_update(options: DoctorOptions) -> list[Check]:
 
     @torch.no_grad()
     def fingerprint():
-        x = torch.randn(1, 3, *pipeline.latent_shape, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(1, 3, *pipeline.latent_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         return pipeline.backbone.velocity(x, torch.ones(1), 0, pipeline.embed(pipeline.segments(scripts[0])[:1]), None)
 
     base = fingerprint()
@@ -292,7 +292,7 @@ def check_run_folder(folder: Path, model: str, read_config: Callable[[Path], obj
             )
             return math.isfinite(most) and most > 0, f"largest weight of a B matrix {most:.1e}"
         pipeline = pocket.load_model(model)
-        x = torch.randn(1, 3, *pipeline.latent_shape, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(1, 3, *pipeline.latent_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         call = (x, torch.ones(1), 0, pipeline.embed(["a disc"]), None)
         with torch.no_grad():
             base = pipeline.backbone.velocity(*call)

@@ -28,9 +28,8 @@ def main(argv: Sequence[str]) -> int:
     except bench.Disagreement as error:
         print(f"kvpo-min: error: {error}", file=sys.stderr)
         return 1
-    print(show(result))
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(options.json), result)
-        print(f"\nwritten to {options.json}")
+    print(show(result) + (f"\n\nwritten to {options.json}" if options.json else ""))
     return 0

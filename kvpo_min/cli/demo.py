@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from kvpo_min.cli.options import RunOptions, parse_options
 from kvpo_min.cli.run import run
 from kvpo_min.config import TrainConfig
-from kvpo_min.system import ends_like_ctrl_c
 
 OPTIONS = (TrainConfig, RunOptions)
 DEFAULTS = {
@@ -19,5 +18,4 @@ DEFAULTS = {
 
 def main(argv: Sequence[str]) -> int:
     config, options = parse_options("demo", OPTIONS, argv, DEFAULTS)
-    with ends_like_ctrl_c():
-        return run(config, options, command=["demo", *argv])
+    return run(config, options, command=["demo", *argv])

@@ -1,5 +1,6 @@
 """`kvpo-min distill`: the pocket model from nothing."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from kvpo_min.cli.folders import check_folder
 from kvpo_min.cli.options import parse_options
 from kvpo_min.pocket import distill
-from kvpo_min.system import finite, write_json
+from kvpo_min.system import claimed, finite, number_in_environment, write_json
 
 OPTIONS = (distill.DistillConfig,)
 
@@ -16,6 +17,12 @@ def main(argv: Sequence[str]) -> int:
     """Stages resume by themselves, so a folder that holds stages is resumed; a folder with anything else is refused."""
     (config,) = parse_options("distill", OPTIONS, argv)
     folder = Path(config.output_dir)
+    first = number_in_environment("WORLD_SIZE", 1) == 1 or number_in_environment("RANK") == 0
+    with claimed(folder) if first else contextlib.nullcontext():
+        return make(config, folder)
+
+
+def make(config, folder: Path) -> int:
     started = any((folder / stage).is_dir() for stage in ("autoencoder", "teacher", "student"))
     check_folder(folder, overwrite=started, how=", or give the folder of an earlier `kvpo-min distill`")
     made = distill.distill(config)

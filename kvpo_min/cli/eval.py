@@ -33,10 +33,10 @@ def main(argv: Sequence[str]) -> int:
     if options.adapter:
         adapters.load_adapter(pipeline, options.adapter)
     result = generator.evaluate(pipeline, scripts, rewards, num_frames, options.seed, 1 if wan else 32, bar=True)
-    print(generator.table({options.adapter or pipeline.name: result}))
     out.parent.mkdir(parents=True, exist_ok=True)
     about = {"n": len(scripts), "num_frames": num_frames, "seed": options.seed, "prompts": options.prompts}
     about |= {"model": options.model or pipeline.name, "adapter": options.adapter or None} | all_options(wan)
     write_json(out, result | about | {"weights": dict(rewards.weights)})
+    print(generator.table({options.adapter or pipeline.name: result}))
     print(f"\nwritten to {out}")
     return 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kvpo_min.cli.folders import check_folder
 from kvpo_min.cli.options import ExportOptions, parse_options
-from kvpo_min.system import read_yaml, say
+from kvpo_min.system import claimed, read_yaml, say
 from kvpo_min.wan.checkpoints import export_lora, read_lora, stack_loras
 
 OPTIONS = (ExportOptions,)
@@ -13,14 +13,15 @@ OPTIONS = (ExportOptions,)
 
 def main(argv: Sequence[str]) -> int:
     (options,) = parse_options("export", OPTIONS, argv)
-    folder = Path(options.output_dir)
-    check_folder(folder, overwrite=False, how="")
     if not Path(options.adapter).exists():
         raise FileNotFoundError(f"there is no adapter {options.adapter}")
-    lora = read_lora(options.adapter)
-    if options.lora:
-        lora = stack_loras(read_lora(options.lora), lora)
-    path = export_lora(lora, folder, options.layout)
+    folder = Path(options.output_dir)
+    with claimed(folder):
+        check_folder(folder, overwrite=False, how="")
+        lora = read_lora(options.adapter, options.lora_alpha)
+        if options.lora:
+            lora = stack_loras(read_lora(options.lora, options.merged_alpha), lora)
+        path = export_lora(lora, folder, options.layout)
     print(f"{path}: rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.modules)} layers")
     config = Path(options.adapter) / "config.yaml"
     ran = read_yaml(config) if config.is_file() else {}

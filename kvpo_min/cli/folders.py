@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from kvpo_min.cli.options import RunOptions, all_options
 from kvpo_min.resume import check_schedule, checkpoints, discard, find_checkpoint, read_state
-from kvpo_min.system import read_yaml, write_text
+from kvpo_min.system import CLAIM, read_text, read_yaml, write_text
 
 NOT_IN_CONFIG = ("overwrite_output_dir", "resume_from_checkpoint")  # how a run was started, not what it is
 MAY_CHANGE_ON_RESUME = (
@@ -23,23 +24,8 @@ MAY_CHANGE_ON_RESUME = (
 
 def check_folder(folder: Path, overwrite: bool, how: str = ", or give --overwrite_output_dir") -> None:
     """Refuses an output folder that holds something, unless it may be overwritten."""
-    check_parents(folder)
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if folder.is_dir() and any(path.name != CLAIM for path in folder.iterdir()) and not overwrite:
         raise FileExistsError(f"{folder} is not empty; name another --output_dir{how}")
-
-
-def check_writable(folder: Path) -> None:
-    """Makes the folder and writes into it. Raises OSError now rather than after the work."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / "probe.aside"
-        probe.write_bytes(b"kvpo")
-        probe.unlink()
-    except OSError as error:
-        what_to_do = "free space, or name another --output_dir"
-        raise OSError(f"{folder} cannot be written to: {error.strerror}; {what_to_do}") from error
 
 
 def check_parents(path: Path) -> None:
@@ -62,8 +48,8 @@ def check_file(path: Path) -> None:
 def clear_run(folder: Path) -> None:
     """Deletes what an earlier run left, by name; anything else in the folder stays."""
     patterns = (
-        "config.yaml", "metrics.jsonl", "summary.json", "README.md", "adapter_config.json", "adapter_model.safetensors",
-        "videos/*.mp4", "videos/*.png", "figures/*.png", "runs/events.*",
+        "config.yaml", "scripts.json", "metrics.jsonl", "summary.json", "README.md", "adapter_config.json",
+        "adapter_model.safetensors", "videos/*.mp4", "videos/*.png", "figures/*.png", "runs/events.*",
     )  # fmt: skip
     for path in [path for pattern in (*patterns, *(f"{p}.aside" for p in patterns)) for path in folder.glob(pattern)]:
         path.unlink()
@@ -93,7 +79,13 @@ def way_on(folder: Path) -> str:
     return "there is no checkpoint: start again with --overwrite_output_dir"
 
 
-def check_output(config, options: RunOptions, wan=None) -> None:
+def earlier_scripts(config) -> list[str]:
+    """What the run that is resumed was trained on, as far as it was written down."""
+    path = find_checkpoint(config).parent / "scripts.json" if config.resume_from_checkpoint else Path()
+    return json.loads(read_text(path)) if path.is_file() else []
+
+
+def check_output(config, options: RunOptions, wan=None, scripts: Sequence[str] = ()) -> None:
     """Raises FileExistsError for a folder in use, and FileNotFoundError or ValueError for a run that cannot go on."""
     folder = Path(config.output_dir)
     if not resumes_in_place(config):
@@ -103,6 +95,9 @@ def check_output(config, options: RunOptions, wan=None) -> None:
         return
     checkpoint = find_checkpoint(config)
     check_resume(checkpoint, config, options, wan)
+    for was, now in zip(earlier_scripts(config), scripts, strict=False):  # there may be more or fewer now
+        if was != now:
+            raise ValueError(f"{checkpoint} was made with {was!r} where {now!r} stands now: give the same --prompts")
     newest = max(checkpoints(folder), default=0)
     if resumes_in_place(config) and newest > read_state(checkpoint)["step"] and not options.overwrite_output_dir:
         raise FileExistsError(

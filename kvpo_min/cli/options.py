@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import sys
 import typing
 from collections.abc import Mapping, Sequence
@@ -110,7 +111,9 @@ class ExportOptions:
 
     adapter: str = knob("", "folder of a trained adapter, such as the output_dir of a run")
     layout: str = knob("diffusers", "diffusers: for WanPipeline; authors: lora.pt", of=("diffusers", "peft", "authors"))
+    lora_alpha: float = knob(0.0, "the adapter's alpha; 0: the one that is written with it, else its rank", least=0)
     lora: str = knob("", "the released LoRA that the run had merged: both in one, for programs that load only one")
+    merged_alpha: float = knob(0.0, "that LoRA's alpha, likewise", least=0)
     output_dir: str = "kvpo_export"
 
     def __post_init__(self):
@@ -156,7 +159,10 @@ def parse_options(command: str, classes: Sequence[type], argv: Sequence[str], de
         raise ValueError(f"unknown flag {name}{nearest_known(name.removeprefix('--'), flags)}")
     found = vars(given)
     files, print_config = found.pop("config"), found.pop("print_config")
-    for name, value in [*(pair for path in files for pair in check_yaml(path, list(fields)).items()), *found.items()]:
+    for name, value in [
+        *(pair for path in map(os.path.expanduser, files) for pair in check_yaml(path, list(fields)).items()),
+        *found.items(),
+    ]:
         values[name] = value if value is None and is_open(fields[name]) else read_value(name, kinds[name], value)
     if print_config:
         print(yaml.safe_dump(values, sort_keys=False), end="")
@@ -169,7 +175,7 @@ def read_value(name: str, kind: type, value) -> object:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     try:
         if type(value) is kind and kind is not float:
-            return value
+            return expanded(name, value)
         if kind is int and isinstance(value, str):
             return int(value)
         if kind is float and (number or isinstance(value, str)) and math.isfinite(float(value)):
@@ -178,6 +184,16 @@ def read_value(name: str, kind: type, value) -> object:
         pass
     what = "finite float" if kind is float else kind.__name__
     raise ValueError(f"--{name}: expected {what}, got {value!r}")
+
+
+def expanded(name: str, value):
+    """Every option that begins with ~ is a path in a home folder, but for the words of a script."""
+    if not isinstance(value, str) or not value.startswith("~") or name == POSITIONAL:
+        return value
+    path = os.path.expanduser(value)
+    if path.startswith("~"):
+        raise ValueError(f"--{name}: there is no home folder {value.split('/')[0]}; for a file of that name: ./{value}")
+    return path
 
 
 def flags_of(argv: Sequence[str]) -> set[str]:

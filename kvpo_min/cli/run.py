@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,8 +26,10 @@ from kvpo_min.pocket.prompts import check_geometry, run_prompts
 from kvpo_min.resume import checkpoints, find_checkpoint, read_state
 from kvpo_min.rewards import RewardError
 from kvpo_min.system import (
+    claimed,
     gather,
     join_processes,
+    number_in_environment,
     processes,
     processes_for,
     say,
@@ -46,6 +48,27 @@ REAL_FPS = 4  # frames a second that a real model's pipeline decodes; the pocket
 INTERRUPTED = "interrupted"
 
 
+def in_its_folder(run: Callable[..., int]) -> Callable[..., int]:
+    """Holds the output folder from the first moment to the last, so that no second run can write there too."""
+
+    @functools.wraps(run)
+    def held(config, *more, **named) -> int:
+        first = number_in_environment("WORLD_SIZE", 1) == 1 or number_in_environment("RANK") == 0
+        with claimed(Path(config.output_dir)) if first else contextlib.nullcontext():
+            return run(config, *more, **named)
+
+    return held
+
+
+def picture(draw: Callable, *arguments) -> None:
+    """Pictures are no result: one that cannot be made is told, and the run goes on."""
+    try:
+        draw(*arguments)
+    except Exception as error:
+        say(f"kvpo-min: pictures are left out: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+@in_its_folder
 def run(config, options: RunOptions, wan=None, command: Sequence[str] = ()) -> int:
     """One training run with its evaluation, and the folder it leaves behind (`demo` and `train`). `wan`: the options of
     a real model. `command`: what a process that is to share the work is started with. -> exit code"""
@@ -62,8 +85,8 @@ def run(config, options: RunOptions, wan=None, command: Sequence[str] = ()) -> i
         else run_prompts(config, options.prompts, options.event, options.eval_prompts)
     )  # fmt: skip
     check_geometry(config, bool(wan and wan.bank_size))
-    if os.environ.get("RANK", "0") == "0":
-        folders.check_output(config, options, wan)
+    if number_in_environment("WORLD_SIZE", 1) == 1 or number_in_environment("RANK") == 0:
+        folders.check_output(config, options, wan, scripts)
     with share_work(processes_for(options.processes, config.groups_per_update), command):
         join_processes()
         return work(config, options, wan, scripts, held_out)
@@ -100,7 +123,7 @@ def work(config, options: RunOptions, wan, scripts: list[str], held_out: list[st
         return 0
     gather("")
     folder = Path(config.output_dir)
-    folders.check_writable(folder)
+    picture(report.try_pictures)  # now rather than after the last update
 
     say(f"{pipeline.name}: {len(held_out)} held-out prompts before training")
     before, before_pixels = measure(pipeline, held_out, rewards, config.num_frames, batch)
@@ -108,7 +131,9 @@ def work(config, options: RunOptions, wan, scripts: list[str], held_out: list[st
     folders.make_room(folder, config, options)
     for name in ("videos", "figures"):
         (folder / name).mkdir(parents=True, exist_ok=True)
+    trained_on = max(scripts, folders.earlier_scripts(config), key=len)  # the one begins as the other
     folders.write_config(folder, config, options, wan)
+    write_json(folder / "scripts.json", trained_on)
     policies = adapters.add_policies(pipeline, config)
     stopped, code, logs, ended, steps = train_loop(pipeline, scripts, rewards, config, policies, folder, log_to, curve)
 
@@ -125,14 +150,15 @@ def work(config, options: RunOptions, wan, scripts: list[str], held_out: list[st
     if len(updates) < len(logs):
         result["skipped"] = len(logs) - len(updates)
     write_json(folder / "summary.json", result)  # should what follows be interrupted
-    report.draw_curves(folder, logs if updates else [], steps[-1] if steps else None)
-    report.draw_groups(pipeline, folder, config, steps, fps)
+    picture(report.draw_curves, folder, logs if updates else [], steps[-1] if steps else None)
+    picture(report.draw_groups, pipeline, folder, config, steps, fps)
     if not stopped:
         say("held-out prompts after training")
         result["after"], after_pixels = measure(pipeline, held_out, rewards, config.num_frames, batch)
-        report.draw_before_after(folder, before_pixels, after_pixels, held_out, fps)
+        picture(report.draw_before_after, folder, before_pixels, after_pixels, held_out, fps)
     result["seconds"] = round(earlier + time.perf_counter() - begun, 1)
-    seen = len(set(held_out) & set(scripts))
+    words = {" ".join(script.split()).casefold() for script in trained_on}
+    seen = sum(" ".join(script.split()).casefold() in words for script in held_out)
     write_text(
         folder / "README.md",
         report.model_card(pipeline.name, config, options, result, len(scripts), seen, wan, held_out[0]),

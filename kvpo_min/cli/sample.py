@@ -12,7 +12,9 @@ from kvpo_min.cli.options import SampleOptions, parse_options
 from kvpo_min.cli.run import REAL_FPS
 from kvpo_min.pocket.prompts import count_segments, video_length
 from kvpo_min.pocket.world import read_prompts as read_scripts
-from kvpo_min.viz.report import slug, smaller
+from kvpo_min.rewards import check_finite
+from kvpo_min.system import claimed
+from kvpo_min.viz.report import slug, smaller, try_video
 from kvpo_min.wan.real import WanOptions, read_prompts
 
 OPTIONS = (SampleOptions, WanOptions)
@@ -26,16 +28,21 @@ def main(argv: Sequence[str]) -> int:
     counts = [count_segments([script], bool(wan)) for script in scripts]
     lengths = {n: video_length(options.num_frames, n) for n in sorted(set(counts))}
     folder = Path(options.output_dir)
-    check_folder(folder, options.overwrite_output_dir)
+    with claimed(folder):
+        check_folder(folder, options.overwrite_output_dir)
+        try_video()
+        return make(options, wan, scripts, counts, lengths, folder)
+
+
+def make(options, wan, scripts: list[str], counts: list[int], lengths: dict[int, int], folder: Path) -> int:
+    """counts: segments of the scripts; lengths: frames of the videos of so many segments"""
     if wan:
-        folder.mkdir(parents=True, exist_ok=True)  # the encoding of a single script is kept there
         pipeline = load_real(options.model, scripts, options.prompts or folder / "script", wan)
     else:
         pipeline = pocket.load_model(options.model)
     generator.check_positions(pipeline, max(lengths.values()))
     if options.adapter:
         adapters.load_adapter(pipeline, options.adapter)
-    folder.mkdir(parents=True, exist_ok=True)
     for kind in ("mp4", "png"):
         for earlier in folder.glob(f"[0-9][0-9][0-9]_*.{kind}"):  # there are some with --overwrite_output_dir alone
             earlier.unlink()
@@ -45,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
         part = [script for script, count in zip(scripts, counts, strict=True) if count == n]
         for latents in generator.sample(pipeline, part, length, options.seed, batch, bar=True):
             for pixels in pipeline.decode(latents):
+                check_finite("the pixels of the video are", pixels)
                 k = next(index)
                 path = folder / f"{k:03d}_{slug(scripts[k])}.mp4"
                 viz.save_video(path, pixels, fps)

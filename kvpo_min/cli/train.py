@@ -6,7 +6,6 @@ from kvpo_min.cli.models import real_options
 from kvpo_min.cli.options import RunOptions, parse_options
 from kvpo_min.cli.run import run
 from kvpo_min.config import TrainConfig
-from kvpo_min.system import ends_like_ctrl_c
 from kvpo_min.wan.real import WanOptions
 
 OPTIONS = (TrainConfig, RunOptions, WanOptions)
@@ -14,5 +13,4 @@ OPTIONS = (TrainConfig, RunOptions, WanOptions)
 
 def main(argv: Sequence[str]) -> int:
     config, options, wan = parse_options("train", OPTIONS, argv)
-    with ends_like_ctrl_c():
-        return run(config, options, real_options(argv, options.model, wan), ["train", *argv])
+    return run(config, options, real_options(argv, options.model, wan), ["train", *argv])

@@ -173,7 +173,9 @@ class StreamedNoise:
         out = []
         for row in self.rows[rows].tolist():
             seed = ((self.seed * 1_000_003 + row) * 1_000_003 + block) % 2**63
-            out.append(torch.randn(self.block_shape, generator=torch.Generator().manual_seed(seed)))
+            out.append(
+                torch.randn(self.block_shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+            )
         return torch.stack(out).to(self.device)
 
 
@@ -224,7 +226,7 @@ def noisy_velocities(backbone, rollout: Rollout, sampler: Sampler, eps: Tensor, 
     x0 = rollout.videos[: len(eps)]
     stop = rollout.prefix.frame + eps.shape[1] * window.block
     shared = x0.shape[1] - eps.shape[1] * window.block
-    before = torch.randn(len(eps), shared, *x0.shape[2:], generator=generator).to(x0)
+    before = torch.randn(len(eps), shared, *x0.shape[2:], generator=generator, dtype=torch.float32).to(x0)
     x = torch.cat([(1 - sigma) * x0[:, :shared] + sigma * before, rollout.trajectory.z.flatten(1, 3)], 1)
     frames = torch.arange(stop - x.shape[1], stop)
     end = (frames // window.block + 1) * window.block
@@ -316,7 +318,7 @@ def group_loss(policies, backbone, rollout: Rollout, r: Tensor, mask: Tensor, sa
                config: AstrolabeConfig, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """L_policy + kl_coef * L_KL of one group at one noise level -> total (with gradient), policy, kl; all ().
     r [G], mask [G] bool. `policies` holds the adapters `default`, `old` and `ref`."""
-    eps = torch.randn(rollout.trajectory.x0[:, :, 0].shape, generator=generator).to(rollout.videos)
+    eps = torch.randn(rollout.trajectory.x0[:, :, 0].shape, generator=generator, dtype=torch.float32).to(rollout.videos)
     at, level = noised(rollout, sampler, sigma, eps)
     state = generator.get_state()
 

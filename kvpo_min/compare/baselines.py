@@ -98,7 +98,7 @@ def explore(
     steps = {"fresh": slice(None), "initial": slice(0, 1), "consistency": slice(1, None)}[kind]
     s = 1.0 if kind == "fresh" else strength
     shared = out[:-1, first:last, steps]
-    delta = torch.randn(shared.shape, generator=generator).to(noise)
+    delta = torch.randn(shared.shape, generator=generator, dtype=torch.float32).to(noise)
     out[:-1, first:last, steps] = (1 - s**2) ** 0.5 * shared + s * delta
     return out, replace(plan, perturb_num_blocks=0)  # nothing is routed
 
@@ -349,7 +349,7 @@ def replay_points(method: Method, rollout: Rollout, generator: torch.Generator) 
     if method.policy == "nft":
         x0 = trajectory.x0[:G, :, -1:].expand_as(trajectory.x0[:G])  # [G, B, S, F, C, H, W]
         sigma = trajectory.sigma[:, None, None, None, None]
-        z = (1 - sigma) * x0 + sigma * torch.randn(x0.shape, generator=generator).to(x0)
+        z = (1 - sigma) * x0 + sigma * torch.randn(x0.shape, generator=generator, dtype=torch.float32).to(x0)
         return replace(rollout, trajectory=Trajectory(z, x0, trajectory.sigma)), G
     return rollout, G
 

@@ -20,6 +20,7 @@ Every stage is resumable: its folder holds weights, optimizers, step and random 
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -267,18 +268,27 @@ def in_scene(rows: Tensor, scene: Tensor) -> Tensor:
 
 
 def encode_world(autoencoder, path: Path) -> Tensor:
-    """Latents of all 18432 clean frames, computed once and kept in `path`. -> [18432, 8, 8, 8] fp16, unit scale"""
-    from safetensors.torch import load_file, save_file
+    """Latents of all 18432 clean frames, kept in `path` under the digest of the autoencoder that made them.
+    -> [18432, 8, 8, 8] fp16, unit scale"""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
 
+    digest = hashlib.sha256()
+    for name, weight in autoencoder.state_dict().items():
+        digest.update(name.encode() + weight.detach().float().cpu().contiguous().numpy().tobytes())
+    made_by = {"autoencoder": digest.hexdigest()}
     if path.exists():
-        return load_file(path)["latents"]
+        with safe_open(path, framework="pt") as file:
+            if file.metadata() == made_by:
+                return file.get_tensor("latents")
     sizes = [len(world.SHAPES), len(world.RADII), len(world.COLOURS), len(world.SCENES), world.PLACES, world.PLACES]
     states = torch.cartesian_prod(*map(torch.arange, sizes))  # in the order of `state_row`
     states[:, 4:] *= world.GRID
     out = []
     for part in tqdm(states.split(256), desc="every clean frame", mininterval=5):
         out.append(to_latent(autoencoder, world.render(part).to(autoencoder.device)).half().cpu())
-    save_file({"latents": torch.cat(out)}, path)
+    save_file({"latents": torch.cat(out)}, path.with_suffix(".aside"), made_by)
+    os.replace(path.with_suffix(".aside"), path)
     return torch.cat(out)
 
 

@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvpo_min import prompts
 from kvpo_min.chr import Window, ordinary_frames
 
 SIZE = 64  # pixels a side
@@ -171,25 +172,8 @@ def _parse_segment(words: list[str], first: bool) -> Segment:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """One script a line; empty lines and lines starting with # are skipped. Raises PromptError naming a bad line,
-    FileNotFoundError, or ValueError for a file that is no text."""
-    scripts = []
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no prompts file {path}")
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file in UTF-8") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            try:
-                parse(line)
-            except PromptError as error:
-                raise PromptError(f"{path}, line {number}: {error}") from None
-            scripts.append(line.strip())
-    if not scripts:
-        raise PromptError(f"{path}: no prompts in it. Write one script a line, segments separated by ' | '")
-    return scripts
+    """The scripts of a prompts file; one outside the grammar is refused with its line."""
+    return prompts.read_prompts(path, parse)
 
 
 def segments_of(script: str) -> list[str]:

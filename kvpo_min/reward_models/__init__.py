@@ -21,6 +21,7 @@ import json
 import math
 import os
 import queue
+import re
 import shlex
 import signal
 import subprocess
@@ -36,6 +37,7 @@ import torch
 from torch import Tensor
 
 from kvpo_min.rewards import Mixture, RewardError, check_videos
+from kvpo_min.system import number_in_environment
 
 WORKERS = Path(__file__).parent / "workers"
 FPS = 16  # frames a second of Wan2.1's videos
@@ -97,14 +99,37 @@ def to_uint8(videos: Tensor):
     return (videos.detach().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
+NEEDED = re.compile(
+    "PATH|HOME|USER|LOGNAME|SHELL|TZ|TMPDIR|TEMP|TMP|LANG|LC_.*|LD_LIBRARY_PATH|XDG_CACHE_HOME|SYSTEMROOT|VIRTUAL_ENV|"
+    "(CONDA|PYTHON|CUDA|NVIDIA|NCCL|OMP|MKL|OPENBLAS|TORCH|PYTORCH|TRITON|HF|TRANSFORMERS|SSL).*|(HTTPS?|NO)_PROXY"
+)  # names of what programs of this kind read
+SECRET = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|KEY")
+
+
 def worker_environment() -> dict[str, str]:
-    """This process's, in which a worker of a torchrun process sees the GPU of that process alone, as its cuda:0."""
-    env = dict(os.environ)
-    if int(env.get("WORLD_SIZE", 1)) > 1 and torch.cuda.is_available():
-        visible = env.get("CUDA_VISIBLE_DEVICES", "")
-        n = int(env["LOCAL_RANK"])
+    """What a worker needs of this process's environment, and no secrets: one that wants more gets it in its command,
+    `worker env NAME=value ...`. One of a torchrun process sees the GPU of that process alone, as its cuda:0."""
+    env = {k: v for k, v in os.environ.items() if NEEDED.fullmatch(k.upper()) and not SECRET.search(k.upper())}
+    if number_in_environment("WORLD_SIZE", 1) > 1 and torch.cuda.is_available():
+        visible, n = env.get("CUDA_VISIBLE_DEVICES", ""), number_in_environment("LOCAL_RANK")
+        if visible and n >= len(visible.split(",")):
+            raise ValueError(f"CUDA_VISIBLE_DEVICES must name a GPU for process {n} (LOCAL_RANK), got {visible!r}")
         env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[n] if visible else str(n)
     return env
+
+
+def answer_in(text: str) -> dict | list | None:
+    """The answer in what a worker printed, or a list, which is none without its id; None: something else, libraries
+    print what they like. Raises ValueError for what is meant as an answer and is no JSON."""
+    text = text.strip()
+    begin = re.search(r'^{|{\s*"(id|scores|error)"', text)
+    try:
+        found = json.JSONDecoder().raw_decode(text[begin.start() :])[0] if begin else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if begin:
+            raise ValueError(str(error)) from None
+        return None
+    return found if isinstance(found, dict | list) else None
 
 
 class _Worker:
@@ -124,24 +149,33 @@ class _Worker:
         # from a thread, since a worker that does not read would block us; if it is dead, stdout's end says so
         threading.Thread(target=_send, args=(self.process.stdin.fileno(), line), daemon=True).start()
         deadline, noise = time.monotonic() + timeout, deque(maxlen=5)
+        soon, wanted = 0.0, f'must answer in JSON like {{"id": {number}, "scores": [...]}}'
         while True:
             try:
-                line = self.lines.get(timeout=max(0.0, deadline - time.monotonic()))
+                if (left := deadline - time.monotonic()) <= 0:  # also of a worker that prints without end
+                    raise queue.Empty
+                line = self.lines.get(timeout=left)
             except queue.Empty:
-                raise self.error(f"gave no answer within {timeout:g} s{_quote('it printed', noise)}") from None
+                what = f"gave no answer within {timeout:g} s" if deadline > soon else wanted
+                raise self.error(f"{what}{_quote('it printed', noise)}") from None
             if line is None:
                 code = _exit_code(self.process)
                 raise self.error(f"died ({code}){_quote('it printed', noise)}")
-            if not line.lstrip().startswith("{"):  # libraries print what they like
-                noise.append(line)
+            try:  # what progress bars wrote over, with \r, stands on the same line
+                answer = next(filter(None, map(answer_in, line.split("\r"))), None)
+            except ValueError as error:
+                raise self.error(f"{wanted} ({error}), got {line[:500]!r}") from None
+            if not isinstance(answer, dict):
+                if answer:  # a list of numbers alone: an answer without its form, if none in that form comes soon
+                    deadline = soon = min(deadline, time.monotonic() + 1)
+                noise.append(line[:500])
                 continue
-            try:
-                answer = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise self.error(f"must answer in JSON ({error}), got {line[:500]!r}") from None
-            if answer.get("id", number) != number:  # of a request that was interrupted
+            theirs = answer.get("id", number)
+            if type(theirs) is int and theirs < number:  # of a request that was interrupted
                 continue
-            if "error" in answer:
+            if theirs != number or type(theirs) is not int:
+                raise self.error(f"must answer request {number}, got {line[:500]!r}")
+            if answer.get("error"):
                 raise self.error(f"reports: {answer['error']}", keep=True)
             return answer.get("scores", answer)
 
@@ -187,7 +221,7 @@ def _send(pipe: int, line: bytes) -> None:
 
 def _read(stream, put, mark_end: bool) -> None:
     with stream:
-        for line in iter(stream.readline, b""):
+        for line in iter(lambda: stream.readline(2**20), b""):  # no longer one is kept in memory
             put(line.decode(errors="replace").rstrip("\n"))
     if mark_end:
         put(None)
@@ -241,7 +275,7 @@ def reward_from(line: str, component: str, fps: float = FPS):
         pickscore [FOLDER_OR_ID [DEVICE]]
 
     Raises ValueError for any other line."""
-    kind, *words = shlex.split(line) or [""]
+    kind, *words = map(os.path.expanduser, shlex.split(line) or [""])
     if kind in ("hpsv3", "videoalign") and words:
         return WorkerReward([words[0], str(WORKERS / f"{kind}.py"), *words[1:]], 1800.0, component, fps)
     if kind == "worker" and words:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 import shlex
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,22 @@ def set_aside(step):
     )
     rollout = dataclasses.replace(group.rollout, prefix=prefix, trajectory=None, text=None, videos=videos)
     return dataclasses.replace(step, groups=[dataclasses.replace(group, rollout=rollout, kept=None)])
+
+
+def try_video() -> None:
+    """Makes a small one. Raises OSError with what keeps videos from being made."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            viz.save_video(Path(folder) / "video.mp4", torch.zeros(3, 3, 64, 64))
+        except Exception as error:  # ffmpeg, and whatever is called so
+            raise OSError(f"videos cannot be written: {' '.join(str(error).split())}; is ffmpeg sound?") from error
+
+
+def try_pictures() -> None:
+    """Makes a small one of each kind. Raises what keeps them from being made."""
+    try_video()
+    with tempfile.TemporaryDirectory() as folder:
+        viz.reward_curve([{"step": 0, "reward": 1.0, "anchor_reward": 0.0}]).savefig(Path(folder) / "curve.png")
 
 
 def draw_curves(folder: Path, logs: list[dict], last) -> None:
@@ -109,10 +126,14 @@ def model_card(name: str, config, options, result: dict, n_scripts: int, seen: i
     weights = {"VQ": options.vq, "MQ": options.mq, "TA": options.ta}
     reward = " + ".join(f"{weight:g} {key}" for key, weight in weights.items() if weight)
     length = f"{config.num_frames} frames, {config.num_segments} segment{'s' if config.num_segments > 1 else ''}"
-    picture = "![before and after](videos/before_after.png)"
+    folder = Path(config.output_dir)
+    drawn = {"before and after": "videos/before_after.png", "reward over the run": "figures/reward.png"}
+    pictures = [f"![{title}]({path})" for title, path in drawn.items() if (folder / path).is_file()]
     if not after:
-        picture = "The run was stopped early: there is no measurement after it."
-    model = f" --model {options.model}" if options.model else ""
+        pictures.insert(0, "The run was stopped early: there is no measurement after it.")
+    picture = "\n\n".join(pictures) or "Pictures could not be made."
+    where = shlex.quote(config.output_dir)
+    model = f" --model {shlex.quote(options.model)}" if options.model else ""
     judged = f""" The judge sees
 pixels only and is never trained on. {seen} of these prompts also occur, word for word, among the {n_scripts} training
 prompts, because the grammar is small; their noise does not."""
@@ -122,14 +143,15 @@ prompts, because the grammar is small; their noise does not."""
 It knows the pocket world (a hero in six landscapes) and its grammar, nothing else. The reward holds a taste on purpose:
 heroes are expected to settle in the scenes that it names (`like` in config.yaml)."""
     if wan:
-        judged = " They are the last ones of the prompts file and were not trained on."
+        judged = f" They are the last ones of the prompts file; {seen or 'none'} of them were trained on."
         script = shlex.quote(shown)
-        given = {name: getattr(wan, name) for name in ("lora", "components", "height", "width")}
-        if wan.bank_size:
-            given |= {name: getattr(wan, name) for name in ("bank_size", "bank_interval", "bank_compat")}
-        model += "".join(f" --{name} {value}" for name, value in given.items() if value)
-        export = f"\nkvpo-min export --adapter {config.output_dir} --layout diffusers"
-        export += f" --lora {wan.lora}" if wan.lora else ""
+        training = ("gradient_checkpointing", "vq_model", "mq_model", "ta_model")
+        given = {f.name: getattr(wan, f.name) for f in dataclasses.fields(wan) if f.name not in training}
+        given = {name: str(value) for name, value in given.items() if value not in ("", 0)}
+        model += "".join(f" --{name} {shlex.quote(value)}" for name, value in given.items()
+                         if wan.bank_size or name != "bank_interval")  # fmt: skip
+        export = f"\nkvpo-min export --adapter {where} --layout diffusers"
+        export += "".join(f" --{name} {shlex.quote(given[name])}" for name in ("lora", "merged_alpha") if name in given)
         scored = {"VQ": wan.vq_model, "MQ": wan.mq_model, "TA": wan.ta_model}
         limits = "It was trained on few prompts and on a reward that is a model itself, and that can be hacked: "
         limits += ", ".join(f"{key} by `{line}`" for key, line in scored.items() if line) + "."
@@ -155,12 +177,10 @@ prompts.{judged}
 
 {picture}
 
-![reward over the run](figures/reward.png)
-
 ## Use
 
 ```bash
-kvpo-min sample {script} --adapter {config.output_dir}{model}{export}
+kvpo-min sample {script} --adapter {where}{model}{export}
 ```
 
 or, on the stock transformer in Python, `peft.PeftModel.from_pretrained(transformer, "{config.output_dir}")`.

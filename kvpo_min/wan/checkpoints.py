@@ -3,8 +3,9 @@
 | what | layout |
 |---|---|
 | Wan2.1 in diffusers layout | a folder with `transformer/config.json` and safetensors |
-| Self-Forcing, LongLive base, KVPO base | `.pt` with `generator`, `generator_ema` or `model`, original Wan key names |
+| Self-Forcing, LongLive base, KVPO base | `.pt` with `generator_ema`, `generator` or `model`, original Wan key names |
 | LongLive and KVPO LoRA | `.pt`, raw peft names or under `generator_lora`, original Wan key names, alpha = rank |
+| our checkpoints | `default.safetensors`, or the moving average `ema.safetensors`, beside `state.json` |
 | MemFlow base and LoRA | the same two; its memory bank has no weights, so nothing inside tells them from LongLive's |
 | a LoRA of ours | a peft folder: `adapter_config.json` and `adapter_model.safetensors` |
 | a LoRA for `WanPipeline.load_lora_weights` | `pytorch_lora_weights.safetensors` |
@@ -23,7 +24,7 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvpo_min.system import load_tensors, not_finite, read_text, say
+
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-GENERATORS = ("generator", "generator_ema", "model")  # in the authors' order (kvpo.py:283)
+GENERATORS = ("generator_ema", "generator", "model")  # the average first, as Self-Forcing's own inference takes it
+LORAS = ("generator_lora",)
+ALPHAS = ("lora_alpha", "network_alpha", "alpha")  # how a LoRA's scale is called, also at the end of longer names
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 PREFIXES = ("base_model.", "model.", "diffusion_model.", "transformer.", "module.")
 ORIGINAL = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "blocks", "head")
@@ -87,7 +92,7 @@ def read_file(path: Path) -> tuple[dict, dict]:
 
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = load_tensors(path)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} was refused: expected nothing but tensors, numbers and dicts of them; it holds other Python "
@@ -105,21 +110,39 @@ def read_file(path: Path) -> tuple[dict, dict]:
 
 
 def file_of(path: Path, names: Sequence[str], expected: str) -> Path:
-    """`path` if it is a file, else the first of `names` that the folder holds."""
-    found = next((p for p in (path, *(path / name for name in names)) if p.is_file()), None)
-    if found is None:
-        raise ValueError(f"{path}: expected a folder with {expected}; or name the file itself")
-    return found
+    """`path` if it is a file, else the one of `names` that the folder holds."""
+    found = [p for p in (path, *(path / name for name in names)) if p.is_file()]
+    if len(found) != 1:
+        held = f", but it holds {', '.join(p.name for p in found)}" if found else ""
+        raise ValueError(f"{path}: expected a folder with {expected}{held}; or name the file itself")
+    return found[0]
 
 
-def tensors_of(content: Mapping, names: Sequence[str]) -> dict[str, Tensor]:
-    """The state dict under the first of `names` that is there, else `content` itself."""
-    found = next((content[name] for name in names if isinstance(content.get(name), dict)), content)
-    if not found or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
+def tensors_of(content: Mapping, names: Sequence[str], which: str = "") -> dict[str, Tensor]:
+    """The state dict under `which`, by default under the first of `names` that is there, else `content` itself. Where
+    there is a choice, a line says what was taken."""
+    choice = [name for name, part in content.items() if isinstance(part, dict) and has_tensors(part)]
+    taken = which or next((name for name in names if name in choice), "")
+    if which and which not in choice:
+        raise ValueError(f"expected weights under {which!r}, found {some(choice or content)}")
+    if taken and len(choice) > 1 and not which:
+        say(f"kvpo-min: of the weights {', '.join(choice)}, {taken} is taken; --weights_name NAME takes another")
+    found = content[taken] if taken else content
+    found = {k: v for k, v in found.items() if alpha_of(k) is None}  # `scales_in` reads those
+    if not has_tensors(found):
         raise ValueError(f"expected tensors at the top or under {' or '.join(names)}, found {some(content)}")
     if odd := [k for k, v in found.items() if v.layout != torch.strided or v.is_complex() or v.is_meta]:
         raise ValueError(f"expected dense tensors of real numbers, but these are not: {some(odd)}")
+    # a view can claim any size
+    if large := [k for k, v in found.items() if v.numel() * v.element_size() > v.untyped_storage().nbytes()]:
+        raise ValueError(f"these claim more numbers than the file holds: {some(large)}")
     return found
+
+
+def has_tensors(part: Mapping) -> bool:
+    """Whether a dict is one of tensors, beside which scales may stand."""
+    rest = {key: value for key, value in part.items() if alpha_of(key) is None}
+    return bool(rest) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in rest.items())
 
 
 def from_folder(cls, folder: Path, **kwargs):
@@ -139,6 +162,8 @@ def from_folder(cls, folder: Path, **kwargs):
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(what):
             raise ValueError(f"{folder} is no whole {cls.__name__}: {what.replace('_', ' ')} {some(report[what])}")
+    if broken := not_finite(model.state_dict()):
+        raise ValueError(f"{folder}: these weights are not finite: {some(broken)}. Download the folder again")
     return model.eval().requires_grad_(False)
 
 
@@ -238,6 +263,8 @@ def transformer_from(state_dict: Mapping[str, Tensor], num_heads: int | None = N
     with torch.device("meta"):  # no second copy of the weights, and no time for drawing them at random
         transformer = WanTransformer3DModel(**config)
     check_fit(state, transformer.state_dict())
+    if broken := not_finite(state):
+        raise ValueError(f"these weights are not finite: {some(broken)}. Download it again")
     # a copy: the memory-mapped file may be replaced or deleted while the model lives
     transformer.load_state_dict({key: t.to(torch.float32, copy=True) for key, t in state.items()}, assign=True)
     rope = transformer.rope  # its tables are no weights: made again, off the meta device
@@ -267,11 +294,12 @@ def check_variant(source: str | Path, memflow: bool) -> None:
 
 def load_transformer(
     source: str | Path, lora: str | Path | None = None, dtype: torch.dtype = torch.bfloat16,
-    num_heads: int | None = None, memflow: bool = False,
+    num_heads: int | None = None, memflow: bool = False, which: str = "", alpha: float = 0.0,
 ):  # fmt: skip
     """A frozen `WanTransformer3DModel` on the CPU from any layout in the table above, with a released LoRA merged into
     it (in float32, then cast). What diffusers keeps in float32 (norms, time embedder, modulation) stays so. `memflow`:
-    that both are MemFlow's. Raises ValueError naming the file."""
+    that both are MemFlow's; `which`: the name of the weights in a file that holds several; `alpha`: the LoRA's, where
+    it is not written with it. Raises ValueError naming the file."""
     from diffusers import WanTransformer3DModel
 
     for file in (source, lora) if lora else (source,):
@@ -286,9 +314,9 @@ def load_transformer(
         file = file_of(path, ["diffusion_pytorch_model.safetensors"], expected)
         content, _ = read_file(file)
         with naming(file):
-            transformer = transformer_from(tensors_of(content, GENERATORS), num_heads)
+            transformer = transformer_from(tensors_of(content, GENERATORS, which), num_heads)
     if lora:
-        adapter = read_lora(lora)
+        adapter = read_lora(lora, alpha)
         with naming(lora):
             merge_lora(transformer, adapter)
     exact = set(WanTransformer3DModel._keep_in_fp32_modules)
@@ -342,34 +370,56 @@ def lora_from(state_dict: Mapping[str, Tensor], alpha: float | None = None) -> L
     (rank,) = ranks
     if alpha is not None and not 0 < alpha < math.inf:
         raise ValueError(f"expected an alpha above 0, got {alpha}")
-    if broken := [key for key, t in weights.items() if not t.isfinite().all()]:
+    if broken := not_finite(weights):
         raise ValueError(f"these hold numbers that are not finite: {some(broken)}")
     return Lora(weights, float(rank if alpha is None else alpha))
 
 
-def read_lora(source: str | Path) -> Lora:
-    """A LoRA from any layout in the table above. Raises ValueError naming the file."""
-    names = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "lora.pt")
+def read_lora(source: str | Path, alpha: float = 0.0) -> Lora:
+    """A LoRA from any layout in the table above. Its alpha is `alpha`, if that is not 0, else the one that is written
+    with it (`scales_in`), else its rank, as the authors configure it. Raises ValueError naming the file."""
+    names = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors", "lora.pt")
     path = fetch(source, ["adapter_config.json", *names])
     file = file_of(path, names, " or ".join(names))
-    content, metadata = read_file(file)
-    beside = file.with_name("adapter_config.json")
+    content, header = read_file(file)
     with naming(file):
         try:
-            text = metadata.get("lora_adapter_metadata", "{}")
-            if file.name == names[0] and beside.is_file():
-                text = beside.read_text()
-            config = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
-            alpha = float(config["lora_alpha"]) if config else None
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-            raise ValueError("its adapter_config.json, or the like in its header, is damaged") from None
+            beside = [json.loads(read_text(file.with_name(name))) for name in ("adapter_config.json", "state.json")
+                      if file.with_name(name).is_file()]  # fmt: skip
+            beside += [json.loads(text) for key, text in header.items() if key == "lora_adapter_metadata"]
+            configs = [{str(key).removeprefix("transformer."): value for key, value in config.items()}
+                       for config in (one.get("config", one) for one in beside)]  # fmt: skip
+            written = {float(config["lora_alpha"]) for config in configs}
+            written |= {float(value) for value in (*scales_in(content), *scales_in(header))}
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError, RuntimeError):
+            raise ValueError("its adapter_config.json, state.json, header or alpha is damaged") from None
         special = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save")
-        if used := [name for name in special if config.get(name)]:
+        if used := [name for config in configs for name in special if config.get(name)]:
             raise ValueError(f"expected a plain LoRA of one rank and alpha, but it uses {', '.join(used)}")
-        lora = lora_from(tensors_of(content, ("generator_lora",)), alpha)
-        if config.get("r", lora.rank) != lora.rank:
-            raise ValueError(f"its config says rank {config['r']}, but its matrices have rank {lora.rank}")
-        return lora
+        if len(written) > 1 and not alpha:
+            raise ValueError(f"expected one alpha, but {some(sorted(written))} are written; --lora_alpha settles it")
+        lora = lora_from(tensors_of(content, LORAS), alpha or next(iter(written), None))
+        ranks = {config[key] for config in configs for key in ("r", "rank") if key in config}
+        if ranks - {lora.rank}:
+            raise ValueError(f"its config says rank {some(ranks)}, but its matrices have rank {lora.rank}")
+    if not written and not alpha:
+        say(f"kvpo-min: {file}: no alpha is written with this LoRA, so it is its rank, {lora.rank}, as the authors'")
+    return lora
+
+
+def alpha_of(name) -> str | None:
+    """The name itself, if it is one of a LoRA's scale, alone or at the end of a longer one."""
+    return name if isinstance(name, str) and re.search(rf"(^|[._])({'|'.join(ALPHAS)})$", name) else None
+
+
+def scales_in(content, depth: int = 3) -> Iterator:
+    """What is written under names of a scale in a file's header, or beside its tensors, as in {"lora": {...}, "config":
+    {"lora_alpha": 8}}."""
+    for name, value in content.items() if depth else ():
+        if alpha_of(name):
+            yield value
+        elif isinstance(value, dict):
+            yield from scales_in(value, depth - 1)
 
 
 @torch.no_grad()

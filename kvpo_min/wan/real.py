@@ -13,9 +13,8 @@ A script is its prompts joined by " | ", as in the pocket world.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,19 +23,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvpo_min import prompts
 from kvpo_min.bank import Bank
 from kvpo_min.config import knob, settle
 from kvpo_min.pipeline import Pipeline
+from kvpo_min.prompts import BETWEEN
 from kvpo_min.reward_models import mixture_from
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import segment_at
-from kvpo_min.system import say
+from kvpo_min.system import not_finite, say
 from kvpo_min.tve import schedule
 from kvpo_min.wan import WanBackbone
-from kvpo_min.wan.checkpoints import fetch, first_line, from_folder, load_transformer
+from kvpo_min.wan.checkpoints import fetch, first_line, from_folder, load_transformer, some
 
 SWITCHES = (39, 75, 111)  # configs/train_kvpo_longlive.yaml:42
-BETWEEN = " | "  # between the prompts of a script
 FPS = 4  # frames a second that `decode` gives
 TEXT_LEN = 512  # tokens; what is missing is zero, and is read like any other (authors: wan_wrapper.py:102-116)
 
@@ -45,7 +45,9 @@ TEXT_LEN = 512  # tokens; what is missing is zero, and is read like any other (a
 class WanOptions:
     """The real model, which `model` names: a diffusers folder, a checkpoint, or either on the Hub"""
 
+    weights_name: str = knob("", "which weights of a file with several; empty: generator_ema, generator or model")
     lora: str = knob("", "released LoRA that is merged into the model before training: file, folder, or on the Hub")
+    merged_alpha: float = knob(0.0, "that LoRA's alpha; 0: the one that is written with it, else its rank", least=0)
     components: str = knob("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "diffusers folder with vae/, text_encoder/, tokenizer/")
     height: int = knob(480, "of the videos, in pixels; a token has 16", least=16, multiple=16)
     width: int = knob(832, "of the videos, in pixels", least=16, multiple=16)
@@ -108,8 +110,9 @@ def load_wan(model: str, texts: Sequence[str], cache: str | Path, options: WanOp
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch finds no GPU here; give --device cpu, or another machine")
     embed = encode_texts(texts, cache, options.components, device, dtype)
-    memflow = {"memflow": True} if options.bank_size else {}
-    transformer = load_transformer(model, options.lora or None, dtype, **memflow).to(device)
+    told = {"memflow": bool(options.bank_size), "which": options.weights_name, "alpha": options.merged_alpha}
+    transformer = load_transformer(model, options.lora or None, dtype, **{k: v for k, v in told.items() if v})
+    transformer = transformer.to(device)
     if options.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     vae = from_folder(AutoencoderKLWan, component(options.components, "vae"), dtype=dtype).to(device)
@@ -192,7 +195,41 @@ def decode_stream(vae, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
 
 def text_cache(prompts: str | Path) -> Path:
     """The folder of the encodings of a prompts file, about a megabyte a prompt."""
-    return Path(f"{prompts}.umt5")
+    return Path(f"{prompts}.umt5").expanduser()
+
+
+def writable(*folders: Path) -> Path:
+    """The first of these folders in which a file can be made. Raises OSError."""
+    for folder in folders:
+        try:
+            made = not folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(b"kvpo")
+                probe.flush()
+            if made:  # it is made again when there is something to keep
+                folder.rmdir()
+            return folder
+        except OSError as error:
+            reason = error.strerror
+    raise OSError(f"encoded prompts can be kept neither in {' nor in '.join(map(str, folders))} ({reason}): free space "
+                  f"there, or copy the prompts file to a folder that can be written to")  # fmt: skip
+
+
+def fingerprint(components: str) -> str:
+    """What encodings depend on beside the text: the files of encoder and tokenizer. Of large ones (gigabytes) the size,
+    the date and parts everywhere are looked at, of all others everything."""
+    digest = hashlib.sha256()
+    for name in ("tokenizer", "text_encoder"):
+        for path in sorted(p for p in component(components, name).rglob("*") if p.is_file()):
+            size, date = path.stat().st_size, path.stat().st_mtime_ns
+            step = max(4096, size // 4096) if size > 2**26 else 2**20
+            digest.update(f"\n{name}/{path.name} {size} {date if size > 2**26 else ''}\n".encode())
+            with path.open("rb") as file:
+                for start in range(0, size, step):
+                    file.seek(start)
+                    digest.update(file.read(min(step, 2**20 if size <= 2**26 else 4096)))
+    return digest.hexdigest()
 
 
 def encode_texts(
@@ -201,15 +238,17 @@ def encode_texts(
 ) -> Callable[[list[str]], Tensor]:  # fmt: skip
     """Encodes the texts that the folder `cache` lacks (cut at 512 tokens), adds them to it, `part` texts a file (an
     interruption loses at most one), and frees the encoder. -> embed: texts -> [B, 512, D] float32 on `device`.
-    Raises ValueError for a damaged file or encoder."""
+    Where `cache` cannot be written to, they are kept in the user's cache folder. Raises ValueError for a damaged file
+    or encoder, and OSError."""
     from safetensors import safe_open
     from safetensors.torch import save_file
     from tqdm import tqdm
 
-    cache = Path(cache)
+    cache, encoder = Path(cache), fingerprint(components)
+    elsewhere = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvpo_min"
 
     def key(text: str) -> str:
-        return hashlib.sha256(f"{components}\n{text}".encode()).hexdigest()
+        return hashlib.sha256(f"{encoder}\n{dtype}\n{text}".encode()).hexdigest()
 
     def read(path: Path, keys: Iterable[str] = ()) -> tuple[list[str], list[Tensor]]:
         """The names in a file, and what is asked for: it stays on the disk until then."""
@@ -221,21 +260,26 @@ def encode_texts(
                 f"{path} holds no encoded prompts ({first_line(error)}); delete it, and it will be made again"
             ) from None
 
-    where = {k: path for path in sorted(cache.glob("*.safetensors")) for k in read(path)[0]}
+    files = [*sorted(elsewhere.glob("*.safetensors")), *sorted(cache.glob("*.safetensors"))]
+    where = {k: path for path in files for k in read(path)[0]}
     missing = [text for text in dict.fromkeys(texts) if key(text) not in where]
     if missing:
+        place = writable(cache, elsewhere)  # before gigabytes are loaded
         encode = text_encoder(components, device, dtype)
-        cache.mkdir(parents=True, exist_ok=True)
         with tqdm(total=len(missing), desc="encode prompts", unit="prompt", mininterval=5) as bar:
             for begin in range(0, len(missing), part):
                 now, rows = missing[begin : begin + part], []
                 for i in range(0, len(now), batch):
                     rows += encode(now[i : i + batch])
                     bar.update(len(now[i : i + batch]))
-                path = cache / f"{key(now[0])[:16]}.safetensors"
-                aside = path.with_suffix(".aside")
-                save_file({key(text): row for text, row in zip(now, rows, strict=True)}, aside)
-                os.replace(aside, path)
+                found = {key(text): row for text, row in zip(now, rows, strict=True)}
+                if broken := not_finite(dict(zip(now, rows, strict=True))):
+                    raise FloatingPointError(f"the encodings of these prompts are not finite: {some(broken)}")
+                path = place / f"{hashlib.sha256(''.join(found).encode()).hexdigest()[:16]}.safetensors"
+                place.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=place) as aside:  # another process may write the same
+                    save_file(found, Path(aside) / path.name)
+                    os.replace(Path(aside) / path.name, path)
                 where |= dict.fromkeys(map(key, now), path)
         del encode  # the only reference to the encoder
         if torch.device(device).type == "cuda":
@@ -278,72 +322,18 @@ def text_encoder(components: str, device, dtype) -> Callable[[list[str]], list[T
 
 
 def read_prompts(path: str | Path, num_segments: int = 0) -> list[str]:
-    """Scripts from LongLive's prompt files: lines `n,[p1],[p2],...` (brackets may nest; `0` stands for none), .jsonl
-    with a list `prompts`, or plain lines `p1 | p2 | ...`. As the authors do (utils/prompt_sequences.py), scripts are
-    cut to `num_segments` prompts and shorter ones left out, here with a warning. 0: all prompts that can be shown, 1 to
-    4. Raises FileNotFoundError, and ValueError naming a bad line."""
-    path, most = Path(path), num_segments or len(SWITCHES) + 1
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no prompts file {path}")
-    try:
-        text = path.read_text("utf-8-sig")  # its lines end in \n alone: a prompt may hold other separators
-        lines = [(n, line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file in UTF-8") from None
-    numbered = any(re.match(r"\d+,\s*\[", line) for _, line in lines)
-    scripts, short = [], []
-    for n, line in lines:
-        try:
-            if path.suffix == ".jsonl":
-                prompts = json_prompts(line)
-            else:
-                prompts = bracketed(line) if numbered else [p.strip() for p in line.split(BETWEEN)]
-            if not all(prompts):
-                raise ValueError(f"a prompt is empty, got {line[:60]!r}")
-            if any(BETWEEN in prompt for prompt in prompts):
-                raise ValueError(f"{BETWEEN!r} separates the prompts of a script: take it out of the prompt")
-        except ValueError as error:
-            raise ValueError(f"{path}, line {n}: {error}") from None
-        if len(prompts) < max(1, num_segments):
-            short.append(n)
-        else:
-            scripts.append(BETWEEN.join(prompts[:most]))
+    """Scripts of a prompts file. As the authors do (utils/prompt_sequences.py), they are cut to `num_segments` prompts
+    and shorter ones left out, here with a warning. 0: all prompts that can be shown, 1 to 4. Raises as the reader
+    does (kvpo_min/prompts.py)."""
+    least, most = max(1, num_segments), num_segments or len(SWITCHES) + 1
+    read = [[part for part in script.split(BETWEEN) if part] for script in prompts.read_prompts(path)]
+    scripts = [BETWEEN.join(parts[:most]) for parts in read if len(parts) >= least]
     if not scripts:
-        raise ValueError(f"{path} has no script of {max(1, num_segments)} prompts")
-    if short:
-        warnings.warn(
-            f"{path}: {len(short)} of {len(lines)} lines have fewer than {max(1, num_segments)} prompts and are left "
-            f"out, the first is line {short[0]}", stacklevel=2,
-        )  # fmt: skip
+        raise ValueError(f"{path} has no script of {least} prompts")
+    if short := len(read) - len(scripts):
+        warnings.warn(f"{path}: {short} of {len(read)} scripts have fewer than {least} prompts and are left out",
+                      stacklevel=2)  # fmt: skip
     return scripts
-
-
-def json_prompts(line: str) -> list[str]:
-    try:
-        prompts = json.loads(line)["prompts"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        prompts = None
-    if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f'expected {{"prompts": ["...", "..."]}}, got {line[:60]!r}')
-    return [p.strip() for p in prompts if p.strip()]
-
-
-def bracketed(line: str) -> list[str]:
-    """`n,[p1],[p2],...` -> its n prompts"""
-    number, _, rest = line.partition(",")
-    prompts = []
-    depth = begin = 0
-    for k, character in enumerate(rest):
-        if character == "[":
-            begin = begin if depth else k + 1
-            depth += 1
-        elif character == "]":
-            depth -= 1
-            if depth == 0:
-                prompts.append(rest[begin:k].strip())
-    if depth or not number.strip().isdigit() or int(number) != len(prompts) or not all(prompts):
-        raise ValueError(f"expected 'n,[prompt],[prompt],...' with n prompts, got {line[:60]!r}")
-    return prompts
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
@@ -421,12 +411,18 @@ def real_prompts(config, options) -> tuple[list[str], list[str]]:
     if options.event:
         raise ValueError("event chooses among scripts that the pocket world draws; a real model's come from --prompts")
     scripts = read_prompts(options.prompts, config.num_segments)
-    if len(scripts) <= options.eval_prompts:
+    held_out = scripts[-options.eval_prompts :]
+    last = {" ".join(script.split()).casefold() for script in held_out}
+    before, n = scripts[: -options.eval_prompts], len(scripts)
+    scripts = [script for script in before if " ".join(script.split()).casefold() not in last]
+    if not scripts:
         raise ValueError(
-            f"{options.prompts} has {len(scripts)} scripts, of which the last {options.eval_prompts} would be held "
-            f"out: give more, or a smaller --eval_prompts"
+            f"{options.prompts} has {n} scripts, of which the last {options.eval_prompts} would be held "
+            f"out, and no other one: give more, or a smaller --eval_prompts"
         )
-    scripts, held_out = scripts[: -options.eval_prompts], scripts[-options.eval_prompts :]
+    if len(scripts) < len(before):
+        say(f"{options.prompts}: {len(before) - len(scripts)} scripts are left out of training: their words are those "
+            f"of held-out ones")  # fmt: skip
     most = config.max_train_steps * config.groups_per_update + (0 if config.tau else config.tau_groups)
     return scripts[:most], held_out  # the run meets no more, so no more are encoded
 
@@ -434,5 +430,6 @@ def real_prompts(config, options) -> tuple[list[str], list[str]]:
 def try_rewards(rewards, wan) -> None:
     """Scores one clip of noise: what is missing in a reward model's environment shows now, not after an hour."""
     say("rewards: one clip of noise, to see that they answer")
-    clip = torch.rand(1, 9, 3, wan.height, wan.width, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    clip = torch.rand(1, 9, 3, wan.height, wan.width, generator=generator, dtype=torch.float32)
     rewards(clip, ["a red disc moves left"])
