@@ -34,13 +34,11 @@ def read_prompts(path: str | Path, check: Callable[[str], object] = str) -> list
             continue
         try:
             form = "jsonl" if kind == ".jsonl" else "LongLive's" if re.match(r"\s*\d+\s*,\s*\[", line) else "plain"
-            if form == "plain" and re.fullmatch(r"\s*0\s*,?\s*", line):  # LongLive's: there is none
-                scripts.append("")
-                continue
-            first = first or (form, n)
-            if form != first[0]:
+            none = form == "plain" and re.fullmatch(r"\s*0\s*,?\s*", line)  # LongLive's: no prompts
+            first = first or (None if none else (form, n))
+            if first and form != first[0] and not none:
                 raise ValueError(f"expected {first[0]} form, as line {first[1]} has it, not {form}, got {line[:60]!r}")
-            prompts = PARTS[form](line)
+            prompts = [] if none else PARTS[form](line)
             for prompt in prompts:
                 if not is_visible(prompt):
                     raise ValueError(f"a prompt is empty: expected words, got {line[:60]!r}")

@@ -1181,7 +1181,7 @@ def test_kind_cases_were_so_many(capsys):
     total = sum(CASES[name] for name in kinds)
     with capsys.disabled():
         print(f"\n{total} cases of {len(kinds)} kinds")
-    assert total >= 1980 * TIMES  # hypothesis may draw a few less where there are no others
+    assert total >= 1700 * TIMES  # hypothesis draws fewer where it finds no others
 
 
 def test_how_many_cases_there_were(capsys):
