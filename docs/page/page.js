@@ -46,7 +46,7 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 const row = (name, y, count, first = 0) => Array.from({ length: count }, (_, x) => [name, first + x, y]);
-const hold = frames => [...frames, ...Array(6).fill(frames[frames.length - 1])]; // the end stays for a while
+const hold = frames => [...frames, ...Array(10).fill(frames[frames.length - 1])]; // the end stays for a while
 setInterval(() => {
   if (!moving || document.hidden) return;
   clock += 1;
@@ -110,17 +110,19 @@ function showRoute() {
     box.classList.toggle("lit", on);
     box.setAttribute("aria-pressed", String(on));
   }
-  const frames = [...row("past", 0, 9, L.fork - 9), ...row(fresh ? "fresh" : "routes", at, FRAMES)];
-  show(get("film"), hold(frames), `Film: the hero goes on and settles: ${ends[at]}`);
-  const told = (what, name, reward) => `${what}: he settles at <b>${end(name, L.like)}</b><br>reward <b>${reward.toFixed(2)}</b>`;
-  say("ending", told(fresh ? "Usual memory, new noise" : "Your choice", ends[at], rewards[at]));
-  show(get("usual"), hold([...row("past", 0, 9, L.fork - 9), ...row("routes", anchor, FRAMES)]), `Film with the usual memory, settles: ${L.ends[anchor]}`);
+  const film = (name, y) => hold([...row("past", 0, 6, L.fork - 6), ...row(name, y, FRAMES)]);
+  clock = 0; // from the last shared frames on
+  show(get("film"), film(fresh ? "fresh" : "routes", at), `Film: the hero goes on and settles: ${ends[at]}`);
+  const told = (what, name, reward) => `${what}.<br>He settles: <b>${end(name, L.like)}</b><br>reward <b>${reward.toFixed(2)}</b>`;
+  say("ending", told(fresh ? "New noise" : "Your choice", ends[at], rewards[at]));
+  show(get("usual"), film("routes", anchor), `Film with the usual memory, settles: ${L.ends[anchor]}`);
   say("usual-t", told("Usual memory", L.ends[anchor], L.rewards[anchor]));
   const counts = {};
   for (const frame of read.slice(3)) counts[L.scenes[frame]] = (counts[L.scenes[frame]] || 0) + 1;
+  const most = Math.max(...Object.values(counts)), follows = counts[ends[at]] === most;
   const votes = Object.entries(counts).sort((a, b) => b[1] - a[1]).map(([name, n]) => `${n} × ${name}`).join(", ");
   say("why", fresh ? "Usual memory, the last six frames, and <b>new noise</b>: every pixel is drawn anew, but the story?"
-    : `After the start it sees <b>${votes}</b>. The hero settles where most of what he remembers was.`);
+    : `After the start it sees <b>${votes}</b>. The hero settles where most of what he remembers was${follows ? "." : ": here the model errs."}`);
   const tally = found[fresh ? 1 : 0];
   tally.tries.add(at);
   tally.ends.add(ends[at]);
