@@ -191,7 +191,7 @@ function showUpdate(now) {
   const over = run.groups.map(group => group.over), far = Math.max(0.1, ...over.map(Math.abs));
   say("over", chart(over, now, -far, far, true, v => v.toFixed(2)));
   const index = Math.max(now, 1) - 1, group = run.groups[index];
-  say("group-h", `${now ? "Update" : "The first update, number"} ${index + 1} ${now ? "learned" : "will learn"} from groups such as <q>${group.script}</q>`);
+  say("group-h", `Update ${index + 1} ${now ? "learned" : "will learn"} from branches such as these: <q>${group.script}</q>`);
   get("branches").replaceChildren(...group.ends.map((_, g) => branchCard(group, g, index)));
 }
 function play(on) {
