@@ -115,7 +115,7 @@ def drive_motion(page) -> None:
 def drive_learn(page) -> None:
     slider = page.locator("#update")
     most = int(slider.get_attribute("max"))
-    all_of_it = ("#done", "#five", "#curve-t", "#curve", "#over", "#group-h")
+    all_of_it = ("#done", "#five", "#curve", "#over", "#group-h")
     changed(page, "one update on", page.locator("#next").click, "#done", "#curve")
     changed(page, "one update back", page.locator("#back").click, "#done", "#curve")
     slider.focus()
@@ -142,7 +142,10 @@ def drive_taste(page) -> None:
     radios = page.locator("#tastes input")
     assert radios.count() == 3
     for k in (1, 2, 0):
-        changed(page, f"taste {k}", radios.nth(k).check, "#verdict", "#after", "#pairs")
+        grid = page.locator("#after").screenshot()
+        changed(page, f"taste {k}", radios.nth(k).check, "#verdict", "#pairs")
+        page.wait_for_timeout(200)
+        assert page.locator("#after").screenshot() != grid, f"taste {k}: the films are the same"
     radios.first.focus()
     changed(page, "down arrow", lambda: page.keyboard.press("ArrowDown"), "#verdict")
     page.keyboard.press("ArrowUp")
