@@ -149,6 +149,7 @@ showRoute();
 
 // ------------------------------------------------------------------------------------------- 2: watch it learn
 const run = DATA.runs[0], updates = run.groups.length, letters = "ABCDEFGHIJKLMNOP";
+const signed = x => Math.abs(x) < 0.005 ? "±0" : (x < 0 ? "−" : "+") + Math.abs(x).toFixed(2);
 const percent = x => `${Math.round(100 * x)}%`;
 let timer = 0;
 
@@ -173,7 +174,7 @@ function branchCard(group, g, now) {
   const what = pull > 0.05 ? `<b class="pulled">▲ pulled</b>` : pull < -0.05 ? `<b class="pushed">▼ pushed</b>` : "left alone";
   const bars = isAnchor ? "" : `energy ${group.energy[g].toFixed(2)}<br>probability ${percent(group.p[g])} → ${percent(group.later[g])}
     <span class="bar was" style="width:${100 * group.p[g] / most}%"></span><span class="bar" style="width:${100 * group.later[g] / most}%"></span>`;
-  const worth = isAnchor ? `reward ${group.anchor.toFixed(2)}` : `reward ${(group.reward[g] - group.anchor >= 0 ? "+" : "−") + Math.abs(group.reward[g] - group.anchor).toFixed(2)}`;
+  const worth = isAnchor ? `reward ${group.anchor.toFixed(2)}` : `reward ${signed(group.reward[g] - group.anchor)}`;
   card.insertAdjacentHTML("beforeend", `<b>${name}</b><br>${end(group.ends[g], run.like)}<br>${worth}<br>${isAnchor ? "the measure" : what}<br>${bars}`);
   return card;
 }
@@ -189,7 +190,7 @@ function showUpdate(now) {
   say("curve-t", `Test films that end in a liked scene: <b>${percent(run.liked[now])}</b>`);
   say("curve", chart(run.liked, now, 0, 1, false, percent));
   const over = run.groups.map(group => group.over), far = Math.max(0.1, ...over.map(Math.abs));
-  say("over", chart(over, now, -far, far, true, v => v.toFixed(2)));
+  say("over", chart(over, now, -far, far, true, signed));
   const index = Math.max(now, 1) - 1, group = run.groups[index];
   say("group-h", `Update ${index + 1} ${now ? "learned" : "will learn"} from branches such as these: <q>${group.script}</q>`);
   get("branches").replaceChildren(...group.ends.map((_, g) => branchCard(group, g, index)));
