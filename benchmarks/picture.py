@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import movie
 import torch
 import yaml
 from torch import Tensor
 
 from kvpo_min import chr as routing
-from kvpo_min import viz
 from kvpo_min.pipeline import sample, score
 from kvpo_min.pocket import load_model, pocket_rewards, world
 from kvpo_min.pocket.prompts import EVAL_SEED
@@ -134,7 +134,7 @@ def draw(pipeline, found: Found, like: tuple[str, ...]) -> list:
     *scenes, at_first = found.scenes
     labels = [f"{scene}\nreward {total:.2f}" for scene, total in zip(scenes, totals.tolist(), strict=True)]
     liked, ends = [scene in like for scene in scenes], (f"before: {at_first}", f"after: {found.end} \u2665")
-    return viz.fork_movie(
+    return movie.fork_movie(
         anchor[:FORK], found.reads, branches[:, FORK:], labels, liked, anchor, found.after, found.script, ends
     )
 
@@ -167,7 +167,7 @@ def main() -> None:
         raise SystemExit("no fork shows all of it: give more --seeds, or train longer")
     found = min(found, key=lambda one: one.distance)
     pages = draw(pipeline, found, like)
-    viz.save_webp(f"{args.output}.webp", pages, 12)
+    movie.save_webp(f"{args.output}.webp", pages, 12)
     pages[0].save(f"{args.output}.png", optimize=True)
     size = Path(f"{args.output}.webp").stat().st_size
     print(f"'{found.script}': wrote {args.output}.webp ({size / 1e6:.2f} MB) and {args.output}.png")

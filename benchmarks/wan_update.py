@@ -182,7 +182,7 @@ def update(model: Model, task: kvpo.Task, config: TrainConfig, meter: Meter) -> 
     """One update, the steps of `kvpo.update` one by one, then the optimizer's as in `train.train`."""
     pipeline, policies = model.pipeline, model.policies
     with meter("prefix"), acting(policies, "old"):
-        prefix = kvpo.make_prefix(pipeline, config, task)
+        prefix = next(kvpo.make_prefixes(pipeline, config, [task]))
     with meter("rollout"):
         rollout = kvpo.roll_out(pipeline, policies, config, task, prefix)
     del prefix

@@ -104,13 +104,13 @@ def pool(fork: int, window: Window, nearest: int, perturb_num_blocks: int, gap: 
 
 def eligible_forks(
     num_frames: int, window: Window, nearest: int, perturb_num_blocks: int,
-    first_chunks: int = 7, first: int = 21, rest: int = 18, gap: int = 0,
+    first_chunks: int = 7, first: int = 21, rest: int = 18, gap: int = 0, slots: bool = False,
 ) -> list[int]:  # fmt: skip
     """Starts of the blocks where a group can fork (rule of DS:86-113), ascending, possibly none.
 
     A fork needs a full attention window of frames before it, `perturb_num_blocks` whole blocks in its chunk, a chunk
     among the `first_chunks`, and a pool of at least past - nearest frames: a routed block reads exactly as many frames
-    as an ordinary one, so that anchor and branches run as one batch.
+    as an ordinary one, so that anchor and branches run as one batch. `slots`: those of `slot_pool`, sink included.
     """
     if perturb_num_blocks < 1:
         raise ValueError(f"perturb_num_blocks must be at least 1 block, got {perturb_num_blocks}")
@@ -119,8 +119,11 @@ def eligible_forks(
     forks, starts = [], chunk_starts(num_frames, first, rest)
     for start, end in list(zip(starts, [*starts[1:], num_frames], strict=True))[:first_chunks]:
         for fork in range(start, end - perturb_num_blocks * window.block + 1, window.block):
-            enough = len(pool(fork, window, nearest, perturb_num_blocks, gap)) >= window.past - nearest
-            if enough and fork >= window.sink + window.past + window.block:
+            if slots:
+                spare = len(slot_pool(fork, window, nearest)) - window.sink
+            else:
+                spare = len(pool(fork, window, nearest, perturb_num_blocks, gap))
+            if spare >= window.past - nearest and fork >= window.sink + window.past + window.block:
                 forks.append(fork)
     return forks
 
@@ -164,61 +167,31 @@ def plan(
 def plan_official(
     seed: int, sample_idx: int, seed_context: int,
     num_frames: int, window: Window, nearest: int, perturb_num_blocks: int, num_generations: int,
-    first_chunks: int = 7, first: int = 21, rest: int = 18,
+    first_chunks: int = 7, first: int = 21, rest: int = 18, slots: bool = False,
 ) -> Plan:  # fmt: skip
     """The authors' plan, integer for integer (DS:39-183): two generators seeded one apart, gap, dispersed routes.
 
-    `seed_context` tells the updates apart: the authors use (update + 1) * 1_000_003 (KV:997-998).
+    `seed_context` tells the updates apart: the authors use (update + 1) * 1_000_003 (KV:997-998). `slots`: the plan of
+    their MemFlow (its DS:36-136), whose routes are slots of the rolling cache, as many as the window has past frames
+    less `nearest`; the sink keeps no place of its own.
     """
-    seed = seed + 97 * sample_idx + seed_context
-    forks = eligible_forks(num_frames, window, nearest, perturb_num_blocks, first_chunks, first, rest, gap=window.block)
+    seed, gap = seed + 97 * sample_idx + seed_context, window.block
+    chunks = first_chunks, first, rest
+    forks = eligible_forks(num_frames, window, nearest, perturb_num_blocks, *chunks, gap, slots)
     fork = _pick(forks, Generator().manual_seed(seed))
-    frames = pool(fork, window, nearest, perturb_num_blocks, gap=window.block)
-    generator = Generator().manual_seed(seed + 1)
-    return Plan(
-        fork, frames, dispersed_routes(frames, window.past - nearest, num_generations, generator), perturb_num_blocks
-    )
+    n_routed = window.past - nearest
+    if slots:
+        frames, n_routed = slot_pool(fork, window, nearest), window.sink + n_routed
+    else:
+        frames = pool(fork, window, nearest, perturb_num_blocks, gap)
+    routes = dispersed_routes(frames, n_routed, num_generations, Generator().manual_seed(seed + 1))
+    return Plan(fork, frames, routes, perturb_num_blocks, slots)
 
 
 def slot_pool(fork: int, window: Window, nearest: int) -> range:
     """Slots that the authors' MemFlow may route to a fork: the resident frames but for the block's own number of them
     and the `nearest` before those, the sink's slots included (MemFlow's DS:77-84)."""
     return range(max(0, min(fork, window.history) - nearest - window.block))
-
-
-def slot_forks(
-    num_frames: int,
-    window: Window,
-    nearest: int,
-    perturb_num_blocks: int,
-    first_chunks: int = 7,
-    first: int = 21,
-    rest: int = 18,
-) -> list[int]:
-    """`eligible_forks` of the authors' MemFlow, whose pool is `slot_pool`."""
-    starts = chunk_starts(num_frames, first, rest)
-    return [
-        fork
-        for start, end in list(zip(starts, [*starts[1:], num_frames], strict=True))[:first_chunks]
-        for fork in range(start, end - perturb_num_blocks * window.block + 1, window.block)
-        if fork >= window.sink + window.past + window.block
-        and len(slot_pool(fork, window, nearest)) >= window.sink + window.past - nearest
-    ]
-
-
-def plan_slots(
-    seed: int, sample_idx: int, seed_context: int,
-    num_frames: int, window: Window, nearest: int, perturb_num_blocks: int, num_generations: int,
-    first_chunks: int = 7, first: int = 21, rest: int = 18,
-) -> Plan:  # fmt: skip
-    """The authors' plan for MemFlow, integer for integer (its DS:36-136): as `plan_official`, but routes are slots of
-    the rolling cache, as many as the window has past frames less `nearest`; the sink keeps no place of its own."""
-    seed = seed + 97 * sample_idx + seed_context
-    forks = slot_forks(num_frames, window, nearest, perturb_num_blocks, first_chunks, first, rest)
-    fork = _pick(forks, Generator().manual_seed(seed))
-    slots, n_routed = slot_pool(fork, window, nearest), window.sink + window.past - nearest
-    routes = dispersed_routes(slots, n_routed, num_generations, Generator().manual_seed(seed + 1))
-    return Plan(fork, slots, routes, perturb_num_blocks, slots=True)
 
 
 def slot_frames(routes: Tensor, start: int, window: Window) -> Tensor:

@@ -9,14 +9,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+SEEDS = {"least": -(2**63), "below": 2**63}  # what torch's generators take
 
-def knob(default, official=None, *, least=None, above=None, most=None, below=None, multiple=None, of=None):
-    """A field of a configuration and its bounds: `least` and `most` may be reached, `above` and `below` not; `of`: all
-    that it may be. `official`: what compat="official" fills in where nothing is given."""
-    bounds = {"least": least, "above": above, "most": most, "below": below, "multiple": multiple, "of": of}
+
+def knob(default, help="", *, official=None, **bounds):
+    """A field of a configuration. `help`: what its flag's help says. `official`: what compat="official" fills in where
+    nothing is given. The bounds are those of `check_bounds`."""
     return dataclasses.field(
         default=default if official is None else None,
-        metadata=bounds | {"ours": default, "official": official},
+        metadata=bounds | {"help": help, "ours": default, "official": official},
     )
 
 
@@ -36,6 +37,8 @@ def settle(config) -> None:
 
 
 def check_bounds(name: str, value, least=None, above=None, most=None, below=None, multiple=None, of=None, **_) -> None:
+    """Raises ValueError naming the option. `least` and `most` may be reached, `above` and `below` not; `of`: all that
+    it may be."""
     if of is not None:
         if value not in of:
             raise ValueError(f"{name} must be {' or '.join(map(json.dumps, of))}, got {value!r}")
@@ -67,48 +70,48 @@ class TrainConfig:
     an option that is out of its bounds."""
 
     output_dir: str = "kvpo_run"
-    seed: int = knob(0, least=-(2**63), below=2**63)
+    seed: int = knob(0, **SEEDS)
     max_train_steps: int = knob(60, least=1)
-    num_frames: int = knob(39, least=3, multiple=3)  # length of the videos: 39 a single prompt, 147 four segments
-    num_segments: int = knob(1, least=1)  # prompts a script; 1, or up to 4 in long videos
+    num_frames: int = knob(39, "length of the videos: 39 a single prompt, 147 four segments", least=3, multiple=3)
+    num_segments: int = knob(1, "prompts a script; 1, or up to 4 in long videos", least=1)
     learning_rate: float = knob(1e-3, above=0)
     lr_warmup_steps: int = knob(2, least=0)
-    lr_scheduler: str = knob("constant", of=("constant", "linear"))  # after the warm-up; linear: down to 0 at the end
+    lr_scheduler: str = knob("constant", "after the warm-up; linear: down to 0 at the end", of=("constant", "linear"))
     adam_weight_decay: float = knob(0.0, least=0)
     max_grad_norm: float = knob(1.0, above=0)
-    rank: int = knob(16, least=1)  # of the LoRA
+    rank: int = knob(16, "of the LoRA", least=1)
     lora_alpha: int = knob(16, least=1)
     ema_decay: float = knob(0.95, least=0, below=1)
-    num_generations: int = knob(8, least=2)  # branches G
-    groups_per_update: int = knob(1, least=1)  # scripts whose gradients are averaged in one update
-    in_order: bool = False  # scripts come as they stand, not in a new random order each time round
-    num_iterations: int = knob(1, least=1)  # optimizer steps on the groups of an update (TRL's name)
-    old_policy_every: int = knob(1, least=1)  # updates between two refreshes of the rollouts' policy
-    fork: int = knob(0, least=0, multiple=3)  # ours: the frame at which every group forks; 0: drawn
-    nearest: int = knob(2, official=1, least=0)  # nearest past frames that every branch keeps; the rest is routed
-    perturb_num_blocks: int = knob(5, least=1)  # routed blocks after the fork
-    grad_steps: int = knob(4, official=2, least=1, most=4)  # denoising steps that carry gradient
-    tau: float = knob(0.0, official=2.0, least=0)  # temperature; 0: set by the first groups' energies
-    tau_groups: int = knob(8, least=1)  # groups that set tau
-    tau_target: float = knob(0.4, above=0)  # spread of the log scores -E / tau in a group that tau is set for
+    num_generations: int = knob(8, "branches G", least=2)
+    groups_per_update: int = knob(1, "scripts whose gradients are averaged in one update", least=1)
+    in_order: bool = knob(False, "scripts come as they stand, not in a new random order each time round")
+    num_iterations: int = knob(1, "optimizer steps on the groups of an update (TRL's name)", least=1)
+    old_policy_every: int = knob(1, "updates between two refreshes of the rollouts' policy", least=1)
+    fork: int = knob(0, "ours: the frame at which every group forks; 0: drawn", least=0, multiple=3)
+    nearest: int = knob(2, "nearest past frames that every branch keeps; the rest is routed", official=1, least=0)
+    perturb_num_blocks: int = knob(5, "routed blocks after the fork", least=1)
+    grad_steps: int = knob(4, "denoising steps that carry gradient", official=2, least=1, most=4)
+    tau: float = knob(0.0, "temperature; 0: set by the first groups' energies", official=2.0, least=0)
+    tau_groups: int = knob(8, "groups that set tau", least=1)
+    tau_target: float = knob(0.4, "spread of the log scores -E / tau in a group that tau is set for", above=0)
     kl_coef: float = knob(1.0, official=10.0, least=0)
-    anchor_in_group: bool = False  # ours: the anchor is one of the continuations that the policy chooses among
-    prefix_coef: float = knob(0.0, least=0)  # ours: weight of the preservation of the shared prefix; 0: none
+    anchor_in_group: bool = knob(False, "ours: the anchor is one of the continuations that the policy chooses among")
+    prefix_coef: float = knob(0.0, "ours: weight of the preservation of the shared prefix; 0: none", least=0)
     clip_range_low: float = knob(0.1, above=0)
     clip_range_high: float = knob(0.2, above=0)
     adv_clip_max: float = knob(2.5, above=0)
-    adv_eps: float = knob(1e-8, above=0)  # added to the spread that a reward is divided by; larger: noise counts less
+    adv_eps: float = knob(1e-8, "added to the spread that a reward is divided by; larger: noise counts less", above=0)
     local_weight: float = knob(1.0, least=0)
     global_weight: float = knob(0.5, least=0)
-    fuse_mode: str = knob("std", of=("std", "zscore", "none"))  # std: over the anchor; zscore: over the group's mean
-    global_frames: int = knob(36, least=0, multiple=3)  # frames after the fork's chunk that the global reward sees
-    unsafe_scale: float = knob(0.0, official=0.5, least=0)  # factor on the loss when no branch beats the anchor
-    compat: str = knob("", of=("", "official"))  # official: as the authors, where nothing else is given
-    checkpointing_steps: int = knob(0, least=0)  # updates between checkpoints; 0: one only if a run is stopped
+    fuse_mode: str = knob("std", "std: over the anchor; zscore: over the group's mean", of=("std", "zscore", "none"))
+    global_frames: int = knob(36, "frames after the fork's chunk that the global reward sees", least=0, multiple=3)
+    unsafe_scale: float = knob(0.0, "factor on the loss when no branch beats the anchor", official=0.5, least=0)
+    compat: str = knob("", "official: as the authors, where nothing else is given", of=("", "official"))
+    checkpointing_steps: int = knob(0, "updates between checkpoints; 0: one only if a run is stopped", least=0)
     checkpoints_total_limit: int = knob(2, least=1)
-    resume_from_checkpoint: str = ""  # "latest", or the path of a checkpoint-N folder
-    branch_batch: int = knob(0, least=0)  # branches that run at once; 0: all
-    replay_batch: int = knob(0, least=0)  # replayed steps that run at once; 0: all
+    resume_from_checkpoint: str = knob("", '"latest", or the path of a checkpoint-N folder')
+    branch_batch: int = knob(0, "branches that run at once; 0: all", least=0)
+    replay_batch: int = knob(0, "replayed steps that run at once; 0: all", least=0)
 
     def __post_init__(self):
         settle(self)
@@ -134,9 +137,3 @@ def nearest_known(name: str, known: Sequence[str]) -> str:
 def check_weights(*weights: float) -> None:
     if not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
         raise ValueError(f"the weights vq, mq, ta must be 0 or more and not all 0, got {', '.join(map(str, weights))}")
-
-
-def check_seed(seed: int, name: str = "seed") -> None:
-    """Refuses what torch's generators do not take, before any work."""
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"{name} must lie in -2**63 .. 2**63 - 1, got {seed}")

@@ -21,6 +21,7 @@ once more, with graph, and sent backward at once, times its dL/dE.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -42,6 +43,7 @@ from kvpo_min.rollout import (
     fork,
     generate,
     keep_frames,
+    one_of,
     pieces,
     replay,
     segment_at,
@@ -98,12 +100,13 @@ class Group:
 
 def update(
     pipeline: Pipeline, policies, rewards: Mixture, config: TrainConfig, task: Task, tau: float,
-    old_is_current: bool = True,
+    old_is_current: bool = True, prefix: Stream | None = None,
 ) -> Group:  # fmt: skip
     """One group, from its plan to the gradient, which is added to that of the adapter `default`.
     `policies`: from `add_policies`. `old_is_current`: the adapters `old` and `default` are alike, so the ratio is 1.
-    Raises FloatingPointError when a video, reward, energy or loss is not finite, and what the rewards raise."""
-    rollout = roll_out(pipeline, policies, config, task)
+    `prefix`: as in `roll_out`. Raises FloatingPointError when a video, reward, energy or loss is not finite, and what
+    the rewards raise."""
+    rollout = roll_out(pipeline, policies, config, task, prefix)
     videos, signals = score_group(pipeline, rewards, task, rollout)
     advantages, safe = compare(signals, rewards.weights, config)
     scale = safety_scale(safe, config.unsafe_scale)  # 0: the loss will be 0, and no graph is needed
@@ -166,14 +169,14 @@ def draw(
 @torch.no_grad()
 def roll_out(pipeline: Pipeline, policies, config: TrainConfig, task: Task, prefix: Stream | None = None) -> Rollout:
     """Prefix, G branches and the anchor, made by the adapter `old`. The keys and values that replays read stay on it.
-    `prefix`: what `make_prefix` gave (default: made here, where nothing else holds it, so that it can be freed)."""
+    `prefix`: one of `make_prefixes` (default: made here, where nothing else holds it, so that it can be freed)."""
     sampler = pipeline.sampler(config.num_segments)
     plan = task.plan
     noise = task.noise.to(pipeline.backbone.device)
     with acting(policies, "old"):
         made = fork(
             pipeline.backbone, texts_of(pipeline, task), noise, plan, task.stop, task.chunk.stop, sampler,
-            config.nearest, config.branch_batch or None, prefix or make_prefix(pipeline, config, task),
+            config.nearest, config.branch_batch or None, prefix or next(make_prefixes(pipeline, config, [task])),
         )  # fmt: skip
     read = {*range(sampler.window.sink), *range(plan.fork - sampler.window.past, plan.fork)}
     if config.prefix_coef:
@@ -295,29 +298,32 @@ def make_plan(
 ):  # fmt: skip
     """Where to fork and what each branch reads: the paper's plan, or the authors' with compat="official", which with a
     memory bank is MemFlow's: slots instead of frames, and none kept near the block (their m of 3 counts it)."""
-    if config.compat and bank:
-        sizes = (config.num_frames, window, 0, config.perturb_num_blocks, config.num_generations)
-        return routing.plan_slots(config.seed, index, (step + 1) * 1_000_003, *sizes)
-    sizes = (config.num_frames, window, config.nearest, config.perturb_num_blocks, config.num_generations)
+    slots = bool(config.compat and bank)
+    nearest = 0 if slots else config.nearest
+    sizes = (config.num_frames, window, nearest, config.perturb_num_blocks, config.num_generations)
     if config.compat:
-        return routing.plan_official(config.seed, index, (step + 1) * 1_000_003, *sizes)
+        return routing.plan_official(config.seed, index, (step + 1) * 1_000_003, *sizes, slots=slots)
     return routing.plan(*sizes, generator, config.fork)
 
 
 @torch.no_grad()
-def make_prefix(pipeline: Pipeline, config: TrainConfig, task: Task) -> Stream:
-    """The video up to the fork, by the policy that acts, with the keys and values that branches and replays read."""
-    sampler, start = pipeline.sampler(config.num_segments), task.plan.fork
-    near = range(start - switch_reach(sampler.window), start)
-    needed = {*range(sampler.window.sink), *routing.prefix_frames(task.plan, sampler.window), *near}
-    noise = task.noise.to(pipeline.backbone.device)
-    texts = texts_of(pipeline, task)
-    bank = pipeline.bank
+def make_prefixes(pipeline: Pipeline, config: TrainConfig, tasks: Sequence[Task]) -> Iterator[Stream]:
+    """The videos up to their forks, by the policy that acts, with the keys and values that branches and replays read.
+    Those that follow each other and fork alike are made in one batch, when the first of them is asked for."""
+    sampler, bank = pipeline.sampler(config.num_segments), pipeline.bank
     if bank is not None:
         check_bank(config)
         bank = replace(bank, compat=config.compat or bank.compat)
-    made = generate(pipeline.backbone, Stream(bank=bank), texts, noise, start, sampler)
-    return made if config.prefix_coef else keep_frames(made, needed)
+    for start, alike in itertools.groupby(tasks, lambda task: task.plan.fork):
+        batch = list(alike)
+        noise = torch.cat([task.noise for task in batch]).to(pipeline.backbone.device)
+        texts = [pipeline.embed(list(t)) for t in zip(*(pipeline.segments(k.script) for k in batch), strict=True)]
+        made = generate(pipeline.backbone, Stream(bank=bank), texts, noise, start, sampler)
+        near = range(start - switch_reach(sampler.window), start)
+        for k, task in enumerate(batch):
+            one = made if len(batch) == 1 else one_of(made, k)
+            needed = {*range(sampler.window.sink), *routing.prefix_frames(task.plan, sampler.window), *near}
+            yield one if config.prefix_coef else keep_frames(one, needed)
 
 
 def texts_of(pipeline: Pipeline, task: Task) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from kvpo_min.chr import Window
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import Sampler, Stream, draw_noise, generate, switch_reach
+from kvpo_min.system import gather, processes
 from kvpo_min.tve import schedule
 
 if TYPE_CHECKING:
@@ -38,9 +39,12 @@ class Pipeline:
     bank: Bank | None = None  # empty memory bank that every video begins with (MemFlow: bank.py)
     name: str = "model"
 
-    def sampler(self, num_segments: int = 1) -> Sampler:
-        """The sampler of videos of so many segments, with the ordinary window."""
-        return Sampler(self.sigmas, switches=self.switches[: num_segments - 1])
+    def sampler(self, num_segments: int = 1, routed: bool = True) -> Sampler:
+        """The sampler of videos of so many segments. Where nothing is routed, less of the past is kept."""
+        window = Window()
+        if not routed:
+            window = replace(window, history=window.sink + switch_reach(window))
+        return Sampler(self.sigmas, window, self.switches[: num_segments - 1])
 
 
 def score(
@@ -67,56 +71,75 @@ def score(
 @torch.no_grad()
 def sample(
     pipeline: Pipeline, scripts: Sequence[str], num_frames: int, seed: int = 99999, batch: int = 32,
-    sigmas: Tensor | None = None, eta: float = 1.0, bar: bool = False,
+    sigmas: Tensor | None = None, eta: float = 1.0, bar: bool = False, first: int = 0,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Generates one video a script, unrouted; video i's noise comes from a generator of its own, seed + 10000 i, so
-    it does not depend on the batch. `sigmas`, `eta`: another sampler than the 4-step one.
-    Yields latents [b, T, C, H, W]."""
+    it does not depend on the batch. `sigmas`, `eta`: another sampler than the 4-step one. `first`: number of the first
+    script, where these are a part of more. Yields latents [b, T, C, H, W]."""
     from tqdm import tqdm
 
     sigmas = pipeline.sigmas if sigmas is None else sigmas
     n_segments = {len(pipeline.segments(script)) for script in scripts}
     if len(n_segments) != 1:
         raise ValueError(f"scripts of one call must have the same number of segments, got {sorted(n_segments)}")
-    switches = pipeline.switches[: n_segments.pop() - 1]
-    window = Window()
-    window = replace(window, history=window.sink + switch_reach(window))  # nothing is routed
-    sampler = Sampler(sigmas, window, switches=switches, eta=eta)
+    sampler = replace(pipeline.sampler(n_segments.pop(), routed=False), sigmas=sigmas, eta=eta)
+    block = sampler.window.block
     for begin in tqdm(range(0, len(scripts), batch), desc="sample", disable=not bar, leave=False):
         part = scripts[begin : begin + batch]
         texts = [pipeline.embed(list(t)) for t in zip(*[pipeline.segments(s) for s in part], strict=True)]
         noise = [
-            draw_noise(num_frames // window.block, len(sigmas) if eta else 1, (window.block, *pipeline.latent_shape),
-                       torch.Generator().manual_seed(seed + 10000 * (begin + i)))
+            draw_noise(num_frames // block, len(sigmas) if eta else 1, (block, *pipeline.latent_shape),
+                       torch.Generator().manual_seed(seed + 10000 * (first + begin + i)))
             for i in range(len(part))
         ]  # fmt: skip
         noise = torch.cat(noise).to(pipeline.backbone.device)  # drawn on the CPU: the same on every device
         yield generate(pipeline.backbone, Stream(bank=pipeline.bank), texts, noise, num_frames, sampler).latents
 
 
+def observe(
+    pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, videos: Iterable[Tensor]
+) -> tuple[list[dict[str, Tensor]], list]:
+    """What is measured of whole videos, latents [b, T, C, H, W] in any batches, one a script. -> for each batch the
+    rewards {component: [b]}, and where there is a judge, what it sees (`pipeline.read`); `pooled` joins them"""
+    scores, readings = [], []
+    begin = 0
+    for latents in videos:
+        pixels = pipeline.decode(latents)
+        found = score(pipeline, rewards, pixels, scripts[begin : begin + len(pixels)], 0)
+        scores.append({name: each.cpu() for name, each in found.items()})
+        if pipeline.judge:
+            readings.append(pipeline.read(pixels))
+        begin += len(pixels)
+    return scores, readings
+
+
+def pooled(parts: Sequence[tuple[list, list]]) -> tuple[dict[str, Tensor], object | None]:
+    """What calls of `observe` found, as if all their videos had been one batch; None where there is no judge."""
+    scores, readings = (sum(lists, []) for lists in zip(*parts, strict=True))
+    scores = {name: torch.cat([each[name] for each in scores]) for name in scores[0]}
+    if not readings:
+        return scores, None
+    names = [f.name for f in fields(readings[0])]
+    return scores, type(readings[0])(**{name: torch.cat([getattr(r, name) for r in readings]) for name in names})
+
+
 def evaluate(
     pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, num_frames: int, seed: int = 99999, batch: int = 32,
     sigmas: Tensor | None = None, eta: float = 1.0, bar: bool = False,
 ) -> dict:  # fmt: skip
-    """Mean rewards of unrouted videos, their standard errors over prompts, and the held-out judge."""
-    scores, readings = [], []
-    begin = 0
-    for latents in sample(pipeline, scripts, num_frames, seed, batch, sigmas, eta, bar):
-        part = scripts[begin : begin + len(latents)]
-        pixels = pipeline.decode(latents)
-        scores.append(score(pipeline, rewards, pixels, part, 0))
-        if pipeline.judge:
-            readings.append(pipeline.read(pixels))
-        begin += len(part)
-    scores = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
+    """Mean rewards of unrouted videos, their standard errors over prompts, and the held-out judge. Of several processes
+    each makes its share of the videos; all must call this, and get the same."""
+    rank, world = processes()
+    first, end = (len(scripts) * r // world for r in (rank, rank + 1))
+    own = scripts[first:end]
+    videos = sample(pipeline, own, num_frames, seed, batch, sigmas, eta, bar, first) if own else ()
+    scores, reading = pooled(gather(observe(pipeline, own, rewards, videos)))
     total = rewards.total(scores)
     out = {name: s.mean().item() for name, s in scores.items()} | {"reward": total.mean().item()}
     for name, each in (scores | {"reward": total}).items():
         out[f"{name}_sem"] = (each.std() / len(each) ** 0.5).item() if len(each) > 1 else float("nan")
-    if readings:  # pooled over all frames, so that the shares do not depend on the batches
-        names = [f.name for f in fields(readings[0])]
-        pooled = {name: torch.cat([getattr(reading, name) for reading in readings]) for name in names}
-        out["judge"] = pipeline.judge(type(readings[0])(**pooled), list(scripts))
+    if reading is not None:  # pooled over all frames, so that the shares do not depend on the batches
+        out["judge"] = pipeline.judge(reading, list(scripts))
     return out
 
 

@@ -118,6 +118,16 @@ def keep_frames(stream: Stream, frames: set[int]) -> Stream:
     return replace(stream, history=KVHistory({f: kv for f, kv in stream.history.frames.items() if f in frames}))
 
 
+def one_of(stream: Stream, k: int) -> Stream:
+    """Video k of a batch under way, as a stream of its own."""
+
+    def row(x: Tensor, dim: int) -> Tensor:
+        return x if x.shape[dim] == 1 else x.narrow(dim, k, 1).clone()  # a view would keep the whole batch in memory
+
+    history = KVHistory({f: row(kv, 2) for f, kv in stream.history.frames.items()})
+    return replace(stream, x0=tuple(row(x, 0) for x in stream.x0), history=history)
+
+
 @dataclass(frozen=True)
 class Sampler:
     """What stays fixed while videos are made."""
@@ -126,6 +136,7 @@ class Sampler:
     window: Window = Window()
     switches: tuple[int, ...] = ()  # frames at which the next segment's words take over
     eta: float = 1.0  # share of fresh noise in every re-noising: 1 the distilled model's sampler, 0 the ODE (Euler)
+    kernel: Callable | None = None  # another step instead: x, v, sigma, next sigma -> mean, std (compare/baselines.py)
 
 
 def draw_noise(n_blocks: int, n_steps: int, shape: Sequence[int], generator: torch.Generator, batch: int = 1) -> Tensor:
@@ -134,10 +145,12 @@ def draw_noise(n_blocks: int, n_steps: int, shape: Sequence[int], generator: tor
     return torch.randn(batch, n_blocks, n_steps, *shape, generator=generator)
 
 
-def denoise(backbone: Backbone, noise: Tensor, sigmas: Tensor, start: int, text: Tensor, kv: Tensor | None, eta=1.0):
+def denoise(
+    backbone: Backbone, noise: Tensor, sigmas: Tensor, start: int, text: Tensor, kv: Tensor | None, eta=1.0, kernel=None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The sampler: predict x0, re-noise to the next level (authors: streaming_training.py:187-203; the same numbers as
     diffusers' `FlowMatchEulerDiscreteScheduler(shift=5, stochastic_sampling=True)`; eta 0: without
-    stochastic_sampling).
+    stochastic_sampling). The last step gives x0 and no noise, whatever the `kernel`.
     noise [B, S, F, C, H, W] -> x0 [B, F, C, H, W], inputs z [B, S, ...] and predictions [B, S, ...] of every step."""
     x = noise[:, 0]
     z = []
@@ -147,7 +160,10 @@ def denoise(backbone: Backbone, noise: Tensor, sigmas: Tensor, start: int, text:
         v = backbone.velocity(x, sigma.expand(len(x)), start, text, kv)
         x0 = x - sigma * v
         predictions.append(x0)
-        if s + 1 < len(sigmas):
+        if s + 1 < len(sigmas) and kernel:
+            mean, std = kernel(x, v, sigma, sigmas[s + 1])
+            x = mean + std * noise[:, s + 1]
+        elif s + 1 < len(sigmas):
             renoise = noise[:, s + 1] if eta == 1 else x + (1 - sigma) * v  # the noise that v believes is in x
             if 0 < eta < 1:
                 renoise = eta * noise[:, s + 1] + (1 - eta**2) ** 0.5 * renoise
@@ -234,7 +250,8 @@ def generate(
         if kv is not None:
             b = max(len(block_noise), kv.shape[2])
             block_noise = block_noise.expand(b, *block_noise.shape[1:])
-        x0, z, predictions = denoise(backbone, block_noise, sampler.sigmas, start, texts[segment], kv, sampler.eta)
+        how = sampler.eta, sampler.kernel
+        x0, z, predictions = denoise(backbone, block_noise, sampler.sigmas, start, texts[segment], kv, *how)
         if record is not None:
             record(start, z, predictions)
         # frames that no later block can read go before the new ones come
@@ -338,7 +355,9 @@ def replay(
     kvpo.py:2370-2388). No gradient flows through what is read. `replay_batch`: velocities at once; it bounds neither
     contexts nor graph, as `pieces` does for training.
     """
-    window, start, trajectory = sampler.window, rollout.prefix.frame, rollout.trajectory
+    window = sampler.window
+    start = rollout.prefix.frame
+    trajectory = rollout.trajectory
     g = len(trajectory.z) - 1 if branches is None else branches
     z, stored = trajectory.z[:g], trajectory.x0[:g]  # [G, B, S, F, C, H, W]
     n_blocks, n_steps = z.shape[1:3]
@@ -403,7 +422,9 @@ def pieces(
     are encoded as in `replay`; with context="own" by the policy that acts, which costs one more forward a block.
     `branches`: how many (default: all but the anchor). Yields where the piece belongs in [G, B, S], its rollout, its
     sampler."""
-    window, trajectory, routes = sampler.window, rollout.trajectory, rollout.plan.routes
+    window = sampler.window
+    trajectory = rollout.trajectory
+    routes = rollout.plan.routes
     (n_blocks, every), branches = trajectory.z.shape[1:3], branches or len(routes)
     if replay_batch < 1 or not 0 <= n_steps <= every:
         raise ValueError(f"replay_batch must be at least 1 and n_steps 0..{every}, got {replay_batch} and {n_steps}")

@@ -9,6 +9,7 @@ so that their generators, and with them order and checkpoints, are those of one 
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import warnings
@@ -203,15 +204,23 @@ def own_groups(
     old_is_current: bool,
 ) -> tuple[list[Group], Exception | None]:  # fmt: skip
     """This process's share of an update's groups, and what went wrong in one of them, after which none is made."""
-    (rank, world), groups, failure = processes(), [], None
-    for k in range(config.groups_per_update):
-        task = kvpo.draw(pipeline, scripts, state["order"], config, state["step"], generator)
-        if k % world == rank and not failure:
-            try:
-                groups.append(kvpo.update(pipeline, policies, rewards, config, task, state["tau"], old_is_current))
-            except (RewardError, FloatingPointError) as error:
-                failure = type(error)(str(error))  # a new exception: the old traceback keeps the group's tensors alive
-    return groups, failure
+    rank, world = processes()
+    groups = []
+    drawn = [
+        kvpo.draw(pipeline, scripts, state["order"], config, state["step"], generator)
+        for _ in range(config.groups_per_update)
+    ]
+    mine = drawn[rank::world]
+    together = len(mine) > 1 and not config.branch_batch and pipeline.bank is None
+    prefixes = kvpo.make_prefixes(pipeline, config, mine) if together else itertools.repeat(None)
+    for task in mine:
+        try:
+            with acting(policies, "old"):
+                prefix = next(prefixes)
+            groups.append(kvpo.update(pipeline, policies, rewards, config, task, state["tau"], old_is_current, prefix))
+        except (RewardError, FloatingPointError) as error:
+            return groups, type(error)(str(error))  # the old one's traceback keeps the group's tensors alive
+    return groups, None
 
 
 def rate(config: TrainConfig, step: int, iteration: int = 0) -> float:

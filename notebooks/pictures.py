@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpo_min.chr import DROPPED, NEAREST, SINK, Window, ordinary_frames, route_mask
 from kvpo_min.viz.film import TAGS, branch_letter
-from kvpo_min.viz.run import _column, _film, held_out_points
+from kvpo_min.viz.run import _column, held_out_points
 from kvpo_min.viz.style import (
     ANCHOR,
     BRANCHES,
@@ -22,6 +22,7 @@ from kvpo_min.viz.style import (
     _small_png,
     branch_colour,
 )
+from kvpo_min.viz.video import tile
 
 # ------------------------------------------------------------------------------- branches: routes, energies, rewards
 
@@ -452,8 +453,9 @@ def training_board(logs: Sequence[Mapping], step=None, frames: int = 6):
         worst, *_, best = group.advantages.argsort().tolist()
         names = ("best", "worst", "anchor")
         for axes, g, name in zip(bottom.subplots(3, 1), (best, worst, len(group.advantages)), names, strict=True):
-            film, _ = _film(group.videos[g], frames)
-            axes.imshow(film, interpolation="nearest")
+            index = torch.linspace(0, group.videos.shape[1] - 1, min(frames, group.videos.shape[1])).round().long()
+            film = tile(group.videos[g, index][:, None], len(index))
+            axes.imshow(_bytes(film)[0], interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             gained = (
                 "" if name == "anchor" else f": branch {branch_letter(g)}, advantage {group.advantages[g].item():+.2f}"

@@ -174,7 +174,7 @@ def test_advantages_by_hand():
     with pytest.raises(ValueError, match="finite"):
         advantages({"vq": torch.tensor([[1.0, float("nan")]])}, {"vq": 1.0})
     with pytest.raises(ValueError, match="spread"):
-        advantages(rewards, weights, "local")
+        AstrolabeConfig(spread="local")
 
 
 # ----------------------------------------------------------------------------------------------------- selective KL

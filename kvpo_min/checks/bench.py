@@ -40,7 +40,7 @@ from torch import Tensor
 from kvpo_min import chr as routing
 from kvpo_min import kvpo, pocket
 from kvpo_min.checks import naive as plain
-from kvpo_min.config import TrainConfig, under
+from kvpo_min.config import TrainConfig, knob, settle, under
 from kvpo_min.grpo import safety_scale
 from kvpo_min.kvpo import Task
 from kvpo_min.pipeline import Pipeline
@@ -57,19 +57,18 @@ TOLERANCE = 1e-4  # relative difference of losses, and of gradients, up to which
 class BenchOptions:
     """Times one update against a plain one"""
 
-    json: str = ""  # file that the result is written to; empty: it is only printed
-    pairs: int = 5  # how often each is timed, one after the other; medians are reported
-    scaling: bool = False  # instead: how time grows with branches, blocks and history, and the memory of a long stream
-    num_frames: int = 39  # 39 for the short mode, 147 for the long one
+    json: str = knob("", "file that the result is written to; empty: it is only printed")
+    pairs: int = knob(5, "how often each is timed, one after the other; medians are reported", least=1)
+    scaling: bool = knob(False, "instead: how time grows with branches, blocks, history; memory of a long stream")
+    num_frames: int = knob(39, "39 for the short mode, 147 for the long one")
     num_segments: int = 1
-    num_generations: int = 8  # branches
-    perturb_num_blocks: int = 5  # routed blocks after the fork
+    num_generations: int = knob(8, "branches")
+    perturb_num_blocks: int = knob(5, "routed blocks after the fork")
     seed: int = 0
-    model: str = ""  # folder with autoencoder/ and student/; empty: the embedded model
+    model: str = knob("", "folder with autoencoder/ and student/; empty: the embedded model")
 
     def __post_init__(self):
-        if self.pairs < 1:
-            raise ValueError(f"pairs must be at least 1, got {self.pairs}")
+        settle(self)
 
 
 class Disagreement(Exception):
@@ -119,7 +118,7 @@ class Meter:
         return call
 
     def count(self, call: Call, tokens: int) -> None:
-        """`tokens`: of one frame"""
+        """Adds a call to the phase under way. `tokens`: of one frame"""
         row = self.rows[self.phase]
         row["calls"] += 1
         row["forwards"] += len(call.x)
@@ -168,7 +167,7 @@ class Subject:
         return adapter_weights(self.policies, "default")
 
     def noise(self, task: Task) -> Tensor:
-        """In the precision of the network."""
+        """The noise of a task in the precision of the network."""
         return task.noise.to(next(iter(self.start.values())).dtype)
 
 
@@ -193,11 +192,6 @@ def make_config(options) -> TrainConfig:
     )  # fmt: skip
 
 
-def official(config: TrainConfig) -> TrainConfig:
-    """The same update with the authors' settings."""
-    return under(config, "official")
-
-
 def make_task(pipeline: Pipeline, config: TrainConfig, plan: routing.Plan | None = None) -> Task:
     """What a run would draw first, or a given plan with the noise that fits it."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -207,7 +201,7 @@ def make_task(pipeline: Pipeline, config: TrainConfig, plan: routing.Plan | None
 
 @contextlib.contextmanager
 def in_float64(subject: Subject) -> Iterator[Subject]:
-    """The same with network, noise and latents in float64; pixels and rewards stay in float32."""
+    """The subject with network, noise and latents in float64; pixels and rewards stay in float32."""
     pipeline = subject.pipeline
     wide = replace(
         pipeline,
@@ -244,7 +238,7 @@ def ours(subject: Subject, config: TrainConfig, task: Task, meter: Meter) -> flo
         with meter("optimiser"):
             copy_adapter(policies, "default", "old")
         with meter("prefix"), acting(policies, "old"):
-            prefix = kvpo.make_prefix(pipeline, config, task)
+            prefix = next(kvpo.make_prefixes(pipeline, config, [task]))
         with meter("rollout"):
             rollout = kvpo.roll_out(pipeline, policies, config, task, prefix)
         with meter("reward"):
@@ -350,7 +344,7 @@ def bench(pipeline: Pipeline, rewards: Mixture, options) -> dict:
     Raises Disagreement when the schedules do not give the same numbers."""
     config = make_config(options)
     subject = make_subject(pipeline, rewards, config)
-    task, authors = make_task(pipeline, config), official(config)
+    task, authors = make_task(pipeline, config), under(config, "official")
     authors_task = make_task(pipeline, authors)
     config = replace(config, tau=calibrated(subject, config, task))
     fast = in_bfloat16(subject) if has_bfloat16() else subject
@@ -399,7 +393,7 @@ def bench(pipeline: Pipeline, rewards: Mixture, options) -> dict:
 
 
 def calibrated(subject: Subject, config: TrainConfig, task: Task) -> float:
-    """tau that a run would set from this group."""
+    """The temperature that a run would set if this were its only group."""
     copy_adapter(subject.policies, "default", "old")
     rollout = kvpo.roll_out(subject.pipeline, subject.policies, config, task)
     energies = kvpo.energies_of(subject.pipeline, subject.policies, config, rollout)
@@ -439,7 +433,7 @@ def scaling(pipeline: Pipeline, rewards: Mixture, options) -> dict:
     window = routing.Window()
 
     def seconds(config: TrainConfig, fork: int, perturb_num_blocks: int) -> float:
-        """Of what comes after the prefix."""
+        """Seconds of an update after its prefix."""
         generator = torch.Generator().manual_seed(config.seed)
         frames = routing.pool(fork, window, config.nearest, perturb_num_blocks)
         routes = routing.uniform_routes(frames, window.past - config.nearest, config.num_generations, generator)

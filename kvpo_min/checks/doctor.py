@@ -15,11 +15,11 @@ import torch
 from kvpo_min import pocket
 from kvpo_min import policies as adapters
 from kvpo_min.chr import Window
-from kvpo_min.config import TrainConfig
+from kvpo_min.config import TrainConfig, knob
 from kvpo_min.pocket import pocket_rewards
 from kvpo_min.pocket.prompts import check_geometry, run_prompts
 from kvpo_min.policies import acting, adapter_weights, add_policies
-from kvpo_min.rollout import Sampler, replay
+from kvpo_min.rollout import replay
 from kvpo_min.system import read_metrics, read_yaml, say
 from kvpo_min.train import train
 from kvpo_min.tve import gibbs_log_prob, step_energies
@@ -30,14 +30,14 @@ from kvpo_min.wan.checkpoints import read_file, read_lora
 class DoctorOptions:
     """Runs one update and checks every invariant"""
 
-    output_dir: str = ""  # folder of a finished run, whose files are checked as well; empty: none
-    model: str = ""  # folder with autoencoder/ and student/; empty: the embedded model
+    output_dir: str = knob("", "folder of a finished run, whose files are checked as well; empty: none")
+    model: str = knob("", "folder with autoencoder/ and student/; empty: the embedded model")
     seed: int = 0
-    num_frames: int = 39  # 39 for the short mode, 147 for the long one
+    num_frames: int = knob(39, "39 for the short mode, 147 for the long one")
     num_segments: int = 1
-    num_generations: int = 8  # branches
-    perturb_num_blocks: int = 5  # routed blocks after the fork
-    rank: int = 16  # of the LoRA
+    num_generations: int = knob(8, "branches")
+    perturb_num_blocks: int = knob(5, "routed blocks after the fork")
+    rank: int = knob(16, "of the LoRA")
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,7 @@ def check_routes(step, config) -> list[Check]:
 def check_energies(pipeline, policies, step, config) -> list[Check]:
     """Replays the group under the policy that made it, which the update has left as it was."""
     group = step.groups[0]
-    sampler = Sampler(pipeline.sigmas, Window(), switches=pipeline.switches[: config.num_segments - 1])
-    n = config.num_generations
+    sampler, n = pipeline.sampler(config.num_segments), config.num_generations
     with torch.no_grad(), acting(policies, "old"):
         v = replay(pipeline.backbone, group.rollout, sampler, config.grad_steps, branches=n + 1)
     E = step_energies(v, group.rollout.trajectory.velocity).sum((1, 2))  # [G + 1], anchor last

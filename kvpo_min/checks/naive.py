@@ -91,7 +91,9 @@ def update(pipeline, policies, rewards, config, task, meter, context="own"):
     """One update of the adapter `default`. `pipeline`, `policies`, `rewards`, `config`: as for `train.train`; `task`:
     script, plan and noise; `meter(phase)`: a context manager for each phase; context="stored": between replayed blocks
     the branch's own x0 is encoded instead. -> loss; the gradient is left on the weights"""
-    backbone, sigmas, plan = pipeline.backbone, pipeline.sigmas, task.plan
+    backbone = pipeline.backbone
+    sigmas = pipeline.sigmas
+    plan = task.plan
     weights = adapter_weights(policies, "default")
     optimizer = torch.optim.AdamW(weights.values(), lr=config.learning_rate, weight_decay=config.adam_weight_decay)
     with meter("optimiser"):

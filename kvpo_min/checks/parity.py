@@ -39,8 +39,9 @@ from kvpo_min.chr import (
     plan_official,
     pool,
 )
+from kvpo_min.config import TrainConfig, knob
 from kvpo_min.grpo import anchor_advantages, fuse, kvpo_loss, safety_scale
-from kvpo_min.kvpo import replay_energies
+from kvpo_min.kvpo import replay_energies, send_back
 from kvpo_min.rollout import KVHistory, Sampler, fork
 from kvpo_min.tve import energy_weights, gibbs_log_prob, schedule, trajectory_energy
 from kvpo_min.wan import WanBackbone
@@ -59,7 +60,7 @@ TAU = 2.0  # the authors' score is -energy / 2
 class ParityOptions:
     """Compares this code with the authors'"""
 
-    golden: str = "tests/golden"  # folder of recorded numbers; its README.md says what they are
+    golden: str = knob("tests/golden", "folder of recorded numbers; its README.md says what they are")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def memflow_rows(info: dict, weights: dict[str, Tensor], tensors: dict[str, Tens
     held, scores, velocities = memflow.call_pairs(new_backbone(info["config"], weights), info, tensors)
     made, replayed = memflow.rollout_pairs(info["config"], weights, info, tensors)
     return [
-        *rows("memflow_tiny", [memflow.plan_pairs(case) for case in info["plans"]], "count", 0),
+        *rows("memflow_tiny", [plan_pairs(case, slots=True) for case in info["plans"]], "count", 0),
         *rows("memflow_tiny", [held], "count", 0),
         *rows("memflow_tiny", [scores], "absolute", 1e-5),
         *rows("memflow_tiny", [velocities, made], "absolute", 1e-4),
@@ -190,31 +191,28 @@ def sigma_at_int_timestep(sigma: Tensor, shift: float) -> Tensor:
     return grid[(1000 * grid - (1000 * sigma).int()[:, None]).abs().argmin(1)]
 
 
-def plan_pairs(case: dict) -> Pairs:
-    """One CHR plan with its seeds (DS:39-183)."""
+def plan_pairs(case: dict, slots: bool = False) -> Pairs:
+    """One CHR plan with its seeds (DS:39-183); `slots`: of the MemFlow variant."""
     c, theirs = case["config"], case["plan"]
     window, nearest = window_of(c["local"], c["sink"], c["m"], c["fpb"], c["local"] + c["slice"])
-    layout = dict(first_chunks=c["within"], first=c["chunk"], rest=c["minnew"])
+    layout = dict(first_chunks=c["within"], first=c["chunk"], rest=c["minnew"], slots=slots)
     forks = eligible_forks(c["total"], window, nearest, c["P"], **layout, gap=window.block)
     seeds = case["base_seed"], case["sample_idx"], case["seed_context"]
     plan = plan_official(*seeds, c["total"], window, nearest, c["P"], c["K"], **layout)
-    return {
-        "chunks": (
-            chunk_starts(c["total"], c["chunk"], c["minnew"]),
-            [chunk["start_frame"] for chunk in theirs["chunks"]],
-        ),
+    starts = chunk_starts(c["total"], c["chunk"], c["minnew"])
+    routed_end = plan.fork + window.block * plan.perturb_num_blocks
+    pairs = {
+        "chunks": (starts, [chunk["start_frame"] for chunk in theirs["chunks"]]),
         "eligible forks": (len(forks), theirs["eligible_blocks_count"]),
         "fork": (plan.fork, theirs["perturb_block_abs_frame"]),
-        "end of the routed blocks": (
-            plan.fork + window.block * plan.perturb_num_blocks,
-            theirs["perturb_block_end_frame"],
-        ),
-        "pool": (
-            [plan.pool.start, plan.pool.stop],
-            [theirs["stable_older_frame_start"], theirs["stable_older_frame_end"]],
-        ),
-        "routes of the branches": (plan.routes, planned_routes(theirs)),
+        "end of the routed blocks": (routed_end, theirs["perturb_block_end_frame"]),
     }
+    if slots:
+        pairs["slots that can be drawn"] = len(plan.pool), theirs["num_older_available"]
+    else:
+        theirs_pool = [theirs["stable_older_frame_start"], theirs["stable_older_frame_end"]]
+        pairs["pool"] = [plan.pool.start, plan.pool.stop], theirs_pool
+    return pairs | {f"{'slots' if slots else 'routes'} of the branches": (plan.routes, planned_routes(theirs))}
 
 
 def objective_pairs(case: dict) -> Pairs:
@@ -367,7 +365,9 @@ def changed(weights: dict[str, Tensor], rule: str) -> dict[str, Tensor]:
 
 
 def update_pairs(config: dict, weights: dict, info: dict, tensors: dict[str, Tensor], shift: float) -> Pairs:
-    """One update from noise to gradients. The old and the initial policy have the weights that made the rollout."""
+    """One update from noise to gradients. The old and the initial policy have the weights that made the rollout. As
+    these are whole weights and no adapters, each policy is a backbone of its own; loss and gradient are
+    `kvpo.send_back`'s, which reads nothing of a pipeline but its noise levels, and the sampler has them."""
     backbone = new_backbone(config, weights)
     rollout, sampler = update_rollout(backbone, info, tensors, shift)
     n, start = info["num_branches"], info["fork_frame"]
@@ -379,34 +379,39 @@ def update_pairs(config: dict, weights: dict, info: dict, tensors: dict[str, Ten
         "clean predictions": (rollout.trajectory.x0[:n], torch.stack([tensors[f"x0_{g}"] for g in range(n)])),
     }
     with torch.no_grad():
-        energies_old = replay_energies(backbone, rollout, sampler, context="own")  # [G, B, S]
+        original = replay_energies(backbone, rollout, sampler, context="own")  # [G, B, S]
     backbone = new_backbone(config, changed(weights, info["theta_rule"])).requires_grad_(True)
-    energies = replay_energies(backbone, rollout, sampler, info["grad_steps"], context="own")
+    low, high = info["clip"]
+    options = TrainConfig(clip_range_low=low, clip_range_high=high, kl_coef=info["kl_coef"])
+    level = sigma_at_int_timestep(sampler.sigmas, shift)
     for name, theirs in info["expected"].items():
         floor = name.removeprefix("sigma_floor_")
-        level = sigma_at_int_timestep(sampler.sigmas, shift)
         step_weights = energy_weights(level, float(floor)) * (sampler.sigmas / level).square()
-        E_old, E = (trajectory_energy(e, step_weights) for e in (energies_old, energies))  # [G]
-        log_p_old, log_p = gibbs_log_prob(E_old, TAU), gibbs_log_prob(E, TAU)
-        advantages = torch.tensor(theirs["advantages"])
-        loss = kvpo_loss(log_p, log_p_old, log_p_old, advantages, *info["clip"], info["kl_coef"])
-
-        pairs[f"log scores, old policy/{floor}"] = -E_old / TAU, theirs["log_score_old"]
-        pairs[f"log scores, initial policy/{floor}"] = -E_old / TAU, theirs["log_score_init"]
-        pairs[f"log scores, changed policy/{floor}"] = -E / TAU, theirs["log_score_theta"]
+        trained = replay_energies(backbone, rollout, sampler, info["grad_steps"], context="own")
+        energies = {
+            "default": trained * step_weights,
+            "old": original * step_weights,
+            "initial": original * step_weights,
+        }
+        told = zip(("changed", "old", "initial"), ("theta", "old", "init"), energies.values(), strict=True)
+        for who, key, each in told:
+            scores = -trajectory_energy(each) / TAU  # [G]
+            pairs[f"log scores, {who} policy/{floor}"] = scores, theirs[f"log_score_{key}"]
+        backbone.zero_grad()
+        _, loss = send_back(sampler, options, rollout, energies, torch.tensor(theirs["advantages"]), 1.0, TAU)
         pairs[f"ratio/{floor}"] = loss.ratio, theirs["ratio"]
         pairs[f"loss/{floor}"] = loss.total, theirs["loss"]
-        pairs |= gradient_pairs(backbone, loss.total, theirs, floor, tensors)
+        pairs |= gradient_pairs(backbone, theirs, floor, tensors)
     return pairs
 
 
-def gradient_pairs(backbone: WanBackbone, loss: Tensor, theirs: dict, floor: str, tensors: dict[str, Tensor]) -> Pairs:
+def gradient_pairs(backbone: WanBackbone, theirs: dict, floor: str, tensors: dict[str, Tensor]) -> Pairs:
     """Gradients of the recorded tensors, and their norms. The converter names ours: it also takes gradients."""
     prefix, pairs = f"grad_floor{floor}/", {}
     parameters = dict(backbone.transformer.named_parameters())
     for key in (key.removeprefix(prefix) for key in tensors if key.startswith(prefix)):
         ((name, gradient),) = wan_from_original({key: tensors[prefix + key]}).items()
-        (ours,) = torch.autograd.grad(loss, parameters[name], retain_graph=True)
+        ours = parameters[name].grad
         pairs[f"gradient of {key}/{floor}"] = ours, gradient
         pairs[f"norm of the gradient of {key}/{floor}"] = ours.norm(), theirs["grad_norms"][key]
     return pairs

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kvpo_min.bank import Bank, sparse_activation
-from kvpo_min.checks.recorded import Pairs, new_backbone, planned_routes, window_of
-from kvpo_min.chr import Plan, Window, chunk_starts, ordinary_frames, plan_slots, slot_forks, slot_frames, slot_pool
+from kvpo_min.checks.recorded import Pairs, new_backbone, window_of
+from kvpo_min.chr import Plan, Window, ordinary_frames, slot_frames, slot_pool
 from kvpo_min.rollout import KVHistory, Rollout, Sampler, Stream, fork, generate, replay
 from kvpo_min.tve import step_energies, trajectory_energy
 from kvpo_min.wan import WanBackbone
@@ -42,27 +42,6 @@ def settings(info: dict) -> tuple[Window, int, Recorded]:
     ties = torch.tensor([[layer["kept_slots"]] for layer in wordless[0]]) if wordless else None
     window, nearest = window_of(*sizes, info["kv_capacity_frames"])
     return window, nearest, Recorded(c["bank_size"], c["record_interval"], "official", ties=ties)
-
-
-def plan_pairs(case: dict) -> Pairs:
-    """One plan with its seeds; routes are slots."""
-    c, theirs = case["config"], case["plan"]
-    window, nearest = window_of(c["local"], c["sink"], c["m"], c["fpb"], c["local"] + c["slice"])
-    seeds, sizes = (case["base_seed"], case["sample_idx"], case["seed_context"]), (c["total"], window, nearest, c["P"])
-    layout = dict(first_chunks=c["within"], first=c["chunk"], rest=c["minnew"])
-    plan = plan_slots(*seeds, *sizes, c["K"], **layout)
-    starts = [chunk["start_frame"] for chunk in theirs["chunks"]]
-    return {
-        "chunks": (chunk_starts(c["total"], c["chunk"], c["minnew"]), starts),
-        "eligible forks": (len(slot_forks(*sizes, **layout)), theirs["eligible_blocks_count"]),
-        "fork": (plan.fork, theirs["perturb_block_abs_frame"]),
-        "end of the routed blocks": (
-            plan.fork + window.block * plan.perturb_num_blocks,
-            theirs["perturb_block_end_frame"],
-        ),
-        "slots that can be drawn": (len(plan.pool), theirs["num_older_available"]),
-        "slots of the branches": (plan.routes, planned_routes(theirs)),
-    }
 
 
 @torch.no_grad()
@@ -192,7 +171,7 @@ def rollout_pairs(config: dict, weights: dict, info: dict, tensors: dict[str, Te
 
 
 def sparse_pairs(info: dict, tensors: dict[str, Tensor]) -> Pairs:
-    """Sparse activation alone."""
+    """`bank.sparse_activation` on the recorded queries, keys and values."""
     sizes = info["sparse_activation"]["chunk_size"], info["sparse_activation"]["top_k"]
     key, value = sparse_activation(*(tensors[f"sma_{name}"] for name in ("query", "key", "value")), *sizes)
     return {

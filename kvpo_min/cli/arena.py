@@ -7,14 +7,14 @@ from pathlib import Path
 from kvpo_min import pocket
 from kvpo_min.cli.folders import check_file
 from kvpo_min.cli.models import run_rewards
-from kvpo_min.cli.options import parse_options, split_options
+from kvpo_min.cli.options import parse_options
 from kvpo_min.compare import arena
 
 OPTIONS = (arena.ArenaOptions,)
 
 
 def main(argv: Sequence[str]) -> int:
-    (options,) = split_options(parse_options("arena", OPTIONS, argv), *OPTIONS)
+    (options,) = parse_options("arena", OPTIONS, argv)
     check_file(Path(options.csv))
     rewards, make_pipeline = run_rewards(options), functools.partial(pocket.load_model, options.model, options.like)
     if options.plan:

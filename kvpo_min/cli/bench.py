@@ -7,7 +7,7 @@ from pathlib import Path
 from kvpo_min import pocket
 from kvpo_min.checks import bench
 from kvpo_min.cli.folders import check_file
-from kvpo_min.cli.options import parse_options, split_options
+from kvpo_min.cli.options import parse_options
 from kvpo_min.pocket.prompts import check_geometry, run_prompts
 from kvpo_min.system import say, write_json
 
@@ -15,7 +15,7 @@ OPTIONS = (bench.BenchOptions,)
 
 
 def main(argv: Sequence[str]) -> int:
-    (options,) = split_options(parse_options("bench", OPTIONS, argv), *OPTIONS)
+    (options,) = parse_options("bench", OPTIONS, argv)
     if options.json:
         check_file(Path(options.json))
     config = bench.make_config(options)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from kvpo_min.cli.options import RunOptions, parse_options, split_options
+from kvpo_min.cli.options import RunOptions, parse_options
 from kvpo_min.cli.run import run
 from kvpo_min.config import TrainConfig
 from kvpo_min.system import ends_like_ctrl_c
@@ -13,11 +13,11 @@ DEFAULTS = {
     "in_order": True, "max_train_steps": 6, "groups_per_update": 6, "num_iterations": 5, "eval_every": 2,
     "learning_rate": 1e-2, "lr_scheduler": "linear", "lr_warmup_steps": 0, "max_grad_norm": 0.04, "tau": 2.0,
     "kl_coef": 0.3, "prefix_coef": 25.0, "grad_steps": 2, "anchor_in_group": True, "fuse_mode": "none", "adv_eps": 0.2,
-    "unsafe_scale": 1.0, "vq": 3.0, "ta": 3.0, "mq": 0.1,
+    "unsafe_scale": 1.0, "vq": 3.0, "ta": 3.0, "mq": 0.1, "processes": 0,
 }  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
-    values = parse_options("demo", OPTIONS, argv, DEFAULTS)
+    config, options = parse_options("demo", OPTIONS, argv, DEFAULTS)
     with ends_like_ctrl_c():
-        return run(*split_options(values, *OPTIONS))
+        return run(config, options, command=["demo", *argv])

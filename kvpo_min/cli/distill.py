@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kvpo_min.cli.folders import check_folder
-from kvpo_min.cli.options import parse_options, split_options
+from kvpo_min.cli.options import parse_options
 from kvpo_min.pocket import distill
 from kvpo_min.system import finite, write_json
 
@@ -14,7 +14,7 @@ OPTIONS = (distill.DistillConfig,)
 
 def main(argv: Sequence[str]) -> int:
     """Stages resume by themselves, so a folder that holds stages is resumed; a folder with anything else is refused."""
-    (config,) = split_options(parse_options("distill", OPTIONS, argv), *OPTIONS)
+    (config,) = parse_options("distill", OPTIONS, argv)
     folder = Path(config.output_dir)
     started = any((folder / stage).is_dir() for stage in ("autoencoder", "teacher", "student"))
     check_folder(folder, overwrite=started, how=", or give the folder of an earlier `kvpo-min distill`")

@@ -5,18 +5,18 @@ from pathlib import Path
 
 from kvpo_min.checks import doctor
 from kvpo_min.cli import train
-from kvpo_min.cli.options import parse_options, split_options
+from kvpo_min.cli.options import parse_options
 
 OPTIONS = (doctor.DoctorOptions,)
 
 
 def read_config(path: Path) -> list:
     """The options of a run. Raises ValueError or OSError for what `kvpo-min train --config` would refuse."""
-    return split_options(parse_options("train", train.OPTIONS, ["--config", str(path)]), *train.OPTIONS)
+    return parse_options("train", train.OPTIONS, ["--config", str(path)])
 
 
 def main(argv: Sequence[str]) -> int:
-    (options,) = split_options(parse_options("doctor", OPTIONS, argv), *OPTIONS)
+    (options,) = parse_options("doctor", OPTIONS, argv)
     if options.output_dir and not Path(options.output_dir).is_dir():
         raise FileNotFoundError(f"there is no run folder {options.output_dir}")
     checks = doctor.check_update(options)

@@ -8,8 +8,9 @@ from kvpo_min import pocket
 from kvpo_min import policies as adapters
 from kvpo_min.cli.folders import check_file
 from kvpo_min.cli.models import load_real, real_options, run_rewards
-from kvpo_min.cli.options import EvalOptions, all_options, parse_options, split_options
-from kvpo_min.pocket.prompts import count_segments, read_scripts, video_length
+from kvpo_min.cli.options import EvalOptions, all_options, parse_options
+from kvpo_min.pocket.prompts import count_segments, video_length
+from kvpo_min.pocket.world import read_prompts as read_scripts
 from kvpo_min.system import write_json
 from kvpo_min.wan.real import WanOptions, read_prompts
 
@@ -17,7 +18,7 @@ OPTIONS = (EvalOptions, WanOptions)
 
 
 def main(argv: Sequence[str]) -> int:
-    options, wan = split_options(parse_options("eval", OPTIONS, argv), *OPTIONS)
+    options, wan = parse_options("eval", OPTIONS, argv)
     wan, out = real_options(argv, options.model, wan), Path(options.json)
     scripts = read_prompts(options.prompts) if wan else read_scripts(options.prompts)
     num_frames = video_length(options.num_frames, count_segments(scripts, bool(wan)))

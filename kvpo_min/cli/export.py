@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvpo_min.cli.folders import check_folder
-from kvpo_min.cli.options import ExportOptions, parse_options, split_options
+from kvpo_min.cli.options import ExportOptions, parse_options
 from kvpo_min.system import read_yaml, say
 from kvpo_min.wan.checkpoints import export_lora, read_lora, stack_loras
 
@@ -12,7 +12,7 @@ OPTIONS = (ExportOptions,)
 
 
 def main(argv: Sequence[str]) -> int:
-    (options,) = split_options(parse_options("export", OPTIONS, argv), *OPTIONS)
+    (options,) = parse_options("export", OPTIONS, argv)
     folder = Path(options.output_dir)
     check_folder(folder, overwrite=False, how="")
     if not Path(options.adapter).exists():

@@ -16,7 +16,7 @@ from kvpo_min.system import read_yaml, write_text
 NOT_IN_CONFIG = ("overwrite_output_dir", "resume_from_checkpoint")  # how a run was started, not what it is
 MAY_CHANGE_ON_RESUME = (
     "output_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-    "branch_batch", "replay_batch", "eval_prompts", "report_to", "overwrite_output_dir", "device",
+    "branch_batch", "replay_batch", "eval_prompts", "processes", "report_to", "overwrite_output_dir", "device",
     "gradient_checkpointing", "vq_model", "mq_model", "ta_model",
 )  # fmt: skip
 

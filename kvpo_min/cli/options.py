@@ -1,19 +1,20 @@
-"""Options of the commands: the fields of dataclasses, read by jsonargparse from flags and from a YAML file (`--config`,
+"""Options of the commands: the fields of dataclasses, read from flags and from a YAML file (`--config`,
 `--print_config`). An unknown name is an error that names the nearest known one."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import inspect
-import io
 import math
-import re
-import tokenize
+import sys
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvpo_min.config import check_seed, check_weights, is_open, nearest_known
+import yaml
+
+from kvpo_min.config import SEEDS, check_weights, is_open, knob, nearest_known, settle
 
 POSITIONAL = "script"  # the one option that is given without a flag
 COMMANDS = {
@@ -41,27 +42,22 @@ def check_taste(like: str) -> None:
 class RunOptions:
     """Data, reward and bookkeeping of a run"""
 
-    prompts: str = ""  # file with one training script a line; empty: 256 scripts drawn with the run's seed
-    event: str = ""  # words that every drawn script must hold, such as 'settles', where memory decides what comes
-    eval_prompts: int = 64  # held-out scripts, measured before and after: drawn, or of a real model's file the last
-    eval_every: int = 0  # updates between measurements of the first 16 of them, the held-out curve; 0: none
-    like: str = "beach,meadow,forest"  # scenes of the pocket world that visual quality prefers, commas between
-    vq: float = 1.0  # weight of visual quality in the reward
-    mq: float = 1.0  # weight of motion quality
-    ta: float = 1.0  # weight of text alignment
-    model: str = ""  # folder that `kvpo-min distill` left, or a real Wan (folder, file, Hub); empty: the embedded model
-    report_to: str = "none"  # none or tensorboard; metrics.jsonl is always written
-    overwrite_output_dir: bool = False  # replace the files of an earlier run in output_dir
+    prompts: str = knob("", "file with one training script a line; empty: 256 scripts drawn with the run's seed")
+    event: str = knob("", "words that every drawn script must hold, such as 'settles', where memory decides what comes")
+    eval_prompts: int = knob(64, "held-out scripts, measured before and after; of a file the last ones", least=1)
+    eval_every: int = knob(0, "updates between measurements of the first 16 of them, the curve; 0: none", least=0)
+    like: str = knob("beach,meadow,forest", "scenes of the pocket world that visual quality prefers, commas between")
+    vq: float = knob(1.0, "weight of visual quality in the reward")
+    mq: float = knob(1.0, "weight of motion quality")
+    ta: float = knob(1.0, "weight of text alignment")
+    model: str = knob("", "folder that `kvpo-min distill` left, or a real Wan (folder, file, Hub); empty: embedded")
+    processes: int = knob(1, "that share an update's groups on a CPU, a thread each; 0: by cores and groups", least=0)
+    report_to: str = knob("none", "what else than metrics.jsonl is written", of=("none", "tensorboard"))
+    overwrite_output_dir: bool = knob(False, "replace the files of an earlier run in output_dir")
 
     def __post_init__(self):
-        if self.eval_prompts < 1 or self.eval_every < 0:
-            raise ValueError(
-                "eval_prompts must be at least 1 and eval_every 0 or more, got "
-                f"{self.eval_prompts} and {self.eval_every}"
-            )
+        settle(self)
         check_taste(self.like)
-        if self.report_to not in ("none", "tensorboard"):
-            raise ValueError(f"report_to must be none or tensorboard, got {self.report_to!r}")
         check_weights(self.vq, self.mq, self.ta)
 
 
@@ -69,35 +65,35 @@ class RunOptions:
 class SampleOptions:
     """Makes one video a script"""
 
-    script: str = ""  # the words, segments separated by " | ", for example "a red disc moves left | it turns blue"
-    prompts: str = ""  # file with one script a line, instead of the words
-    adapter: str = ""  # folder of a trained adapter, such as the output_dir of a run; empty: none
-    num_frames: int = 0  # length of the videos; 0: 39 for one segment, and 75, 111, 147 for two, three, four
-    seed: int = 99999  # of the noise
+    script: str = knob("", 'the words, segments separated by " | ", such as "a red disc moves left | it turns blue"')
+    prompts: str = knob("", "file with one script a line, instead of the words")
+    adapter: str = knob("", "folder of a trained adapter, such as the output_dir of a run; empty: none")
+    num_frames: int = knob(0, "length of the videos; 0: 39 for one segment, and 75, 111, 147 for two, three, four")
+    seed: int = knob(99999, "of the noise", **SEEDS)
     output_dir: str = "kvpo_samples"
-    model: str = ""  # folder with autoencoder/ and student/, or a real Wan; empty: the embedded model
-    overwrite_output_dir: bool = False  # replace the files of an earlier call in output_dir
+    model: str = knob("", "folder with autoencoder/ and student/, or a real Wan; empty: the embedded model")
+    overwrite_output_dir: bool = knob(False, "replace the files of an earlier call in output_dir")
 
     def __post_init__(self):
         if bool(self.script.strip()) == bool(self.prompts):
             raise ValueError("give either a script in quotes, or --prompts FILE")
-        check_seed(self.seed)
+        settle(self)
 
 
 @dataclass(frozen=True)
 class EvalOptions:
     """Measures a model, with or without an adapter, on a prompts file"""
 
-    prompts: str = ""  # file with one script a line, all with the same number of segments
-    json: str = ""  # file that the result is written to
-    adapter: str = ""  # folder of a trained adapter; empty: none
-    num_frames: int = 0  # length of the videos; 0: 39 for one segment, and 75, 111, 147 for two, three, four
-    seed: int = 99999  # of the noise
-    vq: float = 1.0  # weight of visual quality in the reward
-    mq: float = 1.0  # weight of motion quality
-    ta: float = 1.0  # weight of text alignment
-    like: str = "beach,meadow,forest"  # scenes of the pocket world that visual quality prefers, commas between
-    model: str = ""  # folder with autoencoder/ and student/, or a real Wan; empty: the embedded model
+    prompts: str = knob("", "file with one script a line, all with the same number of segments")
+    json: str = knob("", "file that the result is written to")
+    adapter: str = knob("", "folder of a trained adapter; empty: none")
+    num_frames: int = knob(0, "length of the videos; 0: 39 for one segment, and 75, 111, 147 for two, three, four")
+    seed: int = knob(99999, "of the noise", **SEEDS)
+    vq: float = knob(1.0, "weight of visual quality in the reward")
+    mq: float = knob(1.0, "weight of motion quality")
+    ta: float = knob(1.0, "weight of text alignment")
+    like: str = knob("beach,meadow,forest", "scenes of the pocket world that visual quality prefers, commas between")
+    model: str = knob("", "folder with autoencoder/ and student/, or a real Wan; empty: the embedded model")
 
     def __post_init__(self):
         for name in ("prompts", "json"):
@@ -105,97 +101,83 @@ class EvalOptions:
                 raise ValueError(f"--{name} FILE is required")
         check_weights(self.vq, self.mq, self.ta)
         check_taste(self.like)
-        check_seed(self.seed)
+        settle(self)
 
 
 @dataclass(frozen=True)
 class ExportOptions:
     """Writes a trained adapter for other programs"""
 
-    adapter: str = ""  # folder of a trained adapter, such as the output_dir of a run
-    layout: str = "diffusers"  # diffusers (WanPipeline.load_lora_weights), peft, or authors (their lora.pt)
-    lora: str = ""  # the released LoRA that the run had merged: both in one, for programs that load only one
+    adapter: str = knob("", "folder of a trained adapter, such as the output_dir of a run")
+    layout: str = knob("diffusers", "diffusers: for WanPipeline; authors: lora.pt", of=("diffusers", "peft", "authors"))
+    lora: str = knob("", "the released LoRA that the run had merged: both in one, for programs that load only one")
     output_dir: str = "kvpo_export"
 
     def __post_init__(self):
         if not self.adapter:
             raise ValueError("--adapter FOLDER is required")
-        if self.layout not in ("diffusers", "peft", "authors"):
-            raise ValueError(f"layout must be diffusers, peft or authors, got {self.layout!r}")
+        settle(self)
 
 
-def field_comments(config_class: type) -> dict[str, str]:
-    """The comment beside each field of a dataclass: the help of its flag, written once."""
-    comments, name = {}, ""
-    for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(config_class)).readline):
-        if token.type == tokenize.NAME and token.start[1] == 4:  # the first word of a line in the class's body
-            name = token.string
-        elif token.type == tokenize.COMMENT and token.start[1] > 4:
-            comments[name] = token.string.lstrip("# ")
-    return comments
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong instead of ending the process."""
+
+    def error(self, message: str):
+        raise ValueError(message)
 
 
-def parse_options(command: str, classes: Sequence[type], argv: Sequence[str], defaults: Mapping | None = None) -> dict:
-    """Flags and YAML -> {name: value} for all fields of `classes`; `defaults` replace those of the fields.
-    Raises ValueError naming an option that is unknown or has a bad value."""
-    import argparse
-    import typing
-
-    from jsonargparse import ArgumentParser
-
-    summary = COMMANDS[command]
-    parser = ArgumentParser(prog=f"kvpo-min {command}", description=summary, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below; flags win over it")
-    kinds, defaults = {}, defaults or {}
+def parse_options(command: str, classes: Sequence[type], argv: Sequence[str], defaults: Mapping | None = None) -> list:
+    """Flags and YAML -> an instance of each of `classes`; `defaults` replace those of their fields. Raises ValueError
+    naming an option that is unknown or has a bad value."""
+    parser = Parser(prog=f"kvpo-min {command}", description=COMMANDS[command], allow_abbrev=False)
+    files = "YAML file with any of the options below; flags win over it"
+    parser.add_argument("--config", action="append", metavar="FILE", default=[], help=files)
+    parser.add_argument("--print_config", action="store_true", help="print all options as such a file, and stop")
+    fields, kinds, values = {}, {}, {}
     for config_class in classes:
         group = parser.add_argument_group(config_class.__doc__.split(".")[0].strip())
-        hints, comments = typing.get_type_hints(config_class), field_comments(config_class)
+        kinds |= typing.get_type_hints(config_class)
         for field in dataclasses.fields(config_class):
-            kinds[field.name] = hints[field.name] | None if is_open(field) else hints[field.name]
-            kind = {"action": "store_true"} if hints[field.name] is bool else {"type": kinds[field.name]}
+            fields[field.name] = field
+            values[field.name] = (defaults or {}).get(field.name, field.default)
+            default = values[field.name]
+            if is_open(field):
+                default = "{ours}, or {official} with compat official".format(**field.metadata)
+            text = f"{field.metadata.get('help', '')} (default: {default})"
+            how = {"action": "store_true"} if kinds[field.name] is bool else {"metavar": kinds[field.name].__name__}
             flag = f"--{field.name}"
             if field.name == POSITIONAL:
-                flag, kind["nargs"] = field.name, "?"
-            default = defaults.get(field.name, field.default)
-            text = comments.get(field.name, field.name.replace("_", " "))  # without a text, no default would be shown
-            if is_open(field):
-                ours, theirs = field.metadata["ours"], field.metadata["official"]
-                text += f" [null: {ours}, or {theirs} with compat official]"
-            group.add_argument(flag, default=default, help=text, **kind)
-    known = list(kinds)
-    flags = [name for name in known if name != POSITIONAL]
-    for token in argv:
-        name = token.split("=")[0].removeprefix("--")
-        if token.startswith("--") and name not in (*flags, "config", "print_config", "help"):
-            raise ValueError(f"unknown flag --{name}{nearest_known(name, flags)}")
-    files, rest = split_config(argv)
-    files = [f"--config={path}" for path in files if check_yaml(path, known)]  # jsonargparse refuses an empty one
+                flag, how["nargs"] = field.name, "?"
+            group.add_argument(flag, default=argparse.SUPPRESS, help=text.strip().replace("%", "%%"), **how)
+    given, rest = parser.parse_known_args(argv)
+    if rest:
+        name = rest[0].split("=")[0]
+        flags = [flag for flag in fields if flag != POSITIONAL]
+        raise ValueError(f"unknown flag {name}{nearest_known(name.removeprefix('--'), flags)}")
+    found = vars(given)
+    files, print_config = found.pop("config"), found.pop("print_config")
+    for name, value in [*(pair for path in files for pair in check_yaml(path, list(fields)).items()), *found.items()]:
+        values[name] = value if value is None and is_open(fields[name]) else read_value(name, kinds[name], value)
+    if print_config:
+        print(yaml.safe_dump(values, sort_keys=False), end="")
+        sys.exit(0)
+    return [cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)}) for cls in classes]
+
+
+def read_value(name: str, kind: type, value) -> object:
+    """What a flag's text, or the value in a YAML file, is as a `kind`. Raises ValueError naming the option."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
     try:
-        values = parser.parse_args([*files, *rest])  # of two values it takes the later: flags win wherever they stand
-    except argparse.ArgumentError as error:
-        message = re.sub(r"<class '(\w+)'>", r"\1", str(error))
-        raise ValueError(re.sub(r'^Parser key "(\w+)":', r"--\1:", message)) from None
-    for name, kind in kinds.items():  # a YAML file may say null, and anything at all for a flag without a value
-        if not isinstance(values[name], kind):
-            raise ValueError(f"--{name}: expected a {getattr(kind, '__name__', kind)}, got {values[name]!r}")
-        if isinstance(values[name], float) and not math.isfinite(values[name]):
-            raise ValueError(f"--{name}: expected a finite number, got {values[name]}")
-    return {name: values[name] for name in known}
-
-
-def split_config(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The files that --config names, and the other tokens."""
-    files = []
-    rest = []
-    tokens = iter(argv)
-    for token in tokens:
-        if token.startswith("--config="):
-            files.append(token.removeprefix("--config="))
-        elif token == "--config" and (path := next(tokens, None)) is not None:
-            files.append(path)
-        else:
-            rest.append(token)
-    return files, rest
+        if type(value) is kind and kind is not float:
+            return value
+        if kind is int and isinstance(value, str):
+            return int(value)
+        if kind is float and (number or isinstance(value, str)) and math.isfinite(float(value)):
+            return float(value)
+    except (ValueError, OverflowError):
+        pass
+    what = "finite float" if kind is float else kind.__name__
+    raise ValueError(f"--{name}: expected {what}, got {value!r}")
 
 
 def flags_of(argv: Sequence[str]) -> set[str]:
@@ -212,11 +194,6 @@ def check_yaml(path: str, known: Sequence[str]) -> dict:
     if unknown:
         raise ValueError(f"{path}: unknown key '{unknown[0]}'{nearest_known(unknown[0], known)}")
     return content
-
-
-def split_options(values: Mapping, *classes: type) -> list:
-    """{name: value} -> one instance of each dataclass."""
-    return [cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)}) for cls in classes]
 
 
 def all_options(*parts) -> dict:

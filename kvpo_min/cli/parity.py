@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from kvpo_min.checks import parity
-from kvpo_min.cli.options import parse_options, split_options
+from kvpo_min.cli.options import parse_options
 
 OPTIONS = (parity.ParityOptions,)
 
 
 def main(argv: Sequence[str]) -> int:
-    (options,) = split_options(parse_options("parity", OPTIONS, argv), *OPTIONS)
+    (options,) = parse_options("parity", OPTIONS, argv)
     found = parity.parity(options.golden)
     print(parity.table(found))
     failed = sum(not row.ok for row in found)

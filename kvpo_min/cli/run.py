@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,18 @@ from kvpo_min.pipeline import held_out_curve
 from kvpo_min.pocket.prompts import check_geometry, run_prompts
 from kvpo_min.resume import checkpoints, find_checkpoint, read_state
 from kvpo_min.rewards import RewardError
-from kvpo_min.system import gather, join_processes, processes, say, uninterrupted, write_json, write_text, writing
+from kvpo_min.system import (
+    gather,
+    join_processes,
+    processes,
+    processes_for,
+    say,
+    share_work,
+    uninterrupted,
+    write_json,
+    write_text,
+    writing,
+)
 from kvpo_min.viz import report
 from kvpo_min.viz.report import set_aside
 from kvpo_min.wan import real
@@ -34,24 +46,35 @@ REAL_FPS = 4  # frames a second that a real model's pipeline decodes; the pocket
 INTERRUPTED = "interrupted"
 
 
-def run(config, options: RunOptions, wan=None) -> int:
+def run(config, options: RunOptions, wan=None, command: Sequence[str] = ()) -> int:
     """One training run with its evaluation, and the folder it leaves behind (`demo` and `train`). `wan`: the options of
-    a real model. Under torchrun all processes train, and the first one alone evaluates and writes. -> exit code"""
-    begun = time.perf_counter()
+    a real model. `command`: what a process that is to share the work is started with. -> exit code"""
     if wan and wan.bank_size:
         check_bank(config)
         if config.compat:  # videos are evaluated with the bank that they are trained with
             wan = dataclasses.replace(wan, bank_compat=config.compat)
-    join_processes()
-    rank, _ = processes()
+    if wan and options.processes != 1:
+        raise ValueError(
+            f"processes is for CPUs; start a real model on several GPUs with torchrun, got {options.processes}"
+        )
     scripts, held_out = (
         real.real_prompts(config, options) if wan
         else run_prompts(config, options.prompts, options.event, options.eval_prompts)
     )  # fmt: skip
     check_geometry(config, bool(wan and wan.bank_size))
-    loop.check_share(config)
-    if rank == 0:
+    if os.environ.get("RANK", "0") == "0":
         folders.check_output(config, options, wan)
+    with share_work(processes_for(options.processes, config.groups_per_update), command):
+        join_processes()
+        return work(config, options, wan, scripts, held_out)
+
+
+def work(config, options: RunOptions, wan, scripts: list[str], held_out: list[str]) -> int:
+    """What `run` does once everything that can be refused at once is checked. With several processes all train and
+    evaluate, and the first one writes."""
+    begun = time.perf_counter()
+    rank, _ = processes()
+    loop.check_share(config)
     log_to = reporter(config, options)  # before any work: its package may be missing
     rewards = models.run_rewards(options, wan)
     if wan and rank == 0:
@@ -63,15 +86,22 @@ def run(config, options: RunOptions, wan=None) -> int:
     else:
         pipeline = pocket.load_model(options.model, options.like)
     generator.check_positions(pipeline, config.num_frames)
-    if rank:
-        for _ in loop.train(pipeline, scripts, rewards, config, adapters.add_policies(pipeline, config)):
-            pass
+    batch, fps = (1, REAL_FPS) if wan else (32, 8)
+    curve = held_out_curve(pipeline, held_out, rewards, config, options.eval_every, batch)
+    if rank:  # as the first process does below
+        measure(pipeline, held_out, rewards, config.num_frames, batch)
+        policies = adapters.add_policies(pipeline, config)
+        if curve and not config.resume_from_checkpoint:
+            curve(0)
+        for step in loop.train(pipeline, scripts, rewards, config, policies):
+            if curve:
+                curve(step.step + 1)
+        measure(pipeline, held_out, rewards, config.num_frames, batch)
         return 0
     gather("")
     folder = Path(config.output_dir)
     folders.check_writable(folder)
 
-    batch, fps = (1, REAL_FPS) if wan else (32, 8)
     say(f"{pipeline.name}: {len(held_out)} held-out prompts before training")
     before, before_pixels = measure(pipeline, held_out, rewards, config.num_frames, batch)
 
@@ -80,7 +110,6 @@ def run(config, options: RunOptions, wan=None) -> int:
         (folder / name).mkdir(parents=True, exist_ok=True)
     folders.write_config(folder, config, options, wan)
     policies = adapters.add_policies(pipeline, config)
-    curve = held_out_curve(pipeline, held_out, rewards, config, options.eval_every, batch)
     stopped, code, logs, ended, steps = train_loop(pipeline, scripts, rewards, config, policies, folder, log_to, curve)
 
     updates = [line for line in logs if "skipped" not in line]

@@ -8,9 +8,10 @@ from kvpo_min import pocket, viz
 from kvpo_min import policies as adapters
 from kvpo_min.cli.folders import check_folder
 from kvpo_min.cli.models import load_real, real_options
-from kvpo_min.cli.options import SampleOptions, parse_options, split_options
+from kvpo_min.cli.options import SampleOptions, parse_options
 from kvpo_min.cli.run import REAL_FPS
-from kvpo_min.pocket.prompts import count_segments, read_scripts, video_length
+from kvpo_min.pocket.prompts import count_segments, video_length
+from kvpo_min.pocket.world import read_prompts as read_scripts
 from kvpo_min.viz.report import slug, smaller
 from kvpo_min.wan.real import WanOptions, read_prompts
 
@@ -18,7 +19,7 @@ OPTIONS = (SampleOptions, WanOptions)
 
 
 def main(argv: Sequence[str]) -> int:
-    options, wan = split_options(parse_options("sample", OPTIONS, argv), *OPTIONS)
+    options, wan = parse_options("sample", OPTIONS, argv)
     wan = real_options(argv, options.model, wan)
     read = read_prompts if wan else read_scripts
     scripts = read(options.prompts) if options.prompts else [options.script]

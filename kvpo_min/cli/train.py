@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from kvpo_min.cli.models import real_options
-from kvpo_min.cli.options import RunOptions, parse_options, split_options
+from kvpo_min.cli.options import RunOptions, parse_options
 from kvpo_min.cli.run import run
 from kvpo_min.config import TrainConfig
 from kvpo_min.system import ends_like_ctrl_c
@@ -13,6 +13,6 @@ OPTIONS = (TrainConfig, RunOptions, WanOptions)
 
 
 def main(argv: Sequence[str]) -> int:
-    config, options, wan = split_options(parse_options("train", OPTIONS, argv), *OPTIONS)
+    config, options, wan = parse_options("train", OPTIONS, argv)
     with ends_like_ctrl_c():
-        return run(config, options, real_options(argv, options.model, wan))
+        return run(config, options, real_options(argv, options.model, wan), ["train", *argv])

@@ -53,13 +53,13 @@ from kvpo_min.compare.baselines import (
     check_cell,
     update,
 )
-from kvpo_min.config import TrainConfig, check_seed, check_weights, nearest_known
-from kvpo_min.pipeline import Pipeline, sample, score
+from kvpo_min.config import SEEDS, TrainConfig, check_bounds, check_weights, knob, nearest_known, settle
+from kvpo_min.pipeline import Pipeline, observe, pooled, sample, score
 from kvpo_min.pocket.prompts import EVAL_SEED, check_geometry
 from kvpo_min.pocket.world import SWITCHES, liked_scenes, prompt_set
 from kvpo_min.policies import adapter_weights, add_policies
 from kvpo_min.rewards import Mixture
-from kvpo_min.rollout import Sampler, draw_noise, switch_reach
+from kvpo_min.rollout import draw_noise
 from kvpo_min.system import say
 from kvpo_min.train import train
 
@@ -92,36 +92,32 @@ COLUMNS = (*KEY, "forwards", "backwards", "updates", "seconds", "passes_per_vide
 class ArenaOptions:
     """Compares methods on one model, at equal cost"""
 
-    csv: str = ""  # file that every measurement is appended to; what is in it is not computed again
-    methods: str = "main"  # names with commas between: kvpo, rwr, routing+distance, ...; or main, grid
-    seeds: str = "0,1,2"  # that are reported; "": sweep the learning rates and stop
-    learning_rates: str = "1e-4,3e-4,1e-3"  # swept on sweep_seed; a single one is taken as it is
-    sweep_seed: int = 100  # on which each method's learning rate is chosen; never reported
-    forwards: int = 40000  # budget of a run: forward passes of the generator
-    evaluations: int = 3  # of a run, evenly spaced, the last when the budget is spent
-    mode: str = "short"  # short: 39 frames, one prompt; long: 147 frames, four prompts
-    event: str = "settles"  # words that every script must hold; settles: where memory decides what comes; "": none
-    eval_prompts: int = 256  # held-out scripts; with 64 the noise they are drawn with is worth as much as a gain
-    set: str = ""  # other settings of the methods, for ablations: name=value with commas between
-    vq: float = 1.0  # weight of visual quality in the reward
-    mq: float = 1.0  # weight of motion quality
-    ta: float = 1.0  # weight of text alignment
-    like: str = "beach,meadow,forest"  # scenes that visual quality prefers, with commas between
-    model: str = ""  # folder with autoencoder/ and student/; empty: the embedded model
-    plan: bool = False  # measure one update of each method, print what would be run and how long it takes, and stop
+    csv: str = knob("", "file that every measurement is appended to; what is in it is not computed again")
+    methods: str = knob("main", "names with commas between: kvpo, rwr, routing+distance, ...; or main, grid")
+    seeds: str = knob("0,1,2", 'that are reported; "": sweep the learning rates and stop')
+    learning_rates: str = knob("1e-4,3e-4,1e-3", "swept on sweep_seed; a single one is taken as it is")
+    sweep_seed: int = knob(100, "on which each method's learning rate is chosen; never reported", **SEEDS)
+    forwards: int = knob(40000, "budget of a run: forward passes of the generator")
+    evaluations: int = knob(3, "of a run, evenly spaced, the last when the budget is spent", least=1)
+    mode: str = knob("short", "short: 39 frames, one prompt; long: 147 frames, four prompts", of=("short", "long"))
+    event: str = knob("settles", 'words that every script must hold; settles: memory decides what comes; "": none')
+    eval_prompts: int = knob(256, "held-out scripts; with 64 their noise is worth as much as a gain", least=2)
+    set: str = knob("", "other settings of the methods, for ablations: name=value with commas between")
+    vq: float = knob(1.0, "weight of visual quality in the reward")
+    mq: float = knob(1.0, "weight of motion quality")
+    ta: float = knob(1.0, "weight of text alignment")
+    like: str = knob("beach,meadow,forest", "scenes that visual quality prefers, with commas between")
+    model: str = knob("", "folder with autoencoder/ and student/; empty: the embedded model")
+    plan: bool = knob(False, "measure one update of each method, print what would run and how long it takes, stop")
 
     def __post_init__(self):
+        settle(self)
         if not self.csv:
             raise ValueError("--csv FILE is required")
-        if self.mode not in ("short", "long"):
-            raise ValueError(f"mode must be short or long, got {self.mode!r}")
-        if self.eval_prompts < 2:
-            raise ValueError(f"eval_prompts must be at least 2, for a standard error, got {self.eval_prompts}")
-        if not 1 <= self.evaluations <= self.forwards:
+        if self.evaluations > self.forwards:
             raise ValueError(f"evaluations must be 1 to forwards, got {self.evaluations} and {self.forwards}")
         check_weights(self.vq, self.mq, self.ta)
         liked_scenes(self.like)
-        check_seed(self.sweep_seed, "sweep_seed")
 
 
 # ------------------------------------------------------------------------------------------------- methods and settings
@@ -141,7 +137,7 @@ def methods_of(text: str) -> list[str]:
 
 
 def cell_of(method: str) -> Method | None:
-    """What `baselines.update` is given; None: the method has a loop of its own, or trains nothing."""
+    """The cell of the grid that `baselines.update` trains; None for a method with a loop of its own, or without any."""
     if method in ("kvpo", "astrolabe", *UNTRAINED):
         return None
     return METHODS[method] if method in METHODS else Method(*method.split("+"))
@@ -190,7 +186,7 @@ def config_of(method: str, options: ArenaOptions, learning_rate: float, seed: in
 
 
 def settings_of(method: str, config) -> dict:
-    """All that the method reads, for the row."""
+    """Every number that the method reads, by name: what the CSV keeps under `settings`."""
     own, cell = {}, cell_of(method)
     if cell:
         own = {f.name: getattr(cell, f.name) for f in fields(cell)} | {"kernel": cell.kernel.__name__}
@@ -201,12 +197,12 @@ def settings_of(method: str, config) -> dict:
 
 
 @contextlib.contextmanager
-def counting(backbone: torch.nn.Module, counts: Counter, block: int = 3) -> Iterator[None]:
+def counting(backbone: torch.nn.Module, counts: Counter) -> Iterator[None]:
     """Adds to counts["forward"] every block of every video that the backbone is called with while this lasts, and to
     counts["backward"] those whose output a gradient arrives at."""
 
     def passed(module, args, out: Tensor) -> None:
-        n = out.shape[0] * out.shape[1] // block  # [B, F, C, H, W]
+        n = out.shape[0] * out.shape[1] // Window().block  # [B, F, C, H, W]
         counts["forward"] += n
         if out.requires_grad:
             out.register_hook(lambda grad: counts.update(backward=n))
@@ -232,8 +228,8 @@ def motion_energy(pixels: Tensor) -> Tensor:
 
 
 def diversity(reading, n: int, again: int) -> float:
-    """Share of frames in which the judge reads another colour, shape, scene or motion in video n + i than in video
-    i < again: the same words, other noise."""
+    """How much two videos of the same words differ: the share of frames in which the judge reads another colour, shape,
+    scene or motion. For i < again, videos i and n + i tell the same script from different noise."""
     named = [getattr(reading, f.name) for f in fields(reading)]
     named = [r for r in named if r.ndim == 2 and not r.is_floating_point()]  # [N, T] what is shown, not how well
     return torch.stack([r[:again] != r[n : n + again] for r in named]).any(0).float().mean().item()
@@ -254,24 +250,21 @@ def measure(pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, videos
     [b, T, C, H, W] of `twice(scripts)`, in any batches."""
     n = len(scripts)
     told = twice(scripts)
-    begin = 0
     counts = Counter()
-    scores, readings, looks = [], [], []
+    looks = []
+
+    def decode(latents: Tensor) -> Tensor:
+        pixels = pipeline.decode(latents)
+        looks.append(torch.stack([sharpness(pixels), motion_energy(pixels)]))
+        return pixels
+
     with counting(pipeline.backbone, counts):
-        for latents in videos:
-            pixels = pipeline.decode(latents)
-            scores.append(score(pipeline, rewards, pixels, told[begin : begin + len(pixels)], 0))
-            looks.append(torch.stack([sharpness(pixels), motion_energy(pixels)]))
-            if pipeline.judge:
-                readings.append(pipeline.read(pixels))
-            begin += len(pixels)
-    each = {name: torch.cat([s[name] for s in scores])[:n].double() for name in scores[0]}
+        scores, reading = pooled([observe(replace(pipeline, decode=decode), told, rewards, videos)])
+    each = {name: s[:n].double() for name, s in scores.items()}
     each["reward"] = rewards.total(each)
     looks = torch.cat(looks, 1)[:, :n].mean(1)
     out = {"sharpness": looks[0].item(), "motion_energy": looks[1].item()}
-    if readings:
-        parts = zip(*([getattr(r, f.name) for f in fields(r)] for r in readings), strict=True)
-        reading = type(readings[0])(*map(torch.cat, parts))
+    if reading is not None:
         judged = pipeline.judge(rows_of(reading, slice(n)), list(scripts))
         out |= {f"judge_{name.replace(' ', '_')}": value for name, value in judged.items() if name != "all"}
         alone = [pipeline.judge(rows_of(reading, slice(i, i + 1)), [scripts[i]])["all"] for i in range(n)]
@@ -289,13 +282,12 @@ def best_videos(
     pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, config: TrainConfig, method: str, seed: int
 ) -> Iterator[Tensor]:
     """The same for Best-of-N: the first of the N = G candidates has the noise that `ordinary` gives it."""
-    window = Window()
-    sigmas = pipeline.sigmas
+    sampler = pipeline.sampler(config.num_segments, routed=False)
     num_frames = config.num_frames
     n = config.num_generations
-    window = replace(window, history=window.sink + switch_reach(window))  # nothing is routed
+    block = sampler.window.block
     borders = [*(chunk_starts(num_frames)[1:] if method == "best_of_n_chunks" else []), num_frames]
-    shape = (num_frames // window.block, len(sigmas), (window.block, *pipeline.latent_shape))
+    shape = (num_frames // block, len(sampler.sigmas), (block, *pipeline.latent_shape))
     others = torch.Generator().manual_seed(seed)
     for i, script in enumerate(twice(scripts)):
         texts = [pipeline.embed([text]) for text in pipeline.segments(script)]
@@ -306,12 +298,11 @@ def best_videos(
             pixels = pipeline.decode(latents)
             return rewards.total(score(pipeline, rewards, pixels, [script] * n, first))
 
-        sampler = Sampler(sigmas, window, switches=pipeline.switches[: len(texts) - 1])
         yield best_of_n(pipeline.backbone, texts, noise, borders, sampler, judge)[0].latents
 
 
 def compared(before: dict, after: dict) -> dict[str, float]:
-    """The columns of PAIRED and PLAIN."""
+    """Two evaluations, from `measure` -> the columns PAIRED and PLAIN of a row."""
     out = {"passes_per_video": after["passes_per_video"]}
     for name in before["each"]:
         a, b = before["each"][name], after["each"][name]
@@ -337,7 +328,7 @@ class Run:
     budgets: tuple[int, ...]  # forward passes, ascending; 0: nothing is trained
 
     def key(self, here: dict[str, str], budget: int) -> dict[str, str]:
-        """What the row of that budget is known by; here: `HERE`."""
+        """The columns that tell the row of that budget from all others; here: those that all runs of a call share."""
         own = {"method": self.method, "purpose": self.purpose, "learning_rate": f"{self.learning_rate:g}",
                "seed": str(self.seed), "asked": str(self.budgets[-1]), "budget": str(budget)}  # fmt: skip
         return {name: (own | here)[name] for name in KEY}
@@ -397,7 +388,7 @@ def find(rows: Sequence[dict[str, str]], key: dict[str, str]) -> dict[str, str] 
 
 
 def left(options: ArenaOptions, here: dict[str, str], rows: Sequence[dict[str, str]]) -> list[Run]:
-    """The runs that lack a row."""
+    """The runs of which the file lacks a row."""
     return [run for run in runs_of(options, here, rows) if any(not find(rows, run.key(here, b)) for b in run.budgets)]
 
 
@@ -470,7 +461,7 @@ def compete(
 
 
 def eval_prompts(options: ArenaOptions, run: Run) -> list[str]:
-    """Those of a sweep are others than those of the results."""
+    """The prompts that a run is measured on: of a sweep others than of a result."""
     seed, n_segments = EVAL_SEED + (run.purpose == "sweep"), MODES[options.mode][1]
     return prompt_set(options.eval_prompts, n_segments, seed, options.event)
 
@@ -483,7 +474,7 @@ def check(options: ArenaOptions, here: dict[str, str], rows: Sequence[dict[str, 
     if not seeds and (len(rates) == 1 or {*methods_of(options.methods)} <= {*UNTRAINED}):
         raise ValueError("without --seeds learning rates are swept, and here are none: give several, or give seeds")
     for seed in seeds:
-        check_seed(seed, "seeds")
+        check_bounds("seeds", seed, **SEEDS)
     for rate in rates:
         if not 0 < rate < math.inf:
             raise ValueError(f"learning_rates must be above 0 and finite, got {rate}")

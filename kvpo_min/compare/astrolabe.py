@@ -35,7 +35,7 @@ from kvpo_min.config import knob, settle
 from kvpo_min.pipeline import score
 from kvpo_min.policies import acting, adapter_weights, add_policies, copy_adapter
 from kvpo_min.rewards import Mixture
-from kvpo_min.rollout import Rollout, Sampler, Stream, fork, generate, replay, switch_reach
+from kvpo_min.rollout import Rollout, Sampler, Stream, fork, generate, replay
 from kvpo_min.tve import Trajectory, schedule
 
 EPS = 1e-4  # added to a standard deviation, as the authors do
@@ -53,8 +53,6 @@ def advantages(rewards: Mapping[str, Tensor], weights: Mapping[str, float], spre
     """
     if set(rewards) != set(weights):
         raise KeyError(f"weights for {sorted(rewards)} are needed, got weights for {sorted(weights)}")
-    if spread not in ("none", "global"):
-        raise ValueError(f'spread must be "none" or "global", got {spread!r}')
     total = sum(weights[name] * r.float() for name, r in rewards.items())
     if total.ndim != 2 or not total.isfinite().all():
         raise ValueError(f"rewards must be finite and [N, G], got {list(total.shape)}: mend or drop that candidate")
@@ -64,8 +62,6 @@ def advantages(rewards: Mapping[str, Tensor], weights: Mapping[str, float], spre
 
 def positive_share(A: Tensor, clip: float = 5.0) -> Tensor:
     """r in [0, 1], like A: 1 is a purely positive candidate, 0 a purely negative one, 1/2 says nothing (TN:943-946)."""
-    if not clip > 0:
-        raise ValueError(f"the advantage clip must be above 0, got {clip}")
     return A.clamp(-clip, clip) / (2 * clip) + 0.5
 
 
@@ -106,8 +102,6 @@ def rank_disagreement(primary: Tensor, others: Sequence[Tensor], best: str = "la
     which the paper calls likely hacking. best="first" is TN:823-831: the best has rank 1, so the sign turns round and
     the candidates are found of which the primary reward thinks less than the others do.
     """
-    if best not in ("last", "first"):
-        raise ValueError(f'best must be "last" or "first", got {best!r}')
     if not others or any(o.shape != primary.shape or o.ndim != 1 for o in others):
         raise ValueError("rank disagreement needs a primary reward [n] and at least one other of that shape")
     delta = ranks(primary) - torch.stack([ranks(o) for o in others]).mean(0)
@@ -357,12 +351,10 @@ def train(pipeline, scripts: Sequence[str], rewards: Mixture, config: AstrolabeC
     optimizer = torch.optim.AdamW(weights.values(), lr=config.learning_rate, weight_decay=config.adam_weight_decay)
     generator = torch.Generator().manual_seed(config.seed)
 
-    window = Window()
     sigmas = pipeline.sigmas
     device = pipeline.backbone.device
-    window = replace(window, history=window.sink + switch_reach(window))  # nothing is routed
-    n_segments = len(pipeline.segments(scripts[0]))
-    sampler = Sampler(sigmas, window, switches=pipeline.switches[: n_segments - 1])
+    sampler = pipeline.sampler(len(pipeline.segments(scripts[0])), routed=False)
+    window = sampler.window
     levels = sigmas if config.levels == "sampler" else schedule(len(sigmas), shift=1.0)
     starts = window_starts(config, window, sampler.switches)
     if config.selective and (config.primary not in rewards.rewards or len(rewards.rewards) < 2):

@@ -22,40 +22,21 @@ z = (1 - sigma) x0 + sigma noise.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from kvpo_min import chr as routing
-from kvpo_min.chr import Plan, ordinary_frames
+from kvpo_min.chr import Plan
 from kvpo_min.compare.astrolabe import contrast, positive_share
 from kvpo_min.grpo import clipped_objective
 from kvpo_min.pipeline import score
 from kvpo_min.rewards import Mixture
-from kvpo_min.rollout import (
-    KVHistory,
-    Rollout,
-    Sampler,
-    Stream,
-    draw_noise,
-    fork,
-    generate,
-    replay,
-    segment_at,
-    switch_prompt,
-)
-from kvpo_min.tve import (
-    Trajectory,
-    calibrate_tau,
-    gibbs_log_prob,
-    step_energies,
-    trajectory_energy,
-    velocity_to_x0,
-)
+from kvpo_min.rollout import Rollout, Sampler, Stream, draw_noise, fork, generate, one_of, replay
+from kvpo_min.tve import Trajectory, calibrate_tau, gibbs_log_prob, step_energies, trajectory_energy, velocity_to_x0
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # x, v, sigma, next sigma -> mean, std
 
@@ -150,53 +131,16 @@ def dance_kernel(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: f
     return x + v * d - 0.5 * eta**2 * score_ * d, eta * (-d).sqrt()
 
 
-def gaussian_log_prob(trajectory: Trajectory, v: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor, Tensor]:
+def gaussian_log_prob(trajectory: Trajectory, v: Tensor, kernel: Kernel) -> Tensor:
     """log N(z[s + 1]; mean(z[s], v[s]), std^2) of every step but the last, which draws nothing in a few-step sampler.
 
-    v like trajectory.z [G, B, S, F, C, H, W] -> log p [G, B, S - 1], a MEAN over the elements of a block as in the
-    Flow-GRPO and DanceGRPO codes (why their clip is 1e-4), mean [G, B, S - 1, F, C, H, W] and std [S - 1, 1, 1, 1, 1].
-    """
+    v like trajectory.z [G, B, S, F, C, H, W] -> [G, B, S - 1], a MEAN over the elements of a block as in the Flow-GRPO
+    and DanceGRPO codes (why their clip is 1e-4)."""
     wide = torch.promote_types(v.dtype, torch.float32)  # ratios leave 1 by 1e-4: bfloat16 would not see it
     z, v, sigma = trajectory.z.to(wide), v.to(wide), trajectory.sigma.to(wide)[:, None, None, None, None]
     mean, std = kernel(z[:, :, :-1], v[:, :, :-1], sigma[:-1], sigma[1:])
     squared = ((z[:, :, 1:] - mean) / std).square()
-    return (-0.5 * squared - std.log() - 0.5 * math.log(2 * math.pi)).mean((-4, -3, -2, -1)), mean, std
-
-
-@torch.no_grad()
-def sde_fork(
-    backbone, texts: Sequence[Tensor], noise: Tensor, plan: Plan, stop: int, sampler: Sampler, kernel: Kernel,
-    prefix: Stream | None = None,
-) -> Rollout:  # fmt: skip
-    """Like `rollout.fork` without routing, but every step is drawn from `kernel`: z' = mean + std * noise. The last
-    step gives x0_hat and no noise: at sigma .625 what Flow-GRPO leaves there (std .71) would be left in the video.
-    noise [G + 1, ...]; the prefix is made by the ordinary sampler. With `consistency_kernel` it is `fork`."""
-    window, segment = sampler.window, segment_at(plan.fork, sampler.switches)
-    if any(plan.fork < switch < stop for switch in sampler.switches):
-        raise ValueError(f"the prompt switches inside {plan.fork}..{stop}, {sampler.switches}: stop at the switch")
-    prefix = generate(backbone, prefix or Stream(), texts, noise[-1:], plan.fork, sampler)
-    if segment != prefix.segment:
-        prefix = switch_prompt(backbone, prefix, texts[segment], sampler, segment)
-    history = prefix.history
-    text = texts[segment]
-    recorded = []
-    for start in range(plan.fork, stop, window.block):
-        kv = history.read(ordinary_frames(start, window))
-        eps, trail = noise[:, start // window.block], []
-        x = eps[:, 0]
-        for s, sigma in enumerate(sampler.sigmas):
-            v = backbone.velocity(x, sigma.expand(len(x)), start, text, kv)
-            trail.append((x, x - sigma * v))
-            if s + 1 < len(sampler.sigmas):
-                mean, std = kernel(x, v, sigma, sampler.sigmas[s + 1])
-                x = mean + std * eps[:, s + 1]
-        recorded.append([torch.stack(part, 1) for part in zip(*trail, strict=True)])
-        x0 = trail[-1][1]
-        history = history.append(start, backbone.encode(x0, start, text, kv))
-        history = history.keep(window.sink, window.history - window.sink)
-    z, x0 = (torch.stack(part, 1) for part in zip(*recorded, strict=True))  # [G + 1, B, S, F, C, H, W]
-    videos = torch.cat([*[b.expand(len(z), -1, -1, -1, -1) for b in prefix.x0], x0[:, :, -1].flatten(1, 2)], 1)
-    return Rollout(prefix, videos, Trajectory(z, x0, sampler.sigmas), plan, text)
+    return (-0.5 * squared - std.log() - 0.5 * math.log(2 * math.pi)).mean((-4, -3, -2, -1))
 
 
 # ----------------------------------------------------------------------------------------------------------- advantages
@@ -214,14 +158,6 @@ def quasi_norm_advantages(A: Tensor, p: float = 0.8) -> Tensor:
     return A / A.abs().pow(p).sum().pow(1 / p).clamp(min=1e-12)
 
 
-def best_and_worst(A: Tensor, n: int) -> Tensor:
-    """DanceGRPO's selection: indices [n] of the n / 2 best and the n / 2 worst branches."""
-    if n % 2 or not 2 <= n <= len(A):
-        raise ValueError(f"n must be even and between 2 and G = {len(A)}, got {n}")
-    order = A.argsort()
-    return torch.cat([order[: n // 2], order[-(n // 2) :]])
-
-
 # --------------------------------------------------------------------------------------------------------------- losses
 
 
@@ -234,29 +170,18 @@ def _check_alike(A: Tensor, n: int, **tensors: Tensor) -> None:
 
 def flow_grpo_loss(
     trajectory: Trajectory, v: Tensor, v_old: Tensor, A: Tensor, kernel: Kernel = flow_sde_kernel,
-    clip: float = 1e-4, v_ref: Tensor | None = None, kl_coef: float = 0.0, steps: Sequence[int] | None = None,
+    clip: float = 1e-4, steps: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
     """PPO on the steps of a stochastic sampler: Flow-GRPO, DanceGRPO and CM-GRPO differ by `kernel` only.
 
     trajectory, v, v_old [G, B, S, ...]; A [G]. -mean over branches, blocks and `steps` (default all but the last) of
-    min(rho A, clip(rho) A) + kl_coef * mean((mean - mean_ref)^2 / (2 std^2)), the exact KL of two Gaussians of one
-    variance, per element (the code of Flow-GRPO leaves out dt). DanceGRPO: a random 60% of the steps, no KL.
-    """
+    min(rho A, clip(rho) A). DanceGRPO: a random 60% of the steps."""
     steps = list(range(len(trajectory.sigma) - 1)) if steps is None else list(steps)
     if not steps or not all(0 <= s < len(trajectory.sigma) - 1 for s in steps):
         raise ValueError(f"steps must be among 0..{len(trajectory.sigma) - 2} (the last has no noise), got {steps}")
     _check_alike(A, len(trajectory.z), z=trajectory.z, v=v, v_old=v_old)
-    log_p, mean, std = gaussian_log_prob(trajectory, v, kernel)
-    with torch.no_grad():
-        log_p_old = gaussian_log_prob(trajectory, v_old, kernel)[0]
-    each = A[:, None, None].expand_as(log_p)
-    loss = clipped_objective(log_p[:, :, steps], log_p_old[:, :, steps], each[:, :, steps], clip, clip)[0]
-    if kl_coef:
-        if v_ref is None:
-            raise ValueError("kl_coef needs v_ref, the reference policy's velocities")
-        mean_ref = gaussian_log_prob(trajectory, v_ref.detach(), kernel)[1]
-        loss = loss + kl_coef * ((mean - mean_ref) / std).square()[:, :, steps].mean() / 2
-    return loss
+    log_p, log_p_old = (gaussian_log_prob(trajectory, u, kernel)[:, :, steps] for u in (v, v_old.detach()))
+    return clipped_objective(log_p, log_p_old, A[:, None, None].expand_as(log_p), clip, clip)[0]
 
 
 def cm_grpo_regression(trajectory: Trajectory, v: Tensor, A: Tensor, A_max: float = 5.0) -> Tensor:
@@ -337,16 +262,6 @@ def diffusion_nft_loss(
 # ------------------------------------------------------------------------------------------------------------ Best-of-N
 
 
-def pick(stream: Stream, g: int) -> Stream:
-    """Video g of a batch under way, as a stream of its own."""
-
-    def row(t: Tensor, dim: int) -> Tensor:
-        return t if t.shape[dim] == 1 else t.narrow(dim, g, 1).clone()
-
-    history = KVHistory({f: row(kv, 2) for f, kv in stream.history.frames.items()})
-    return replace(stream, x0=tuple(row(x, 0) for x in stream.x0), history=history)
-
-
 def best_of_n(
     backbone, texts: Sequence[Tensor], noise: Tensor, borders: Sequence[int], sampler: Sampler,
     judge: Callable[[Tensor, int], Tensor],
@@ -369,7 +284,7 @@ def best_of_n(
             raise ValueError(f"judge must give {len(noise)} finite numbers, got {r.tolist()}")
         winners.append(int(r.argmax()))
         rewards.append(r)
-        stream = pick(tried, winners[-1])
+        stream = one_of(tried, winners[-1])
     return stream, winners, rewards
 
 
@@ -391,42 +306,17 @@ class Method:
     weighted: bool = False  # nft: reward-weighted regression instead of a contrast
     regression: bool = False  # gaussian: CM-GRPO's regression instead of PPO
     quasi_norm: float | None = None  # Neighbor GRPO's p
-    keep: int | None = None  # DanceGRPO: train on this many branches, the best and worst
     step_share: float = 1.0  # DanceGRPO: share of the noisy steps trained on
 
     def __post_init__(self):
         check_cell(self.exploration, self.policy)
-        if self.kernel is not consistency_kernel and (self.policy != "gaussian" or self.regression):
-            raise ValueError("another kernel than the sampler's own is for policy 'gaussian', without regression")
-        for name, policy in (("adaptive", "nft"), ("weighted", "nft"), ("regression", "gaussian"),
-                             ("quasi_norm", "distance")):  # fmt: skip
-            if getattr(self, name) and self.policy != policy:
-                raise ValueError(f"{name} belongs to policy {policy!r}, got {self.policy!r}")
-        if self.adaptive and self.weighted:
-            raise ValueError("adaptive and weighted are two losses: give one of them")
-        ppo = self.policy == "gaussian" and not self.regression
-        unused = {"keep": self.policy == "distance", "step_share": not ppo,
-                  "beta": self.policy != "nft" or self.weighted, "clip": self.policy == "nft" or self.regression,
-                  "strength": self.exploration not in ("initial", "consistency")}  # fmt: skip
-        for f in fields(self):
-            if unused.get(f.name) and getattr(self, f.name) != f.default:
-                raise ValueError(f"{f.name} is not used by {self.exploration!r} with {self.policy!r} and these options")
-        for name in ("step_share", "strength"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
-        if not (self.clip > 0 and self.beta > 0):
-            raise ValueError(f"clip and beta must be above 0, got {self.clip} and {self.beta}")
-        if self.pivot_blocks is not None and self.pivot_blocks < 1:
-            raise ValueError(f"pivot_blocks must be at least 1, got {self.pivot_blocks}")
-        if self.keep is not None and (self.keep < 2 or self.keep % 2):
-            raise ValueError(f"keep must be even and at least 2, got {self.keep}")
 
 
-# The papers' numbers, but without a KL term, and `update` makes one step a group unless told otherwise, where no clip
-# acts yet. Neighbor GRPO has one anchor, the unperturbed video, not several that are candidates too; AR-CoPO no replay
-# adapter; DiffusionNFT no old policy that lags (at first its own hardly does), so that beta cancels in its gradient.
-# "kvpo" and "astrolabe" are the bare cells, for the grid: the methods with their anchor, safety rule, KL and reference
-# are train.py and astrolabe.py.
+# The papers' numbers, but without a KL term, and `update` makes one step a group, where no clip acts yet. Neighbor GRPO
+# has one anchor, the unperturbed video, not several that are candidates too; AR-CoPO no replay adapter; DiffusionNFT no
+# old policy that lags (at first its own hardly does), so that beta cancels in its gradient. "kvpo" and "astrolabe" are
+# the bare cells, for the grid: the methods with their anchor, safety rule, KL and reference are train.py and
+# astrolabe.py.
 METHODS = {
     "kvpo": Method("routing", "energy"),
     "cm_grpo": Method("consistency", "gaussian", strength=1.0, regression=True),
@@ -477,20 +367,16 @@ def policy_loss(
     method: Method, rollout: Rollout, at: Rollout, v: Tensor, v_old: Tensor, A: Tensor, tau: float = 0.0,
     steps: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The loss () of a recorded group. rollout: from `fork` or `sde_fork`, anchor last; at: from `replay_points`;
-    v, v_old: velocities there, of the policy and of the one that made the rollout; A [G]; tau for distance and energy.
-    """
-    check_cell(method.exploration, method.policy)
-    n, chosen = len(rollout.trajectory.z) - 1, slice(None)
+    """The loss () of a recorded group. rollout: from `fork`, anchor last; at: from `replay_points`; v, v_old:
+    velocities there, of the policy and of the one that made the rollout; A [G]; tau for distance and energy."""
+    n = len(rollout.trajectory.z) - 1
     if A.shape != (n,):
         raise ValueError(f"A must be [G] with G = {n} branches, got {list(A.shape)}")
     if method.quasi_norm:
         A = quasi_norm_advantages(A, method.quasi_norm)
     if method.policy == "distance":
         return neighbor_loss(at.trajectory, v, v_old, rollout.trajectory.x0[:-1], A, tau, method.clip)
-    if method.keep:
-        chosen = best_and_worst(A, method.keep)
-    trajectory, v, v_old, A = at.trajectory[:n][chosen], v[chosen], v_old[chosen], A[chosen]
+    trajectory = at.trajectory[:n]
     if method.policy == "gaussian" and method.regression:
         return cm_grpo_regression(trajectory, v, A)
     if method.policy == "gaussian":
@@ -508,21 +394,19 @@ def policy_loss(
 
 def update(
     pipeline, script: str, rewards: Mixture, method: Method, optimizer, generator: torch.Generator, state: State,
-    num_frames: int = 39, num_generations: int = 8, perturb_num_blocks: int = 5, nearest: int = 1, inner_steps: int = 1,
+    num_frames: int = 39, num_generations: int = 8, perturb_num_blocks: int = 5, nearest: int = 1,
     tau_groups: int = 4, tau_target: float = 1.0, max_grad_norm: float = 1.0,
 ) -> dict:  # fmt: skip
     """One update of whatever weights the optimizer holds: fork, reward of the fork's chunk, replay, loss, step.
 
-    The policy that makes the rollout is the trained one, so `inner_steps` > 1 is where clipping acts. The first
-    `tau_groups` groups of a softmax policy set its temperature (log scores spread by `tau_target` in a group) and are
-    not trained on. -> numbers for a log; "forwards"
-    are generator passes (one block of one video at one level, or its encoding), the budget of a fair comparison.
-    """
+    The trained policy makes the rollout, all of it before the fork by the ordinary sampler. The first `tau_groups`
+    groups of a softmax policy set its temperature (log scores spread by `tau_target` in a group) and are not trained
+    on. -> numbers for a log. Raises FloatingPointError for a loss or gradient that is not finite."""
     backbone = pipeline.backbone
     sigmas = pipeline.sigmas
-    window = routing.Window()
     texts = [pipeline.embed([text]) for text in pipeline.segments(script)]
-    sampler = Sampler(sigmas, window, switches=pipeline.switches[: len(texts) - 1])
+    sampler = pipeline.sampler(len(texts))
+    window = sampler.window
     plan = routing.plan(num_frames, window, nearest, perturb_num_blocks, num_generations, generator)
     plan = replace(plan, perturb_num_blocks=method.pivot_blocks or plan.perturb_num_blocks)
     chunk_end = routing.chunk_of(plan.fork, num_frames).stop
@@ -532,74 +416,40 @@ def update(
     noise = draw_noise(chunk_end // window.block, len(sigmas), (window.block, *pipeline.latent_shape), generator)
     noise, plan = explore(method.exploration, plan, noise, generator, window.block, method.strength)
     noise = noise.to(backbone.device)
-    with counted(backbone) as counts:
+    with torch.no_grad():
+        prefix = generate(backbone, Stream(), texts, noise[-1:], plan.fork, sampler)
+        drawn = replace(sampler, kernel=method.kernel)
+        made = fork(backbone, texts, noise, plan, chunk_end, recorded, drawn, nearest, prefix=prefix)
+        pixels = pipeline.decode(made.videos[:, plan.fork - chunk_end :])
+    each = score(pipeline, rewards, pixels, [script] * len(pixels), plan.fork)
+    total = rewards.total(each)
+    A = group_advantages(total[:-1]).to(backbone.device)
+    log = {"reward": total[:-1].mean().item(), "reward_std": total[:-1].std().item(),
+           "anchor_reward": total[-1].item(), "trained": 0.0}  # fmt: skip
+    at, rows = replay_points(method, made, generator)
+    n_steps = len(sigmas)
+    grad_steps = n_steps - 1 if method.policy == "gaussian" else n_steps
+    steps = None
+    if method.step_share < 1:
+        many = max(1, round(method.step_share * (n_steps - 1)))
+        steps = torch.randperm(n_steps - 1, generator=generator)[:many].tolist()
+    if method.policy in ("distance", "energy") and not state.tau:
         with torch.no_grad():
-            if method.kernel is consistency_kernel:
-                made = fork(backbone, texts, noise, plan, chunk_end, recorded, sampler, nearest)
-            else:
-                made = sde_fork(backbone, texts, noise, plan, chunk_end, sampler, method.kernel)
-                n, path = (recorded - plan.fork) // window.block, made.trajectory
-                made = replace(made, trajectory=Trajectory(path.z[:, :n], path.x0[:, :n], path.sigma))
-            pixels = pipeline.decode(made.videos[:, plan.fork - chunk_end :])
-        each = score(pipeline, rewards, pixels, [script] * len(pixels), plan.fork)
-        total = rewards.total(each)
-        A = group_advantages(total[:-1]).to(backbone.device)
-        log = {"reward": total[:-1].mean().item(), "reward_std": total[:-1].std().item(),
-               "anchor_reward": total[-1].item(), "trained": 0.0}  # fmt: skip
-        at, rows = replay_points(method, made, generator)
-        n_steps = len(sigmas)
-        grad_steps = n_steps - 1 if method.policy == "gaussian" else n_steps
-        steps = None
-        if method.step_share < 1:
-            many = max(1, round(method.step_share * (n_steps - 1)))
-            steps = torch.randperm(n_steps - 1, generator=generator)[:many].tolist()
-        softmax = method.policy in ("distance", "energy")
-        if softmax and not state.tau:
-            with torch.no_grad():
-                state.first.append(log_scores(method, made, at, replay(backbone, at, sampler, branches=rows)))
-            if len(state.first) == tau_groups:
-                spread = torch.cat(state.first)
-                state.tau = calibrate_tau(
-                    spread[spread.std(1) > 1e-12], tau_target
-                )  # steps before the branches part say nothing
-            return log | {"tau": state.tau, "forwards": sum(counts.values())}
-        v_old = None
-        weights = [w for group in optimizer.param_groups for w in group["params"]]
-        for _ in range(inner_steps):
-            v = replay(backbone, at, sampler, grad_steps, branches=rows)
-            v_old = v.detach() if v_old is None else v_old
-            loss = policy_loss(method, made, at, v, v_old, A, state.tau, steps)
-            if not loss.isfinite():
-                raise FloatingPointError(f"the loss is {loss.item()}; lower the learning rate")
-            optimizer.zero_grad()
-            loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(weights, max_grad_norm).item()
-            if not math.isfinite(grad_norm):
-                raise FloatingPointError(f"the gradient's norm is {grad_norm}; lower the learning rate")
-            optimizer.step()
-    return log | {"trained": 1.0, "loss": loss.item(), "grad_norm": grad_norm, "tau": state.tau,
-                  "forwards": sum(counts.values())}  # fmt: skip
-
-
-@contextlib.contextmanager
-def counted(backbone) -> Iterator[dict[str, int]]:
-    """Counts generator passes while it lasts: {"velocity": rows, "encode": rows}."""
-    counts = {"velocity": 0, "encode": 0}
-
-    def counting(name: str):
-        call = getattr(backbone, name)
-
-        def wrapped(x, *args, **kwargs):
-            counts[name] += len(x)
-            return call(x, *args, **kwargs)
-
-        return wrapped
-
-    held = {name: counting(name) for name in counts}
-    for name, call in held.items():
-        object.__setattr__(backbone, name, call)
-    try:
-        yield counts
-    finally:
-        for name in counts:
-            object.__delattr__(backbone, name)
+            state.first.append(log_scores(method, made, at, replay(backbone, at, sampler, branches=rows)))
+        if len(state.first) == tau_groups:
+            spread = torch.cat(state.first)
+            spread = spread[spread.std(1) > 1e-12]  # steps before the branches part say nothing
+            state.tau = calibrate_tau(spread, tau_target)
+        return log | {"tau": state.tau}
+    v = replay(backbone, at, sampler, grad_steps, branches=rows)
+    loss = policy_loss(method, made, at, v, v.detach(), A, state.tau, steps)
+    if not loss.isfinite():
+        raise FloatingPointError(f"the loss is {loss.item()}; lower the learning rate")
+    optimizer.zero_grad()
+    loss.backward()
+    weights = [w for group in optimizer.param_groups for w in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(weights, max_grad_norm).item()
+    if not math.isfinite(grad_norm):
+        raise FloatingPointError(f"the gradient's norm is {grad_norm}; lower the learning rate")
+    optimizer.step()
+    return log | {"trained": 1.0, "loss": loss.item(), "grad_norm": grad_norm, "tau": state.tau}

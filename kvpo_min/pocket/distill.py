@@ -20,10 +20,9 @@ Every stage is resumable: its folder holds weights, optimizers, step and random 
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,55 +31,45 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kvpo_min.chr import Window, branch_frames, chunk_starts, ordinary_frames, pool, uniform_routes
+from kvpo_min.config import SEEDS, knob, settle
 from kvpo_min.pocket import world
 from kvpo_min.rollout import denoise
+from kvpo_min.system import processes, sum_gradients
 from kvpo_min.tve import schedule
 from kvpo_min.wan import WanBackbone
 
 LATENT = (8, 8, 8)  # channels, height, width
-MAY_BE_0 = ("text_dropout", "ema_decay")  # all else of `DistillConfig` is above 0
 
 
 @dataclass
 class DistillConfig:
     """Sizes and rates, the recipe found while the weights that ship were made. How they were: docs/LOG.md."""
 
-    output_dir: str = "pocket"  # holds autoencoder/, teacher/, student/
-    seed: int = 0
+    output_dir: str = knob("pocket", "holds autoencoder/, teacher/, student/")
+    seed: int = knob(0, **SEEDS)
     device: str = "cpu"
-    autoencoder_steps: int = 3200
-    autoencoder_batch: int = 16  # frames a process
-    autoencoder_learning_rate: float = 3e-3
-    teacher_steps: int = 2650
-    teacher_learning_rate: float = 2e-2  # of the matrices (Muon); a fifth of it for everything else (AdamW)
-    teacher_batch: int = 3  # clips a process
-    first_blocks: int = 48  # first blocks a process, besides the clips
-    first_weight: float = 1.0  # of their loss
-    text_dropout: float = 0.1  # share of the clips without words, so that the student's target can be guided
-    student_steps: int = 24  # a batch of rollouts and one of first blocks each
-    student_learning_rate: float = 1e-4
-    fake_learning_rate: float = 2e-4
-    fake_updates: int = 2  # of the fake score, for one of the student
-    student_batch: int = 4  # rollouts a process
-    student_first_blocks: int = 48  # first blocks a process, besides
-    guidance: float = 2.0  # by the words, of the teacher's velocity that the student is led by; 1: none
-    ema_decay: float = 0.9  # of the student
-    stories: int = 6000  # of one segment; a third as many have four
-    checkpointing_steps: int = 100
+    autoencoder_steps: int = knob(3200, least=1)
+    autoencoder_batch: int = knob(16, "frames a process", least=1)
+    autoencoder_learning_rate: float = knob(3e-3, above=0)
+    teacher_steps: int = knob(2650, least=1)
+    teacher_learning_rate: float = knob(2e-2, "of the matrices (Muon); all else, by AdamW, a fifth", above=0)
+    teacher_batch: int = knob(3, "clips a process", least=1)
+    first_blocks: int = knob(48, "first blocks a process, besides the clips", least=1)
+    first_weight: float = knob(1.0, "of their loss", above=0)
+    text_dropout: float = knob(0.1, "share of clips without words, for the student's guidance", least=0, most=1)
+    student_steps: int = knob(24, "a batch of rollouts and one of first blocks each", least=1)
+    student_learning_rate: float = knob(1e-4, above=0)
+    fake_learning_rate: float = knob(2e-4, above=0)
+    fake_updates: int = knob(2, "of the fake score, for one of the student", least=1)
+    student_batch: int = knob(4, "rollouts a process", least=1)
+    student_first_blocks: int = knob(48, "first blocks a process, besides", least=1)
+    guidance: float = knob(2.0, "by the words, of the teacher that leads the student; 1: none", above=0)
+    ema_decay: float = knob(0.9, "of the student", least=0, below=1)
+    stories: int = knob(6000, "of one segment; a third as many have four", least=1)
+    checkpointing_steps: int = knob(100, least=1)
 
     def __post_init__(self):
-        for f in fields(self):
-            value, least = getattr(self, f.name), 0 if f.name in MAY_BE_0 else 1
-            if f.type == "int" and f.name != "seed" and value < least:
-                raise ValueError(f"{f.name} must be at least {least}, got {value}")
-            if f.type == "float" and not (0 <= value < math.inf and (value or f.name in MAY_BE_0)):
-                raise ValueError(f"{f.name} must be above 0 and finite, got {value}")
-        if self.text_dropout > 1 or self.ema_decay >= 1:
-            raise ValueError(
-                f"text_dropout is a share of 1 and ema_decay is below 1, got {self.text_dropout} and {self.ema_decay}"
-            )
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed must lie in -2**63 .. 2**63 - 1, got {self.seed}")
+        settle(self)
         try:
             torch.zeros(1, device=self.device).item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, or not on this machine
@@ -97,7 +86,8 @@ def loop(
     every: int,
 ) -> None:
     """Runs `step(i)` for i < total under a progress bar, from the last checkpoint in `folder` if there is one."""
-    path, done = folder / f"training_state{rank() or ''}.pt", 0
+    rank, _ = processes()
+    path, done = folder / f"training_state{rank or ''}.pt", 0
     if path.exists():
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in (modules | optimizers).items():
@@ -106,7 +96,7 @@ def loop(
         torch.set_rng_state(state["rng"])
         done = state["step"]
     folder.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(range(done, total), initial=done, total=total, desc=folder.name, mininterval=10, disable=rank() > 0)
+    bar = tqdm(range(done, total), initial=done, total=total, desc=folder.name, mininterval=10, disable=rank > 0)
     mean = None
     for i in bar:
         loss = step(i)
@@ -117,6 +107,19 @@ def loop(
             state |= {"generator": generator.get_state(), "rng": torch.get_rng_state(), "step": i + 1}
             torch.save(state, aside := path.with_suffix(".aside"))
             os.replace(aside, path)
+
+
+def descend(model: nn.Module, loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
+    """One step along the mean gradient of all processes, clipped to a norm of 1. Gradients that are there count too."""
+    loss.backward()
+    sum_gradients(list(model.parameters()))
+    for weight in model.parameters():
+        if weight.grad is not None:
+            weight.grad /= processes()[1]
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad()
 
 
 def warm_cosine(i: int, total: int, warmup: int) -> float:
@@ -190,7 +193,7 @@ def train_autoencoder(config: DistillConfig) -> nn.Module:
     """Trains the autoencoder on clean frames and saves it in diffusers layout under `output_dir/autoencoder`. Pixels of
     the hero count eightfold: they are a twentieth of the picture, and what the stories are about."""
     torch.manual_seed(config.seed)
-    generator = torch.Generator().manual_seed(config.seed + 1000 * rank())
+    generator = torch.Generator().manual_seed(config.seed + 1000 * processes()[0])
     model = new_autoencoder().to(config.device)
     optimizer = torch.optim.AdamW(model.parameters(), config.autoencoder_learning_rate, betas=(0.9, 0.99))
 
@@ -207,11 +210,7 @@ def train_autoencoder(config: DistillConfig) -> nn.Module:
             error = (model.decoder(z + 0.05 * torch.randn_like(z)) - x).float()
         z = z.float()
         loss = (weight * (error.square() + 0.5 * error.abs())).mean() + 1e-3 * (z.square() - 1).clamp(min=0).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        average_gradients(model)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        descend(model, loss, optimizer)
         return error.square().mean().item()
 
     folder = Path(config.output_dir) / "autoencoder"
@@ -222,7 +221,7 @@ def train_autoencoder(config: DistillConfig) -> nn.Module:
         states = random_states(512, torch.Generator().manual_seed(config.seed))
         z = model.encoder(world.render(states).to(config.device) * 2 - 1)
     model.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
-    if rank() == 0:
+    if processes()[0] == 0:
         model.save_pretrained(folder)
     return model
 
@@ -258,12 +257,12 @@ def state_row(states: Tensor) -> Tensor:
 
 
 def scene_of(rows: Tensor) -> Tensor:
-    """Scene of rows of that table."""
+    """The scene that rows of that table show."""
     return rows // world.PLACES**2 % len(world.SCENES)
 
 
 def in_scene(rows: Tensor, scene: Tensor) -> Tensor:
-    """The same frames in another scene."""
+    """Rows of the same heroes at the same places, in another scene."""
     return rows + (scene - scene_of(rows)) * world.PLACES**2
 
 
@@ -274,11 +273,7 @@ def encode_world(autoencoder, path: Path) -> Tensor:
     if path.exists():
         return load_file(path)["latents"]
     sizes = [len(world.SHAPES), len(world.RADII), len(world.COLOURS), len(world.SCENES), world.PLACES, world.PLACES]
-    index, states = torch.arange(math.prod(sizes)), []
-    for size in reversed(sizes):
-        states.insert(0, index % size)
-        index = index // size
-    states = torch.stack(states, 1)
+    states = torch.cartesian_prod(*map(torch.arange, sizes))  # in the order of `state_row`
     states[:, 4:] *= world.GRID
     out = []
     for part in tqdm(states.split(256), desc="every clean frame", mininterval=5):
@@ -415,8 +410,9 @@ def sample_clip(stories: Stories, n: int, generator: torch.Generator, more: int 
 
 
 def turned(rows: Tensor, motion: Tensor, chosen: Tensor, until: Tensor, heading: Tensor) -> tuple[Tensor, Tensor]:
-    """Lets the heroes of the `chosen` rows [B, T] go by `heading` [B] up to frame `until` [B], where the words name a
-    motion [B]. -> rows, and which frames [B, T] are not as the words say"""
+    """Stories whose hero first goes another way than its words say: up to frame `until` [B] the `chosen` ones [B] move
+    by `heading` [B], if their words name a `motion` [B]. rows [B, T] -> the changed rows, and which frames [B, T] are
+    not as the words say"""
     steps = torch.tensor([*world.DIRECTIONS.values(), (0, 0)])[heading]  # [B, 2]
     ahead = (until[:, None] - 1 - torch.arange(rows.shape[1])).clamp(min=0)  # [B, T]
     wrong = (ahead > 0) & (chosen & (motion != world.OPEN) & (motion != heading))[:, None]
@@ -476,9 +472,9 @@ def velocities(model: WanBackbone, clip: Clip, frames: Tensor, x: Tensor, sigma:
     return torch.stack(out)
 
 
-def shifted(u: Tensor, shift: float = world.SHIFT) -> Tensor:
+def shifted(u: Tensor) -> Tensor:
     """Uniform numbers to noise levels, as the sampler's schedule is shifted."""
-    return shift * u / (1 + (shift - 1) * u)
+    return world.SHIFT * u / (1 + (world.SHIFT - 1) * u)
 
 
 def noise_levels(*size: int, generator: torch.Generator) -> Tensor:
@@ -554,20 +550,6 @@ def ema_update(ema: nn.Module, model: nn.Module, decay: float) -> None:
         slow.lerp_(fast, 1 - decay)
 
 
-def average_gradients(model: nn.Module) -> None:
-    """Under torchrun: the mean over processes of every gradient, in one all-reduce. Alone: nothing."""
-    if dist.is_initialized():
-        gradients = [weight.grad for weight in model.parameters()]
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            g.copy_(part.view_as(g) / dist.get_world_size())
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def form_of(i: int) -> int:
     """First frame of the chunk that step i shows, the same on all processes: two steps in three a short story, else a
     later chunk, those at a switch of words more often."""
@@ -578,7 +560,7 @@ def form_of(i: int) -> int:
 def train_teacher(config: DistillConfig, stories: Stories) -> WanBackbone:
     """Trains the many-step causal teacher by flow matching and saves its moving average under `output_dir/teacher`."""
     torch.manual_seed(config.seed + 1)
-    generator = torch.Generator().manual_seed(config.seed + 1 + 1000 * rank())
+    generator = torch.Generator().manual_seed(config.seed + 1 + 1000 * processes()[0])
     model = WanBackbone(new_transformer()).to(config.device)
     ema = copy.deepcopy(model)
     matrices = [p for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2]
@@ -592,22 +574,17 @@ def train_teacher(config: DistillConfig, stories: Stories) -> WanBackbone:
         clip = to(replace(clip, text=without_words(clip.text, config.text_dropout, generator)), config.device)
         x0, text = first_blocks(stories, config.first_blocks, generator)
         text = without_words(text, config.text_dropout, generator)
-        model.zero_grad()
         first = block_loss(model, x0.to(config.device), text.to(config.device), generator)
         (config.first_weight * first).backward()
         loss = flow_matching_loss(model, clip, encode_clip(model, clip, clip.x0), generator)
-        loss.backward()
-        average_gradients(model)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        muon.step()
-        adamw.step()
+        descend(model, loss, muon, adamw)
         ema_update(ema, model, min(0.99, (1 + i) / (10 + i)))
         return loss.item()
 
     folder = Path(config.output_dir) / "teacher"
     loop(folder, config.teacher_steps, {"model": model, "ema": ema}, {"muon": muon, "adamw": adamw}, generator, step,
          config.checkpointing_steps)  # fmt: skip
-    if rank() == 0:
+    if processes()[0] == 0:
         ema.transformer.save_pretrained(folder)
     return ema
 
@@ -628,7 +605,9 @@ def student_rollout(student: WanBackbone, clip: Clip, given: int, generator: tor
     detached. -> x0 at that step, with gradient, [B, n - given, 3, C, H, W], and all blocks as they came out
     [B, n, 3, C, H, W]"""
     sigmas = schedule(shift=world.SHIFT).to(clip.x0)
-    frames, live, final = None, [], []
+    frames = None
+    live = []
+    final = []
     for i, start in enumerate(clip.starts):
         text, kv = clip.text[:, i], gather(frames, clip.reads[i]) if i else None
         x0 = clip.x0[:, i]
@@ -674,34 +653,25 @@ def dmd_loss(x0: Tensor, real: Callable, fake: Callable, generator: torch.Genera
     return 0.5 * (x0 - (x0 - gradient).detach()).square().mean()
 
 
-def train_student(
-    config: DistillConfig, stories: Stories, teacher: WanBackbone, initial: WanBackbone | None = None
-) -> WanBackbone:
-    """Distils the 4-step student from the teacher and saves its moving average under `output_dir/student`.
-    `initial`: what student and fake score begin as, an earlier student perhaps; default the teacher."""
+def train_student(config: DistillConfig, stories: Stories, teacher: WanBackbone) -> WanBackbone:
+    """Distils the 4-step student from the teacher, as which it begins, and the fake score too. Saves its moving average
+    under `output_dir/student`."""
     torch.manual_seed(config.seed + 2)
-    generator = torch.Generator().manual_seed(config.seed + 2 + 1000 * rank())
-    student, fake, ema = (copy.deepcopy(initial or teacher).to(config.device).requires_grad_(True) for _ in range(3))
+    generator = torch.Generator().manual_seed(config.seed + 2 + 1000 * processes()[0])
+    student, fake, ema = (copy.deepcopy(teacher).to(config.device).requires_grad_(True) for _ in range(3))
     teacher.requires_grad_(False)
     ema.requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), config.student_learning_rate, betas=(0.0, 0.99))
     fake_optimizer = torch.optim.AdamW(fake.parameters(), config.fake_learning_rate, betas=(0.0, 0.99))
 
-    def update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        average_gradients(model)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
     def match(live: Tensor, real: Callable, faked: Callable, relearn: Callable[[], Tensor], learn: bool) -> Tensor:
         """The student towards the teacher, then the fake score towards what the student makes now. -> its loss"""
         if learn:
-            update(student, optimizer, dmd_loss(live, real, faked, generator))
+            descend(student, dmd_loss(live, real, faked, generator), optimizer)
             ema_update(ema, student, config.ema_decay)
         for _ in range(config.fake_updates):
             loss = relearn()
-            update(fake, fake_optimizer, loss)
+            descend(fake, loss, fake_optimizer)
         return loss
 
     def one_clip(i: int, learn: bool) -> Tensor:
@@ -728,7 +698,7 @@ def train_student(
         return match(live.transpose(0, 1), real, faked, relearn, learn)
 
     def one_start(learn: bool) -> Tensor:
-        """The same for many first blocks at once, the student's hardest."""
+        """The same for many first blocks at once, which are the hardest for the student."""
         x0, text = (part.to(config.device) for part in first_blocks(stories, config.student_first_blocks, generator))
         sigmas = schedule(shift=world.SHIFT).to(x0)
         noise = torch.randn(len(x0), len(sigmas), *x0.shape[1:], generator=generator).to(x0)
@@ -753,7 +723,7 @@ def train_student(
     loop(folder, config.student_steps, {"student": student, "fake": fake, "ema": ema},
          {"optimizer": optimizer, "fake_optimizer": fake_optimizer}, generator, step,
          min(10, config.checkpointing_steps))  # fmt: skip
-    if rank() == 0:
+    if processes()[0] == 0:
         ema.transformer.save_pretrained(folder)
     return ema
 
@@ -775,13 +745,13 @@ def distill(config: DistillConfig) -> Path:
     from diffusers import AutoencoderTiny, WanTransformer3DModel
 
     autoencoder = AutoencoderTiny.from_pretrained(folder / "autoencoder").to(memory_format=torch.channels_last).eval()
-    if rank() == 0:
+    if processes()[0] == 0:
         encode_world(autoencoder, folder / "latents.safetensors")
     if dist.is_initialized():
         dist.barrier()
     stories = tell_stories(config.stories, encode_world(autoencoder, folder / "latents.safetensors"), config.seed + 1)
     train_student(config, stories, train_teacher(config, stories))
-    if rank() == 0:
+    if processes()[0] == 0:
         transformers = {name: WanTransformer3DModel.from_pretrained(folder / name) for name in ("teacher", "student")}
         for name, part in ({"autoencoder": autoencoder} | transformers).items():
             part.register_to_config(_name_or_path=name)  # not the path of the machine that made it

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
-from pathlib import Path
 
 import torch
 
@@ -13,16 +12,6 @@ from kvpo_min.kvpo import make_plan
 from kvpo_min.pocket.world import SWITCHES, parse, prompt_set, read_prompts
 
 EVAL_SEED = 1_000_000  # of the held-out prompts; the same for every run, so that runs can be compared
-
-
-def read_scripts(path: str) -> list[str]:
-    """The scripts of a prompts file. Raises PromptError naming a bad line, FileNotFoundError or ValueError."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no prompts file {path}")
-    try:
-        return read_prompts(path)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file in UTF-8") from None
 
 
 def count_segments(scripts: Sequence[str], real: bool = False) -> int:
@@ -61,7 +50,7 @@ def run_prompts(config, prompts: str = "", event: str = "", eval_prompts: int = 
     if not prompts and config.seed == EVAL_SEED:
         raise ValueError(f"seed {EVAL_SEED} draws the held-out prompts; take another one for training")
     drawn = (config.num_segments, config.seed, event)
-    scripts = read_scripts(prompts) if prompts else prompt_set(256, *drawn)
+    scripts = read_prompts(prompts) if prompts else prompt_set(256, *drawn)
     if count_segments(scripts) != config.num_segments:
         raise ValueError(
             f"num_segments is {config.num_segments}, but the scripts have {count_segments(scripts)} segments, "
@@ -73,9 +62,9 @@ def run_prompts(config, prompts: str = "", event: str = "", eval_prompts: int = 
 
 
 def dealt(scripts: Sequence[str]) -> list[str]:
-    """The same scripts so that each six in a row begin in the six scenes: an update of six groups then meets as many
-    that should stay where memory leads as should leave. By chance it meets few of one kind, and learns to go on, or to
-    go back, wherever it is."""
+    """The same scripts in another order: each six in a row begin in the six scenes. So an update of six groups has as
+    many heroes that should stay where memory leads them as heroes that should leave. Drawn by chance an update may hold
+    one kind alone, and teach to go on, or to go back, wherever the hero is."""
     hands: dict[str, list[str]] = {}
     for script in scripts:
         hands.setdefault(parse(script)[0].place, []).append(script)

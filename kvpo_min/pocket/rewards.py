@@ -164,7 +164,8 @@ class TextAlignment:
         return torch.stack(scores)
 
     def frame_by_frame(self, shares: Tensor, names: list[str], clause: re.Pattern, prompt: str) -> list[Tensor]:
-        """How much of the frames is as clauses like "6 frames blue" say. shares [F, names] -> no or one score"""
+        """How much of the frames is as clauses like "6 frames blue" say. shares [F, names]
+        -> a list of one score, or an empty one where the prompt has no such clause"""
         begin, there = 0, []
         for count, wanted in clause.findall(prompt):
             frames = shares[begin : begin + int(count)]

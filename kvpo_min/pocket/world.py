@@ -171,9 +171,16 @@ def _parse_segment(words: list[str], first: bool) -> Segment:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """One script a line; empty lines and lines starting with # are skipped. A bad line is refused with its number."""
+    """One script a line; empty lines and lines starting with # are skipped. Raises PromptError naming a bad line,
+    FileNotFoundError, or ValueError for a file that is no text."""
     scripts = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), start=1):
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no prompts file {path}")
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file in UTF-8") from None
+    for number, line in enumerate(lines, start=1):
         if line.strip() and not line.lstrip().startswith("#"):
             try:
                 parse(line)
@@ -303,7 +310,9 @@ def prompt_set(n: int, n_segments: int, seed: int, event: str = "") -> list[str]
     """`n` scripts drawn from `seed`; the sets used for training and for evaluation differ in their seeds. `event`: only
     scripts that hold these words, such as "settles", or all of several, "from the,settles". Raises ValueError when
     1,000 in a row do not."""
-    generator, scripts, missed = torch.Generator().manual_seed(seed), [], 0
+    generator = torch.Generator().manual_seed(seed)
+    scripts = []
+    missed = 0
     while len(scripts) < n:
         script = sample_script(generator, n_segments)
         fits = all(words in script for words in event.split(","))
@@ -345,12 +354,15 @@ def simulate(
 
     segments = parse(script)
     first = segments[0]
-    size, colour, scene, heading, y, x = draw(2), draw(6), draw(6), REST, SIZE // 2, SIZE // 2
+    size, colour, scene = draw(2), draw(6), draw(6)
+    heading = REST
+    y = x = SIZE // 2
     if first.colour:
         colour = list(COLOURS).index(first.colour)
     if first.place:
         scene = SCENES.index(first.place)
-    travels, wanders, states = False, False, []
+    travels = wanders = False
+    states = []
     for t in range(n_frames):
         k = segment_at(t, len(segments))
         segment, begins = segments[k], t == (0, *SWITCHES)[k]
@@ -388,7 +400,9 @@ def expected(script: str, n_frames: int) -> dict[str, Tensor]:
     out["shape"][:] = SHAPES.index(segments[0].shape)
     colour = list(COLOURS).index(segments[0].colour) if segments[0].colour else OPEN
     start = SCENES.index(segments[0].place) if segments[0].place else OPEN
-    motion, step, travels = REST, 0, False
+    motion = REST
+    step = 0
+    travels = False
     for t in range(n_frames):
         k = segment_at(t, len(segments))
         segment = segments[k]
@@ -620,7 +634,9 @@ def _nearest_clean(frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ink, hero = _stamps()
     energy, left, inks = _search_tables()
     n = len(frames)
-    least, state, there = torch.full((n,), torch.inf), torch.zeros(n, dtype=torch.long), torch.zeros(n)
+    least = torch.full((n,), torch.inf)
+    state = torch.zeros(n, dtype=torch.long)
+    there = torch.zeros(n)
     for s, picture in enumerate(scenes()):
         rest = frames - picture  # [N, 3, 64, 64]
         rim = _at_places((rest * left[s]).sum(1), hero)  # [N, 8, 8, 8]
@@ -674,7 +690,8 @@ class Settled:
 
 
 def settled(reading: Reading, scripts: list[str], reads: Callable[[int, int], Tensor] | None = None) -> Settled:
-    """`reads(video, start)`: the frames that a video's block at `start` could read, where it was routed."""
+    """What became of the heroes that settle in these videos. `reads(video, start)`: the frames that a video's block at
+    `start` could read, where it was routed."""
     rows, n_frames = [], reading.scene.shape[1]
     for video, script in enumerate(scripts):
         segments = parse(script)
@@ -714,7 +731,9 @@ def correctness(reading: Reading, scripts: list[str], like: tuple[str, ...] = DA
     the readable frames demand a scene that is not. NaN where there is nothing to count."""
     n_frames = reading.colour.shape[1]
     wanted = [expected(script, n_frames) for script in scripts]
-    valid, out, every = reading.valid, {"valid": reading.valid.float().mean().item()}, reading.valid.clone()
+    valid = reading.valid
+    every = valid.clone()
+    out = {"valid": valid.float().mean().item()}
 
     def share(right: Tensor) -> float:
         return right.float().mean().item() if right.numel() else float("nan")
@@ -737,7 +756,9 @@ def correctness(reading: Reading, scripts: list[str], like: tuple[str, ...] = DA
 
 def story(reading: Reading, video: int, shortest: int = 3) -> list[tuple[int, int, int, int]]:
     """The order of events in one video: its runs of (colour, shape, motion, scene) of at least `shortest` frames."""
-    told, length, last = [], 0, None
+    told = []
+    length = 0
+    last = None
     names = ("colour", "shape", "motion", "scene")
     for now in zip(*(getattr(reading, name)[video].tolist() for name in names), strict=True):
         length = length + 1 if now == last else 1

@@ -4,22 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from kvpo_min.chr import BANK, DROPPED, NEAREST, ROUTED, SINK, Window, ordinary_frames, route_mask
-from kvpo_min.viz.style import (
-    ANCHOR,
-    BRANCHES,
-    FACES,
-    HATCHES,
-    NAMES,
-    _bytes,
-    _figure,
-    _plain,
-    branch_colour,
-)
-from kvpo_min.viz.video import tile
+from kvpo_min.viz.style import ANCHOR, BRANCHES, FACES, HATCHES, NAMES, _figure, _plain, branch_colour
 
 # --------------------------------------------------------------------------------------------------------------- routes
 
@@ -29,26 +17,22 @@ def route_grid(frames: Tensor, start: int, window: Window, nearest: int, bank: T
 
     frames [G, L] from `chr.routed_frames`; every cell is sink, routed, nearest or not read (`chr.route_mask`), or with
     `bank` ([1, n], `Bank.held` of all rows) in a memory bank alone."""
+    from matplotlib.patches import Patch, Rectangle
+
     figure = _figure(min(16.0, max(5.0, 0.24 * (start + window.block) + 1.5)), 0.26 * (len(frames) + 1) + 1.3)
-    _draw_routes(figure.add_subplot(), frames, start, window, nearest, bank)
-    _route_legend(figure, bank is not None)
-    return figure
-
-
-def _draw_routes(axes, frames: Tensor, start: int, window: Window, nearest: int, bank: Tensor | None = None) -> None:
-    from matplotlib.patches import Rectangle
-
+    axes = figure.add_subplot()
     mask = route_mask(frames, start, window, nearest, bank)  # [G, start]
     ordinary = route_mask(ordinary_frames(start, window)[None], start, window, window.past, bank)
     rows = [*mask.tolist(), *ordinary.tolist()]
     colours = [*(branch_colour(g) for g in range(len(frames))), ANCHOR]
+
+    def look(kind: int, colour: str) -> dict:
+        edge = "white" if kind == NEAREST else "#999999"  # an edge's colour is its hatch's too
+        return {"facecolor": FACES.get(kind, colour), "edgecolor": edge, "hatch": HATCHES.get(kind, "")}
+
     for y, (row, colour) in enumerate(zip(rows, colours, strict=True)):
         for x, kind in enumerate(row):
-            face = FACES.get(kind, colour)
-            edge = "white" if kind == NEAREST else "#999999"  # an edge's colour is its hatch's too
-            cell = Rectangle((x, y + 0.08), 1, 0.84, facecolor=face, edgecolor=edge, linewidth=0.5)
-            cell.set_hatch(HATCHES.get(kind, ""))
-            axes.add_patch(cell)
+            axes.add_patch(Rectangle((x, y + 0.08), 1, 0.84, linewidth=0.5, **look(kind, colour)))
         made = Rectangle((start, y + 0.08), window.block, 0.84, facecolor="none", edgecolor=colour, linewidth=2)
         axes.add_patch(made)
     axes.set(xlim=(-0.2, start + window.block + 0.2), ylim=(len(rows), 0))
@@ -58,23 +42,10 @@ def _draw_routes(axes, frames: Tensor, start: int, window: Window, nearest: int,
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel(f"frame (outlined: the block at {start} that is made)")
-
-
-def _route_legend(figure, bank: bool = False) -> None:
-    from matplotlib.patches import Patch
-
-    kinds = {SINK: "#dddddd", ROUTED: "#888888", NEAREST: "#888888", DROPPED: "white"}
-    kinds |= {BANK: FACES[BANK]} if bank else {}
-    handles = [
-        Patch(
-            facecolor=face,
-            edgecolor="white" if kind == NEAREST else "#999999",
-            hatch=HATCHES.get(kind, ""),
-            label=NAMES[kind],
-        )
-        for kind, face in kinds.items()
-    ]
+    kinds = [SINK, ROUTED, NEAREST, DROPPED] + ([BANK] if bank is not None else [])
+    handles = [Patch(label=NAMES[kind], **look(kind, "#888888")) for kind in kinds]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(kinds), frameon=False, fontsize=8)
+    return figure
 
 
 # --------------------------------------------------------------------------------------------------------------- curves
@@ -144,12 +115,12 @@ def diagnostics(logs: Sequence[Mapping]):
     return figure
 
 
-def energy_plot(step, group: int = 0):
-    """Energies and Gibbs probabilities of one group's branches, their advantages under them. -> Figure
+def energy_plot(step):
+    """Energies and Gibbs probabilities of the first group's branches, their advantages under them. -> Figure
 
     step: a `train.Step`. Energies are velocity energies summed over blocks and steps, all weights 1; the probabilities
     are those of the policy before the update, and the dashed line is where all branches are equally likely."""
-    shown = step.groups[group]
+    shown = step.groups[0]
     energies, probabilities = shown.energies.sum((1, 2)).tolist(), shown.log_p.exp().tolist()
     n = len(energies)
     colours = [branch_colour(g) for g in range(n)]
@@ -171,13 +142,6 @@ def energy_plot(step, group: int = 0):
 
 
 # ---------------------------------------------------------------------------------------------------------------- story
-
-
-def _film(pixels: Tensor, count: int, columns: int = 0):
-    """About `count` evenly spaced frames of [T, 3, H, W] side by side -> numpy uint8 [H', W', 3] and their numbers"""
-    t = len(pixels)
-    index = torch.linspace(0, t - 1, min(count, t)).round().long()
-    return _bytes(tile(pixels[index][:, None], columns or len(index)))[0], index.tolist()
 
 
 def who_decides(bars: Mapping[str, Mapping[str, float]]):

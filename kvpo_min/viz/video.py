@@ -43,7 +43,7 @@ def contact_sheet(pixels: Tensor, labels: Sequence[str], every: int = 0, first: 
     return sheet
 
 
-def before_after(before_pixels: Tensor, after_pixels: Tensor, prompts: Sequence[str], every: int = 0):
+def before_after(before_pixels: Tensor, after_pixels: Tensor, prompts: Sequence[str]):
     """Contact sheet in which each prompt's video before training stands above the one after. -> Pillow image
 
     Both [N, T, 3, H, W], from the same noise if the comparison is to be fair."""
@@ -51,7 +51,7 @@ def before_after(before_pixels: Tensor, after_pixels: Tensor, prompts: Sequence[
         raise ValueError(f"before and after differ: {list(before_pixels.shape)} and {list(after_pixels.shape)}")
     pairs = torch.stack([before_pixels, after_pixels], 1).flatten(0, 1)  # before 0, after 0, before 1, ...
     labels = [f"{when}: {prompt}" for prompt in prompts for when in ("before", "after")]
-    return contact_sheet(pairs, labels, every)
+    return contact_sheet(pairs, labels)
 
 
 def tile(pixels: Tensor, columns: int = 0, gap: int = 2) -> Tensor:

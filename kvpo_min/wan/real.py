@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from kvpo_min.bank import Bank
+from kvpo_min.config import knob, settle
 from kvpo_min.pipeline import Pipeline
 from kvpo_min.reward_models import mixture_from
 from kvpo_min.rewards import Mixture
@@ -44,31 +45,26 @@ TEXT_LEN = 512  # tokens; what is missing is zero, and is read like any other (a
 class WanOptions:
     """The real model, which `model` names: a diffusers folder, a checkpoint, or either on the Hub"""
 
-    lora: str = ""  # released LoRA that is merged into the model before training: file, folder, or on the Hub
-    components: str = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"  # diffusers folder with vae/, text_encoder/ and tokenizer/
-    height: int = 480  # of the videos, in pixels
-    width: int = 832  # of the videos, in pixels
+    lora: str = knob("", "released LoRA that is merged into the model before training: file, folder, or on the Hub")
+    components: str = knob("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "diffusers folder with vae/, text_encoder/, tokenizer/")
+    height: int = knob(480, "of the videos, in pixels; a token has 16", least=16, multiple=16)
+    width: int = knob(832, "of the videos, in pixels", least=16, multiple=16)
     device: str = "cuda"
-    dtype: str = "bfloat16"  # of the frozen weights and the matrix products: bfloat16 or float32
-    gradient_checkpointing: bool = False  # keep only each layer's inputs for the backward pass: less memory, slower
-    bank_size: int = 0  # frames of MemFlow's memory bank: 3 for its checkpoints, 0 for all others
-    bank_interval: int = 3  # blocks from one frame that the bank records to the next
-    bank_compat: str = ""  # "official": the bank with the authors' faults; training with compat official sets it
-    vq_model: str = ""  # what scores VQ: hpsv3, videoalign, worker, clip or pickscore ... (docs/single_gpu.md)
-    mq_model: str = ""  # what scores MQ, likewise; the same words share one process
-    ta_model: str = ""  # what scores TA, likewise
+    dtype: str = knob("bfloat16", "of the frozen weights and the matrix products", of=("bfloat16", "float32"))
+    gradient_checkpointing: bool = knob(False, "keep only each layer's inputs for the backward pass: saves memory")
+    bank_size: int = knob(0, "frames of MemFlow's memory bank: 3 for its checkpoints, 0 for all others", least=0)
+    bank_interval: int = knob(3, "blocks from one frame that the bank records to the next")
+    bank_compat: str = knob("", "official: the bank with the authors' faults; training with compat official sets it")
+    vq_model: str = knob("", "what scores VQ: hpsv3, videoalign, worker, clip or pickscore ... (docs/single_gpu.md)")
+    mq_model: str = knob("", "what scores MQ, likewise; the same words share one process")
+    ta_model: str = knob("", "what scores TA, likewise")
 
     def __post_init__(self):
-        if self.dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"dtype must be bfloat16 or float32, got {self.dtype!r}")
-        if min(self.height, self.width) < 16 or self.height % 16 or self.width % 16:
-            raise ValueError(f"height and width must be multiples of 16 (a token), got {self.height} x {self.width}")
+        settle(self)
         try:
             torch.device(self.device)
         except RuntimeError:
             raise ValueError(f"device must be one of torch's, such as cuda or cpu, got {self.device!r}") from None
-        if self.bank_size < 0:
-            raise ValueError(f"bank_size must be 0 (no memory bank) or more, got {self.bank_size}")
         if not self.bank_size and (self.bank_interval != 3 or self.bank_compat):
             raise ValueError("bank_interval and bank_compat are of a memory bank: give bank_size too (MemFlow's is 3)")
         Bank(self.bank_size or 1, self.bank_interval, self.bank_compat)  # refuses what cannot work
@@ -335,7 +331,8 @@ def json_prompts(line: str) -> list[str]:
 def bracketed(line: str) -> list[str]:
     """`n,[p1],[p2],...` -> its n prompts"""
     number, _, rest = line.partition(",")
-    prompts, depth, begin = [], 0, 0
+    prompts = []
+    depth = begin = 0
     for k, character in enumerate(rest):
         if character == "[":
             begin = begin if depth else k + 1
