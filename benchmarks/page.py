@@ -29,7 +29,7 @@ from kvpo_min import chr as routing
 from kvpo_min import kvpo
 from kvpo_min.cli.demo import DEFAULTS, OPTIONS
 from kvpo_min.cli.models import run_rewards
-from kvpo_min.cli.options import parse_options, split_options
+from kvpo_min.cli.options import all_options, parse_options
 from kvpo_min.compare.baselines import explore
 from kvpo_min.pipeline import sample, score
 from kvpo_min.pocket import load_model, world
@@ -294,15 +294,14 @@ def main() -> None:
     if not args.only_page:
         record.mkdir(parents=True, exist_ok=True)
         for like in (None, *TASTES):
-            values = parse_options("demo", OPTIONS, [*rest, "--like", like or TASTES[0]], DEFAULTS)
-            config, options = split_options(values, *OPTIONS)
+            config, options = parse_options("demo", OPTIONS, [*rest, "--like", like or TASTES[0]], DEFAULTS)
             if like is None:
                 recipe = {"cards": list(CARDS), "script": SCRIPT, "seed": SEED, "weights": [options.vq, options.mq,
                           options.ta], "sizes": [CHOSEN, NEAREST, FORK, LENGTH, BLOCKS, FRESH]}  # fmt: skip
                 keep(record / "lattice.npz", recipe, lambda c=config, o=options: record_lattice(c, o))
             else:
                 path = record / f"run_{slug(like)}.npz"
-                keep(path, values, lambda c=config, o=options: record_run(c, o))
+                keep(path, all_options(config, options), lambda c=config, o=options: record_run(c, o))
     build(Path(args.page), record, TASTES)
 
 
