@@ -69,6 +69,14 @@ def test_film_fork_shows_the_fork_and_then_the_branch(fork):
     assert picture._repr_png_().startswith(b"\x89PNG")
 
 
+def test_film_fork_has_room_for_its_title(fork):
+    past, branches = fork
+    picture = viz.film_fork(past, READS, branches[:, :1], list("???"))
+    grey = tuple(int(viz.GREY[k : k + 2], 16) for k in (1, 3, 5))
+    title = [x for x in range(picture.width) for y in range(12, 32) if picture.getpixel((x, y)) == grey]
+    assert max(title) < picture.width - 10
+
+
 def test_film_fork_gives_hearts_to_liked_rows(fork):
     past, branches = fork
     picture = viz.film_fork(past, READS, branches, ["a", "b", "c"], liked=[False, True])

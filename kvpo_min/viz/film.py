@@ -148,17 +148,18 @@ def film_fork(
     films = [_pictures(branch[index], height) for branch in branches]
     strips = [_strip(tiles, numbers, read)[0] for read in rows]
     x_strip = margin + round(2.2 * tag) + 12
-    x_line = x_strip + strips[0].width + 10
+    titles = "the past they share: only lit frames may be read", f"from frame {start} on"
+    wide = [math.ceil(_font(17).getlength(title)) for title in titles]
+    x_line = x_strip + max(strips[0].width, wide[0]) + 10
     x_film = x_line + 14
     x_label = x_film + len(index) * (films[0][0].width + 4) + 10
     text = max(_font(18).getlength(line) for label in labels for line in label.split("\n"))
-    title = f"from frame {start} on"
-    width = max(x_label + math.ceil(text) + 24, x_film + math.ceil(_font(17).getlength(title))) + margin
+    width = max(x_label + math.ceil(text) + 24, x_film + wide[1]) + margin
     head, row = 44, height + 14
     picture = Image.new("RGB", (width, head + len(rows) * row + 8), PAPER)
     draw = ImageDraw.Draw(picture)
-    _write(draw, x_strip, head / 2, "the past they share: only lit frames may be read", 17, GREY)
-    _write(draw, x_film, head / 2, title, 17, GREY)
+    _write(draw, x_strip, head / 2, titles[0], 17, GREY)
+    _write(draw, x_film, head / 2, titles[1], 17, GREY)
     for r, (strip, film, label) in enumerate(zip(strips, films, labels, strict=True)):
         y = head + r * row + height // 2
         _tag(draw, margin, y, tag, r if r < len(reads) else None)
