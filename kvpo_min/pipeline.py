@@ -128,21 +128,32 @@ def pooled(parts: Sequence[tuple[list, list]]) -> tuple[dict[str, Tensor], objec
 
 def evaluate(
     pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, num_frames: int, seed: int = 99999, batch: int = 32,
-    sigmas: Tensor | None = None, eta: float = 1.0, bar: bool = False,
+    sigmas: Tensor | None = None, eta: float = 1.0, bar: bool = False, head: int = 0,
 ) -> dict:  # fmt: skip
-    """Mean rewards of unrouted videos, their standard errors over prompts, and the held-out judge. Of several processes
-    each makes its share of the videos; all must call this, and get the same."""
+    """Mean rewards of unrouted videos, their standard errors over prompts, and the held-out judge; under "head" those
+    of the first `head` prompts alone. Of several processes each makes its share of the videos; all must call this, and
+    get the same."""
     rank, world = processes()
     first, end = (len(scripts) * r // world for r in (rank, rank + 1))
     own = scripts[first:end]
     videos = sample(pipeline, own, num_frames, seed, batch, sigmas, eta, bar, first) if own else ()
     scores, reading = pooled(gather(observe(pipeline, own, rewards, videos)))
+    out = summary(pipeline, scripts, rewards, scores, reading)
+    return out | {"head": summary(pipeline, scripts[:head], rewards, scores, reading)} if head else out
+
+
+def summary(pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, scores: Mapping, reading) -> dict:
+    """Of what `pooled` gave, the part that belongs to the first len(scripts) videos, as `evaluate` returns it."""
+    n = len(scripts)
+    scores = {name: each[:n] for name, each in scores.items()}
     total = rewards.total(scores)
     out = {name: s.mean().item() for name, s in scores.items()} | {"reward": total.mean().item()}
     for name, each in (scores | {"reward": total}).items():
-        out[f"{name}_sem"] = (each.std() / len(each) ** 0.5).item() if len(each) > 1 else float("nan")
+        out[f"{name}_sem"] = (each.std() / n**0.5).item() if n > 1 else float("nan")
     if reading is not None:  # pooled over all frames, so that the shares do not depend on the batches
-        out["judge"] = pipeline.judge(reading, list(scripts))
+        out["judge"] = pipeline.judge(
+            replace(reading, **{f.name: getattr(reading, f.name)[:n] for f in fields(reading)}), list(scripts)
+        )
     return out
 
 
@@ -153,15 +164,16 @@ def held_out_curve(
     pipeline, scripts: list[str], rewards, config, every: int, batch: int = 32
 ) -> Callable[[int], dict] | None:
     """-> a function of the number of updates done that measures, every so many of them, the policy that acts on the
-    first held-out prompts, always with the same noise: {"eval/reward": ..., "eval/seconds": ...}, else {}."""
+    first held-out prompts, always with the same noise: {"eval/reward": ..., "eval/seconds": ...}, else {}. What
+    `evaluate` found of them (its "head") may be given instead."""
     if not every:
         return None
 
-    def measured(done: int) -> dict:
+    def measured(done: int, found: dict | None = None) -> dict:
         if done % every:
             return {}
         begun = time.perf_counter()
-        found = evaluate(pipeline, scripts[:CURVE], rewards, config.num_frames, batch=batch)
+        found = dict(found or evaluate(pipeline, scripts[:CURVE], rewards, config.num_frames, batch=batch))
         found |= found.pop("judge", {})
         seconds = time.perf_counter() - begun
         return {f"eval/{name}": x for name, x in found.items() if math.isfinite(x)} | {"eval/seconds": seconds}

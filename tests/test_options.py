@@ -369,9 +369,9 @@ def observe_run(options, make_pipeline, monkeypatch, folder):
 
     def measure(pipeline, scripts, rewards, *args):
         seen.update(held_out=scripts, weights=dict(rewards.weights), taste=rewards.rewards["vq"].like)
-        return {"vq": 0.5, "reward": 0.5}, torch.zeros(1, 3, 3, 8, 8)
+        return {"vq": 0.5, "reward": 0.5, "head": {"reward": 0.5}}, torch.zeros(1, 3, 3, 8, 8)
 
-    def train_loop(pipeline, scripts, rewards, config, policies, out, report, curve):
+    def train_loop(pipeline, scripts, rewards, config, policies, out, report, curve, begin):
         seen.update(scripts=scripts, reported=report is not None, curve=curve is not None)
         return "", 0, [], 0, []
 

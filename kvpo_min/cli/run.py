@@ -114,8 +114,6 @@ def work(config, options: RunOptions, wan, scripts: list[str], held_out: list[st
     if rank:  # as the first process does below
         measure(pipeline, held_out, rewards, config.num_frames, batch)
         policies = adapters.add_policies(pipeline, config)
-        if curve and not config.resume_from_checkpoint:
-            curve(0)
         for step in loop.train(pipeline, scripts, rewards, config, policies):
             if curve:
                 curve(step.step + 1)
@@ -127,6 +125,7 @@ def work(config, options: RunOptions, wan, scripts: list[str], held_out: list[st
 
     say(f"{pipeline.name}: {len(held_out)} held-out prompts before training")
     before, before_pixels = measure(pipeline, held_out, rewards, config.num_frames, batch)
+    head = before.pop("head")
 
     folders.make_room(folder, config, options)
     for name in ("videos", "figures"):
@@ -135,7 +134,10 @@ def work(config, options: RunOptions, wan, scripts: list[str], held_out: list[st
     folders.write_config(folder, config, options, wan)
     write_json(folder / "scripts.json", trained_on)
     policies = adapters.add_policies(pipeline, config)
-    stopped, code, logs, ended, steps = train_loop(pipeline, scripts, rewards, config, policies, folder, log_to, curve)
+    begin = {key.replace("eval/", "eval0/"): value for key, value in curve(0, head).items()} if curve else {}
+    stopped, code, logs, ended, steps = train_loop(
+        pipeline, scripts, rewards, config, policies, folder, log_to, curve, begin
+    )
 
     updates = [line for line in logs if "skipped" not in line]
     if stopped and len(logs) == ended:  # nothing is new, and the policies may not even be loaded
@@ -155,6 +157,7 @@ def work(config, options: RunOptions, wan, scripts: list[str], held_out: list[st
     if not stopped:
         say("held-out prompts after training")
         result["after"], after_pixels = measure(pipeline, held_out, rewards, config.num_frames, batch)
+        del result["after"]["head"]
         picture(report.draw_before_after, folder, before_pixels, after_pixels, held_out, fps)
     result["seconds"] = round(earlier + time.perf_counter() - begun, 1)
     words = {" ".join(script.split()).casefold() for script in trained_on}
@@ -172,9 +175,9 @@ def work(config, options: RunOptions, wan, scripts: list[str], held_out: list[st
     return code
 
 
-def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, report, curve=None):
+def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, report, curve=None, begin=None):
     """Runs the updates under a progress bar and appends each to metrics.jsonl. `curve`: from `held_out_curve`; what it
-    measures stands in the line of the update that it follows, and what was so before the first one under "eval0/".
+    measures stands in the line of the update that it follows, and what was so before the first one (`begin`) in that.
     -> (why it stopped early, or ""; exit code; all lines of metrics; how many of them are of earlier calls; the first
     and the last `Step` of this call that were not skipped, as `set_aside` leaves them)"""
     path = folder / "metrics.jsonl"
@@ -196,7 +199,7 @@ def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, repor
     stopped = ""
     code = 0
     updates = loop.train(pipeline, scripts, rewards, config, policies, True)
-    begin = {k.replace("eval/", "eval0/"): v for k, v in curve(0).items()} if curve and not earlier else {}
+    begin = {} if earlier or not begin else begin
     shown = Progress(config.max_train_steps, logs, begin)
     with shown:
         try:
@@ -287,8 +290,9 @@ def measure(pipeline, scripts: list[str], rewards, num_frames: int, batch: int =
         return pixels
 
     result = generator.evaluate(
-        dataclasses.replace(pipeline, decode=decode), scripts, rewards, num_frames, batch=batch, bar=True
-    )
+        dataclasses.replace(pipeline, decode=decode), scripts, rewards, num_frames, batch=batch, bar=True,
+        head=generator.CURVE,
+    )  # fmt: skip
     return result, torch.stack(shown)
 
 
