@@ -51,7 +51,7 @@ def read_prompts(path: str | Path, check: Callable[[str], object] = str) -> list
         except ValueError as error:
             raise type(error)(f"{path}, line {n}: {error}") from None
     if not scripts:
-        raise ValueError(f"{path}: there are no prompts in it; expected {FORMS}")
+        raise ValueError(f"{path}: no prompts in it; expected {FORMS}")
     return scripts
 
 

@@ -696,7 +696,7 @@ spoils = st.sampled_from(
 )
 
 
-@cases(400)
+@cases(850)
 @given(
     form=st.sampled_from(sorted(lines_of)), scripts=scripts_of, spoil=spoils, at=st.integers(0, 5), end=st.booleans(),
     blank=st.booleans(), suffix=st.sampled_from(["", ".csv", ".json", ".yaml", ".tsv", ".md"]),
@@ -725,7 +725,7 @@ no_json = st.text("[]:,'1ae ", min_size=1, max_size=12).map("{".__add__)
 bars = st.sampled_from(["", "100%\r", "\rloading: 3/3\r", "[INFO] ", "\x1b[2K", "it/s]\r"])
 
 
-@cases(300)
+@cases(500)
 @given(
     before=bars, after=bars, scores=st.lists(st.floats(-9, 9), max_size=3),
     wrong=no_json | st.sampled_from(['{"id": 0', "{'id': 0, 'scores': [1]}", '{"scores": [1', "{]", '{"error": }']),

@@ -172,8 +172,11 @@ def _parse_segment(words: list[str], first: bool) -> Segment:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The scripts of a prompts file; one outside the grammar is refused with its line."""
-    return prompts.read_prompts(path, parse)
+    """The scripts of a prompts file; one outside the grammar is refused with its line. Raises PromptError."""
+    try:
+        return prompts.read_prompts(path, parse)
+    except ValueError as error:
+        raise PromptError(str(error)) from None
 
 
 def segments_of(script: str) -> list[str]:
