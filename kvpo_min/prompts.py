@@ -36,6 +36,7 @@ def read_prompts(path: str | Path, check: Callable[[str], object] = str) -> list
             form = "jsonl" if kind == ".jsonl" else "LongLive's" if re.match(r"\s*\d+\s*,\s*\[", line) else "plain"
             if form == "plain" and re.fullmatch(r"\s*0\s*,?\s*", line):  # LongLive's: there is none
                 scripts.append("")
+                check("")
                 continue
             first = first or (form, n)
             if form != first[0]:
