@@ -34,11 +34,16 @@ def read_prompts(path: str | Path, check: Callable[[str], object] = str) -> list
             continue
         try:
             form = "jsonl" if kind == ".jsonl" else "LongLive's" if re.match(r"\s*\d+\s*,\s*\[", line) else "plain"
-            none = form == "plain" and re.fullmatch(r"\s*0\s*,?\s*", line)  # LongLive's: no prompts
-            first = first or (None if none else (form, n))
-            if first and form != first[0] and not none:
+            if form == "plain" and re.fullmatch(r"\s*0\s*,?\s*", line):  # LongLive's: there is none
+                scripts.append("")
+                check("")
+                continue
+            first = first or (form, n)
+            if form != first[0]:
                 raise ValueError(f"expected {first[0]} form, as line {first[1]} has it, not {form}, got {line[:60]!r}")
-            prompts = [] if none else PARTS[form](line)
+            prompts = PARTS[form](line)
+            scripts.append(BETWEEN.join(prompts))
+            check(scripts[-1])
             for prompt in prompts:
                 if not is_visible(prompt):
                     raise ValueError(f"a prompt is empty: expected words, got {line[:60]!r}")
@@ -46,8 +51,6 @@ def read_prompts(path: str | Path, check: Callable[[str], object] = str) -> list
                     raise ValueError(f"expected no | but {BETWEEN!r} between prompts, got {line[:60]!r}")
                 if any(unicodedata.category(c) == "Cc" and c != "\t" for c in prompt):
                     raise ValueError(f"expected words, but there are control characters, got {line[:60]!r}")
-            scripts.append(BETWEEN.join(prompts))
-            check(scripts[-1])
         except ValueError as error:
             raise type(error)(f"{path}, line {n}: {error}") from None
     if not scripts:

@@ -103,10 +103,13 @@ def test_the_table_holds_each_frame_at_its_row(tmp_path, monkeypatch):
     monkeypatch.setattr(world, "render", lambda states: states)
     monkeypatch.setattr(distill, "to_latent", lambda autoencoder, pixels: pixels.float())
     path = tmp_path / "latents.safetensors"
-    table = distill.encode_world(SimpleNamespace(device="cpu"), path)
+    first, other = (SimpleNamespace(device="cpu", state_dict=lambda k=k: {"w": torch.tensor([k])}) for k in (1.0, 2.0))
+    table = distill.encode_world(first, path)
     assert table.shape == (STATES, 6) and table.dtype == torch.float16
     assert distill.state_row(table.long()).equal(torch.arange(STATES))
-    assert distill.encode_world(None, path).equal(table)  # kept: no autoencoder is asked again
+    monkeypatch.setattr(distill, "to_latent", lambda autoencoder, pixels: pixels.float() + 1)
+    assert distill.encode_world(first, path).equal(table)  # kept: the autoencoder is not asked again
+    assert distill.encode_world(other, path).equal((table.float() + 1).half())  # of another one: made anew
 
 
 def test_stories_are_told_as_the_world_tells_them():
