@@ -428,7 +428,7 @@ def test_options_of_the_bank_are_checked():
 
 
 def test_options_are_checked():
-    with pytest.raises(ValueError, match="merged_alpha must be 0"):
+    with pytest.raises(ValueError, match="merged_alpha must be at least 0, got -1"):
         WanOptions(merged_alpha=-1)
     for bad in ({"dtype": "float16"}, {"height": 481}, {"width": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
