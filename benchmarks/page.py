@@ -40,7 +40,7 @@ from kvpo_min.train import train
 from kvpo_min.tve import gibbs_log_prob
 
 ROOT = Path(__file__).parent.parent
-TASTES = ("beach,meadow,forest", "night,snow", "dusk")
+TASTES = ("beach,meadow,forest", "night,snow", "dusk,forest")
 SCRIPT = "a red disc travels from the forest and settles"
 SEED = 0  # of the lattice's noise: chosen because many of its branches settle where their frames say
 CARDS = (7, 9, 11, 13, 15, 17, 19, 21, 23)  # frames that the reader may choose from, three of each of three scenes
