@@ -63,6 +63,9 @@ def test_a_point_of_the_curve_is_an_evaluation_of_the_first_prompts(make_pipelin
     whole |= whole.pop("judge")
     assert point.pop("eval/seconds") > 0 and again.pop("eval/seconds") > 0
     assert point == again == {f"eval/{name}": value for name, value in whole.items() if math.isfinite(value)}
+    head = evaluate(pipeline, scripts, rewards, 6, head=2)["head"]  # of a larger batch: rounded otherwise
+    given = curve(0, head)
+    assert given.pop("eval/seconds") < 1 and given == pytest.approx(point, rel=1e-4)
     assert "eval/motion" not in point and "eval/liked" not in point and {"eval/colour", "eval/reward"} <= set(point)
     assert cli_run.held_out_curve(pipeline, scripts, rewards, config, 0) is None
 
@@ -94,7 +97,8 @@ def looped(make_pipeline, folder, curve, report=None, **changes):
     config, pipeline = replace(CONFIG, output_dir=str(folder), **changes), make_pipeline()
     policies = add_policies(pipeline, config)
     scripts = ["a red disc moves left"]
-    stopped, _, logs, _, _ = cli_run.train_loop(pipeline, scripts, RISE, config, policies, folder, report, curve)
+    begin = {key.replace("eval/", "eval0/"): value for key, value in curve(0).items()}
+    stopped, _, logs, _, _ = cli_run.train_loop(pipeline, scripts, RISE, config, policies, folder, report, curve, begin)
     kept = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert kept == logs and [line["step"] for line in logs] == list(range(len(logs)))
     return stopped, logs
