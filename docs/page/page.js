@@ -86,7 +86,7 @@ function strip() {
   for (const [card, frame] of cards) {
     const locked = card !== frame;
     const picture = still(["past", frame, 0]);
-    const text = locked ? (card === "first" ? "start" : "now") : "";
+    const text = locked ? (card === "first" ? "start ×3" : "now ×2") : "";
     const box = make(locked ? "div" : "button", { className: locked ? "lit" : "" }, picture, text);
     if (!locked) {
       box.type = "button";
@@ -101,7 +101,7 @@ function strip() {
   }
   get("strip").append(make("div", { className: "next", textContent: "?", ariaHidden: "true" }));
 }
-function showRoute() {
+function showRoute(example = false) {
   const fresh = draw >= 0, route = L.routes.indexOf(lit().join("-"));
   const ends = fresh ? L.freshEnds : L.ends, rewards = fresh ? L.freshRewards : L.rewards, at = fresh ? draw : route;
   const read = fresh ? L.ordinary : [...L.ordinary.slice(0, 3), ...lit(), L.fork - 2, L.fork - 1];
@@ -114,7 +114,7 @@ function showRoute() {
   clock = 0; // from the last shared frames on
   show(get("film"), film(fresh ? "fresh" : "routes", at), `Film: the hero goes on and settles: ${ends[at]}`);
   const told = (what, name, reward) => `${what}.<br>He settles: <b>${end(name, L.like)}</b><br>reward <b>${reward.toFixed(2)}</b>`;
-  say("ending", told(fresh ? "New noise" : "Your choice", ends[at], rewards[at]));
+  say("ending", told(fresh ? "New noise" : example ? "An example" : "Your choice", ends[at], rewards[at]));
   show(get("usual"), film("routes", anchor), `Film with the usual memory, settles: ${L.ends[anchor]}`);
   say("usual-t", told("Usual memory", L.ends[anchor], L.rewards[anchor]));
   const counts = {};
@@ -124,8 +124,10 @@ function showRoute() {
   say("why", fresh ? "Usual memory, the last six frames, and <b>new noise</b>: every pixel is drawn anew, but the story?"
     : `After the start it sees <b>${votes}</b>. The hero settles where most of what he remembers was${follows ? "." : ": here the model errs."}`);
   const tally = found[fresh ? 1 : 0];
-  tally.tries.add(at);
-  tally.ends.add(ends[at]);
+  if (!example) {
+    tally.tries.add(at);
+    tally.ends.add(ends[at]);
+  }
   [...get("found").tBodies[0].rows].forEach((line, k) => {
     line.cells[1].textContent = found[k].tries.size;
     line.cells[2].replaceChildren(...[...found[k].ends].map(name => still(scene(name), name)));
@@ -145,7 +147,7 @@ order = [...L.cards.slice(L.chosen), ...L.cards.slice(0, L.chosen)];
 say("script", L.script);
 say("follow", `${L.follow} of ${L.routes.length}`);
 strip();
-showRoute();
+showRoute(true);
 
 // ------------------------------------------------------------------------------------------- 2: watch it learn
 const run = DATA.runs[0], updates = run.groups.length, letters = "ABCDEFGHIJKLMNOP";
@@ -185,7 +187,7 @@ function showUpdate(now) {
   [...get("five").children].forEach((figure, k) => {
     const name = run.films[now][k];
     show(figure.firstChild, hold(row("updates", now * 5 + k, run.frames)), `Film ${k + 1}, after ${now} updates, settles: ${name}`);
-    figure.lastChild.innerHTML = end(name, run.like);
+    figure.lastChild.innerHTML = `ends: ${end(name, run.like)}`;
   });
   say("curve-t", `Test films that end in a liked scene: <b>${percent(run.liked[now])}</b>`);
   say("curve", chart(run.liked, now, 0, 1, false, percent));
@@ -237,7 +239,7 @@ function showTaste(k) {
     const [a, b] = [0, pairs.length].map(() => make("canvas", { width: SIZE, height: SIZE }));
     show(a, hold(row(`pairs${k}`, j, frames)), `Before training, settles: ${before[film]}`);
     show(b, hold(row(`pairs${k}`, pairs.length + j, frames)), `After training, settles: ${after[film]}`);
-    const caption = make("figcaption", { innerHTML: `<q>${script}</q><br>${end(before[film], like)} → ${end(after[film], like)}` });
+    const caption = make("figcaption", { innerHTML: `<q>${script}</q><br>ends: ${end(before[film], like)} → ${end(after[film], like)}` });
     return make("figure", { className: "pair" }, a, make("span", { textContent: "→", ariaHidden: "true" }), b, caption);
   }));
 }
