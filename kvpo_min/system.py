@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -51,12 +51,14 @@ def processes_for(wanted: int, groups: int) -> int:
 
 
 @contextlib.contextmanager
-def share_work(n: int, command: Sequence[str]) -> Iterator[None]:
+def share_work(n: int, command: Sequence[str], meanwhile: Callable[[], None]) -> Iterator[None]:
     """Starts n - 1 further processes of `kvpo-min COMMAND`, of one thread each, which this one then meets in
     `join_processes`, as if torchrun had started them all. On a CPU two processes of one thread are nearly twice as fast
     as one of two threads. They are in a session of their own, so that Ctrl-C reaches this process alone, which saves
-    what there is, and they end with it. Raises RuntimeError when one does not start."""
+    what there is, and they end with it. `meanwhile`: what this one does while they start. Raises RuntimeError when one
+    does not start."""
     if n == 1:
+        meanwhile()
         yield
         return
     with socket.socket() as free:
@@ -64,13 +66,14 @@ def share_work(n: int, command: Sequence[str]) -> Iterator[None]:
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     malloc = {"MALLOC_TRIM_THRESHOLD_": "16000000000", "MALLOC_MMAP_THRESHOLD_": "8000000000"}  # memory is kept
-    code = "import sys; from kvpo_min.cli import main; import torch; print(flush=True); sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from kvpo_min.cli import main, run; print(flush=True); sys.exit(main(sys.argv[1:]))"
     before, threads, helpers = dict(os.environ), torch.get_num_threads(), []
     try:
         for rank in range(1, n):
             mine = before | malloc | shared | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
             helpers.append(subprocess.Popen([sys.executable, "-c", code, *command], env=mine, stdin=subprocess.DEVNULL,
                                             stdout=subprocess.PIPE, start_new_session=True))  # fmt: skip
+        meanwhile()
         for helper in helpers:
             if not helper.stdout.readline():
                 raise RuntimeError(f"a process that was to share the work ended with exit code {helper.wait()}")

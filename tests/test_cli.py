@@ -427,6 +427,7 @@ def test_run_leaves_what_is_promised(finished):
     assert ["eval/reward" in line for line in lines] == [False, True, False, True] and "eval0/reward" in lines[0]
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["updates"] == 4 and summary["seed"] == 0 and summary["seconds"] > 0
+    assert lines[3]["eval/reward"] == summary["after"]["reward"] != lines[1]["eval/reward"]  # both are of 2 prompts
     card = (finished / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
     row = next(line.split(" | ") for line in card.splitlines() if line.startswith("| MQ | "))

@@ -21,7 +21,7 @@ from kvpo_min.viz import report
 pytestmark = pytest.mark.usefixtures("one_thread")
 FROM = ("night", "meadow")  # they settle in the forest and in the snow
 FILM_SCRIPTS = [f"a red disc travels from the {scene} and settles" for scene in FROM]
-CONFIG = TrainConfig(num_generations=2, rank=2, lora_alpha=2, tau=1e-3, unsafe_scale=1.0, max_train_steps=4,
+CONFIG = TrainConfig(num_generations=2, rank=2, lora_alpha=2, tau=1e-3, unsafe_scale=1.0, max_train_steps=5,
                      num_frames=24, perturb_num_blocks=2, checkpointing_steps=1)  # fmt: skip
 RISE = Mixture({"it": lambda videos, prompts: videos.mean((1, 2, 3, 4))}, {"it": 1.0})
 
@@ -114,16 +114,16 @@ def every_second(done):
 
 WHOLE = [
     {"eval0/reward": 0.0, "eval0/liked": 0.0}, {"eval/reward": 2.0, "eval/liked": 0.25},
-    {}, {"eval/reward": 4.0, "eval/liked": 0.5},
+    {}, {"eval/reward": 4.0, "eval/liked": 0.5}, {},
 ]  # fmt: skip
 
 
 def test_the_curve_survives_a_resume_in_place_and_elsewhere(make_pipeline, tmp_path):
     """Checkpoints do not hold it: it is read from the file beside the checkpoint, whose last line was cut off."""
     assert of_curve(looped(make_pipeline, tmp_path / "a", every_second)[1]) == WHOLE
-    looped(make_pipeline, tmp_path / "b", every_second, max_train_steps=2)
+    looped(make_pipeline, tmp_path / "b", every_second, max_train_steps=3)
     with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "eval/rew')
+        file.write('{"step": 3, "eval/rew')
     checkpoint = str(tmp_path / "b" / "checkpoint-2")
     elsewhere = looped(make_pipeline, tmp_path / "c", every_second, resume_from_checkpoint=checkpoint)
     in_place = looped(make_pipeline, tmp_path / "b", every_second, resume_from_checkpoint="latest")
@@ -140,6 +140,14 @@ def test_ctrl_c_while_a_point_is_measured_keeps_the_others(make_pipeline, tmp_pa
 
     stopped, logs = looped(make_pipeline, tmp_path / "a", interrupted)
     assert stopped == "interrupted" and of_curve(logs) == [*WHOLE[:3], {}]
+
+
+def test_the_last_point_is_a_part_of_the_measurement_that_ends_the_run(make_pipeline, tmp_path):
+    """So it is not made twice: the loop leaves it out."""
+    asked = []
+    stopped, logs = looped(make_pipeline, tmp_path / "a", lambda done: asked.append(done) or every_second(done),
+                           max_train_steps=4)  # fmt: skip
+    assert not stopped and asked == [0, 1, 2, 3] and of_curve(logs)[-1] == {}
 
 
 def test_lines_that_hold_no_curve(tmp_path):

@@ -375,7 +375,7 @@ def observe_run(options, make_pipeline, monkeypatch, folder):
         seen.update(scripts=scripts, reported=report is not None, curve=curve is not None)
         return "", 0, [], 0, []
 
-    def share_work(n, command):
+    def share_work(n, command, meanwhile):
         seen.update(processes=n)
         return contextlib.nullcontext()
 

@@ -85,9 +85,11 @@ def run(config, options: RunOptions, wan=None, command: Sequence[str] = ()) -> i
         else run_prompts(config, options.prompts, options.event, options.eval_prompts)
     )  # fmt: skip
     check_geometry(config, bool(wan and wan.bank_size))
-    if number_in_environment("WORLD_SIZE", 1) == 1 or number_in_environment("RANK") == 0:
+    first = number_in_environment("WORLD_SIZE", 1) == 1 or number_in_environment("RANK") == 0
+    if first:
         folders.check_output(config, options, wan, scripts)
-    with share_work(processes_for(options.processes, config.groups_per_update), command):
+    try_pictures = functools.partial(picture, report.try_pictures) if first else lambda: None
+    with share_work(processes_for(options.processes, config.groups_per_update), command, try_pictures):
         join_processes()
         return work(config, options, wan, scripts, held_out)
 
@@ -102,7 +104,7 @@ def work(config, options: RunOptions, wan, scripts: list[str], held_out: list[st
     rewards = models.run_rewards(options, wan)
     if wan and rank == 0:
         real.try_rewards(rewards, wan)
-    if rank:
+    if rank and wan:
         gather("")  # the first process encodes the prompts; then the others find them encoded
     if wan:
         pipeline = models.load_real(options.model, scripts + held_out, options.prompts, wan)
@@ -115,14 +117,13 @@ def work(config, options: RunOptions, wan, scripts: list[str], held_out: list[st
         measure(pipeline, held_out, rewards, config.num_frames, batch)
         policies = adapters.add_policies(pipeline, config)
         for step in loop.train(pipeline, scripts, rewards, config, policies):
-            if curve:
+            if curve and step.step + 1 < config.max_train_steps:
                 curve(step.step + 1)
         measure(pipeline, held_out, rewards, config.num_frames, batch)
         return 0
-    gather("")
+    if wan:
+        gather("")
     folder = Path(config.output_dir)
-    picture(report.try_pictures)  # now rather than after the last update
-
     say(f"{pipeline.name}: {len(held_out)} held-out prompts before training")
     before, before_pixels = measure(pipeline, held_out, rewards, config.num_frames, batch)
     head = before.pop("head")
@@ -152,12 +153,18 @@ def work(config, options: RunOptions, wan, scripts: list[str], held_out: list[st
     if len(updates) < len(logs):
         result["skipped"] = len(logs) - len(updates)
     write_json(folder / "summary.json", result)  # should what follows be interrupted
-    picture(report.draw_curves, folder, logs if updates else [], steps[-1] if steps else None)
-    picture(report.draw_groups, pipeline, folder, config, steps, fps)
     if not stopped:
         say("held-out prompts after training")
         result["after"], after_pixels = measure(pipeline, held_out, rewards, config.num_frames, batch)
-        del result["after"]["head"]
+        head = result["after"].pop("head")
+        if curve and logs:  # the curve's last point is a part of this
+            logs[-1] |= curve(config.max_train_steps, head)
+            write_lines(folder / "metrics.jsonl", logs)
+            if log_to:
+                log_to(logs[-1])
+    picture(report.draw_curves, folder, logs if updates else [], steps[-1] if steps else None)
+    picture(report.draw_groups, pipeline, folder, config, steps, fps)
+    if not stopped:
         picture(report.draw_before_after, folder, before_pixels, after_pixels, held_out, fps)
     result["seconds"] = round(earlier + time.perf_counter() - begun, 1)
     words = {" ".join(script.split()).casefold() for script in trained_on}
@@ -178,6 +185,7 @@ def work(config, options: RunOptions, wan, scripts: list[str], held_out: list[st
 def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, report, curve=None, begin=None):
     """Runs the updates under a progress bar and appends each to metrics.jsonl. `curve`: from `held_out_curve`; what it
     measures stands in the line of the update that it follows, and what was so before the first one (`begin`) in that.
+    The point after the last update is left to the measurement that ends a run.
     -> (why it stopped early, or ""; exit code; all lines of metrics; how many of them are of earlier calls; the first
     and the last `Step` of this call that were not skipped, as `set_aside` leaves them)"""
     path = folder / "metrics.jsonl"
@@ -190,7 +198,7 @@ def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, repor
         known, lines = measured_before(checkpoint.parent / path.name), read_state(checkpoint)["logs"]
         for line in lines:
             line |= known.get(line["step"], {})
-        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_lines(path, lines)
         return lines
 
     if config.resume_from_checkpoint:
@@ -211,7 +219,7 @@ def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, repor
                     else:
                         steps = [*steps[:1], set_aside(step)]
                     del step  # what it holds would stay on the GPU during the next update
-                    line |= curve(line["step"] + 1) if curve else {}
+                    line |= curve(line["step"] + 1) if curve and line["step"] + 1 < config.max_train_steps else {}
                     logs.append(line)
                     with writing(path), path.open("a") as file:
                         file.write(json.dumps(line) + "\n")
@@ -233,6 +241,10 @@ def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, repor
     if stopped and newest and newest[0] > len(logs):  # stopped between an update and its line
         logs = go_on_after(folder / f"checkpoint-{newest[0]}")
     return stopped, code, logs, earlier, steps
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def measured_before(path: Path) -> dict[int, dict]:
