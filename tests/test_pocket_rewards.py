@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from kvpo_min.pocket import look, pocket_rewards, world
+from kvpo_min.pocket import look, pocket_rewards, rewards, world
 from kvpo_min.pocket.rewards import Look, MotionQuality, TextAlignment, VisualQuality, centre_steps, look_at
 from kvpo_min.pocket.world import COLOURS, DAYLIGHT, DIRECTIONS, SCENES, SHAPES, SIZE
 
@@ -77,6 +77,26 @@ def test_look_at_against_a_loop_over_pixels():
         rim, mixed = torch.tensor(here.rim), [*map(torch.tensor, here.inks.values()), pictures[1][:, i, j]]
         d2 = min(behind, *(off_the_line(frame[:, i, j], rim, colour) for colour in mixed))
         assert_close(seen.stray[0, 0, i, j].item(), d2**2 / (d2**2 + 0.3**4), rtol=1e-2, atol=1e-4)
+
+
+def test_videos_are_read_once_for_all_rewards_and_anew_when_they_change(monkeypatch):
+    reads = []
+    read_pixels = rewards.read_pixels
+    monkeypatch.setattr(rewards, "read_pixels", lambda *args: reads.append(1) or read_pixels(*args))
+    mixture, words = pocket_rewards(1.0, 1.0, 1.0), ["a red disc"]
+    videos = world.render(world.simulate(words[0], 6, seeded()))[None]
+    before = mixture.scores(videos, words)
+    assert len(reads) == 1 and mixture.scores(videos, words) == before and len(reads) == 1
+    videos.mul_(0.5)  # in place: the tensor is the same one
+    assert mixture.scores(videos, words) != before and len(reads) == 2
+    with torch.inference_mode():  # such tensors do not count their changes
+        dark = videos.clone()
+    assert mixture.scores(dark, words) == mixture.scores(videos, words)
+    for _ in range(2):  # each with a graph of its own
+        mixture(videos.requires_grad_(), words).sum().backward()
+    number = len(rewards._seen)
+    del videos
+    assert len(rewards._seen) == number - 1
 
 
 def test_the_scene_is_read_whatever_the_hero():

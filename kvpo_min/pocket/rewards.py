@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from kvpo_min.rewards import check_videos
 
@@ -45,7 +46,21 @@ class Seen:
     scenes: Tensor  # [N, F, scenes] shares of a frame, sum 1
 
 
+_seen = WeakIdKeyDictionary()  # videos -> their version, the look, and what was seen; goes when they go
+
+
 def look_at(videos: Tensor, look: Look) -> Seen:
+    """`read_pixels`, but once for all rewards that look at the same videos in turn."""
+    if videos.requires_grad or videos.is_inference():  # a graph serves one backward, and inference counts no versions
+        return read_pixels(videos, look)
+    version, known, seen = _seen.get(videos, (None, None, None))
+    if version != videos._version or known is not look:
+        seen = read_pixels(videos, look)
+        _seen[videos] = (videos._version, look, seen)
+    return seen
+
+
+def read_pixels(videos: Tensor, look: Look) -> Seen:
     """Soft reading of every pixel: landscape, rim or ink. videos [N, F, 3, H, W]
 
     A frame's scene is a softmax over its distances to the landscapes; a pixel's ink is a softmax over its distances to
