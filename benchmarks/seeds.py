@@ -31,9 +31,9 @@ def run(seed: int, capability: str, threads: int, options: list[str]) -> dict:
         subprocess.run([*command, *options], env=environment, check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - begun
         summary = json.loads(Path(folder, "run", "summary.json").read_text())
-    found = {when: {name: round(summary[when]["judge"][name], 4) for name in KEPT} for when in ("before", "after")}
-    for when in found:
-        found[when]["reward"] = round(summary[when]["reward"], 4)
+    found = {when: summary[when]["judge"] | {"reward": summary[when]["reward"]} for when in ("before", "after")}
+    for when, numbers in found.items():  # a share of no films is null
+        found[when] = {name: numbers[name] and round(numbers[name], 4) for name in (*KEPT, "reward")}
     return found | {"seconds": round(seconds, 1)}
 
 
@@ -56,7 +56,7 @@ def main() -> None:
                     found[key] = run(int(seed), capability, int(threads), args.options.split())
                     path.write_text(json.dumps(found, indent=1) + "\n")
                 was, now = found[key]["before"], found[key]["after"]
-                shown = [f"{name} {was[name]:.2f} -> {now[name]:.2f}" for name in KEPT]
+                shown = [f"{name} {was[name]} -> {now[name]}" for name in KEPT]
                 print(f"{key}: {', '.join(shown)}; {found[key]['seconds']:.0f} s", flush=True)
 
 

@@ -44,15 +44,29 @@ def exploration(found: Mapping) -> str:
     return table(head, rows)
 
 
+def who_decides() -> str:
+    """Of all three events: the share of branches that tell another story, and the spread of a group's rewards."""
+    parts = {"settles": "scene", "wanders": "place", "turns": "colour"}
+    ways = {event: json.loads((DATA / f"exploration_{event}.json").read_text())["ways"] for event in parts}
+    head = ["what differs", *(f"{event}: another {part}" for event, part in parts.items()),
+            *(f"{event}: spread" for event in parts)]  # fmt: skip
+    rows = [
+        [way, *(share(ways[event][way][f"different {part}"]) for event, part in parts.items()),
+         *(share(ways[event][way]["spread"], 3) for event in parts)]
+        for way in ways["settles"]
+    ]  # fmt: skip
+    return table(head, rows)
+
+
 def seeds(found: Mapping) -> str:
-    """One row a run, then the mean over them with its standard error."""
+    """One row a run, then the mean over them with its standard error; shares of no films are left out."""
     runs, rows = list(found.values()), []
     for name, run in found.items():
         changes = [f"{share(run['before'][key])} to {share(run['after'][key])}" for key in LEARNED]
         rows.append([name, *changes, f"{run['seconds']:.0f} s"])
     means = []
     for key in LEARNED:
-        gains = [run["after"][key] - run["before"][key] for run in runs]
+        gains = [run["after"][key] - run["before"][key] for run in runs if run["after"][key] is not None]
         error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
         means.append(f"{statistics.fmean(gains):+.2f} ± {error:.2f}")
     rows.append(["mean change", *means, f"{statistics.fmean(run['seconds'] for run in runs):.0f} s"])
@@ -60,7 +74,9 @@ def seeds(found: Mapping) -> str:
 
 
 def made(name: str) -> str:
-    """The table of benchmarks/data/NAME.json."""
+    """The table of benchmarks/data/NAME.json; "who_decides" is made of three files."""
+    if name == "who_decides":
+        return who_decides()
     found = json.loads((DATA / f"{name}.json").read_text())
     kind = next(kind for kind in (distillation, exploration, seeds) if name.startswith(kind.__name__))
     return kind(found)

@@ -182,7 +182,7 @@ def check_01_sources(answer) -> Verdict:
 
 def check_01_owner(answer, shares) -> Verdict:
     """answer: {event: "routing", "noise" or "neither"}, what tells another story most often. shares: event -> {source:
-    share of branches that differ from the anchor}; sources that route are named so. Below 10% nothing does."""
+    share of branches that differ from the anchor}; sources that route are named so. Below a third nothing does."""
     if not isinstance(answer, dict) or set(answer) != set(shares):
         return Verdict(False, f"Give a dict with the keys {', '.join(shares)}.")
     kinds = ("routing", "noise", "neither")
@@ -191,7 +191,7 @@ def check_01_owner(answer, shares) -> Verdict:
     truth = {}
     for event, by in shares.items():
         most = max(by, key=by.get)
-        truth[event] = "neither" if by[most] < 0.1 else "routing" if most.startswith("routing") else "noise"
+        truth[event] = "neither" if by[most] < 1 / 3 else "routing" if most.startswith("routing") else "noise"
     if wrong := [event for event in shares if answer[event] != truth[event]]:
         return Verdict(False, f"The measurement says otherwise about {', '.join(map(repr, wrong))}.")
     return Verdict(True, "So it was measured, below.")

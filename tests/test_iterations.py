@@ -151,3 +151,45 @@ def test_a_falling_rate_and_a_resumed_run(make_pipeline, tmp_path):
         assert_close(adapter_weights(ours, "default")[name], weight, rtol=0, atol=0)
     with pytest.raises(ValueError, match="max_train_steps 2.*linear.*not 3"):
         next(train(make_pipeline(), SCRIPTS, REWARDS, replace(again, max_train_steps=3)))
+
+
+LONG = [
+    "a red disc travels from the forest and settles | it rests | it travels | it settles",
+    "a blue disc travels | it settles | it travels | it rests",
+]
+AT_EVENTS = replace(CONFIG, num_frames=147, num_segments=4, at_events=True, perturb_num_blocks=1)
+
+
+def test_groups_fork_at_events_of_their_script(make_pipeline):
+    pipeline = replace(make_pipeline(), events=world.settlings)
+    generator, order, forks = torch.Generator().manual_seed(0), [], {script: set() for script in LONG}
+    for step in range(40):
+        task = kvpo.draw(pipeline, LONG, order, AT_EVENTS, step, generator)
+        forks[task.script].add(task.plan.fork)
+    assert list(forks.values()) == [{27, 117}, {45}]
+
+
+@pytest.mark.parametrize(
+    "scripts, config, told",
+    [
+        ([*LONG, "a red disc | it rests | it travels | it rests"], AT_EVENTS, "a red disc | it rests"),
+        (
+            LONG,
+            replace(AT_EVENTS, perturb_num_blocks=5),
+            "117",
+        ),  # five blocks do not fit between it and the chunk's end
+    ],
+)
+def test_a_script_without_an_event_to_fork_at_is_refused(make_pipeline, scripts, config, told):
+    pipeline = replace(make_pipeline(), events=world.settlings, switches=world.SWITCHES, segments=world.segments_of)
+    with pytest.raises(ValueError, match="at_events") as refused:
+        next(train(pipeline, scripts, REWARDS, config))
+    assert told in str(refused.value)
+    with pytest.raises(ValueError, match="at_events"):
+        next(train(replace(pipeline, events=None), LONG, REWARDS, AT_EVENTS))
+
+
+@pytest.mark.parametrize("more", [{"fork": 27}, {"compat": "official"}])
+def test_at_events_goes_with_no_other_rule_for_forks(more):
+    with pytest.raises(ValueError, match="at_events"):
+        TrainConfig(at_events=True, **more)

@@ -138,10 +138,11 @@ def test_reward_curve_shows_the_held_out_curve():
 
 def test_who_decides_draws_every_share():
     bars = {"settles": {"routing": 0.9, "noise": 0.1}, "wanders": {"routing": 0.2, "noise": 0.8}}
-    axes = viz.who_decides(bars).axes[0]
+    figure = viz.who_decides(bars)
+    axes = figure.axes[0]
     heights = {(round(p.get_x() + p.get_width() / 2), round(p.get_height(), 3)) for p in axes.patches}
     assert heights == {(0, 0.9), (0, 0.1), (1, 0.2), (1, 0.8)}
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["routing", "noise"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["routing", "noise"]
 
 
 def test_diagnostics_show_the_logged_numbers():

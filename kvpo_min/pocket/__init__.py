@@ -65,6 +65,7 @@ def load_pocket(
         read=world.judge,
         judge=functools.partial(world.correctness, like=tuple(like)),
         sample_scripts=world.prompt_set,
+        events=world.forks,
         name=f"pocket-{name}",
     )
 

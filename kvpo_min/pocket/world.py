@@ -242,6 +242,17 @@ def event_frame(segment: int) -> int:
     return EVENT if segment == 0 else SWITCHES[segment - 1] + EVENT_AFTER
 
 
+def settlings(script: str) -> list[int]:
+    """The frames at which the hero of a script settles."""
+    return [event_frame(k) for k, segment in enumerate(parse(script)) if segment.settles]
+
+
+def forks(script: str) -> list[int]:
+    """Where a group of a script may fork so that its branches settle apart: a block before the hero settles, since the
+    model often settles that much too early when the words for it come late in the video."""
+    return [frame - 3 for frame in settlings(script)]
+
+
 @functools.cache
 def _word_table() -> Tensor:
     table = torch.ones(1, 1)

@@ -98,11 +98,7 @@ def in_words(before: dict, after: dict, scripts: Sequence[str], num_frames: int)
     was, now = before.get("judge", {}), after.get("judge", {})
     if not all(math.isfinite(judge.get("liked", math.nan)) for judge in (was, now)):
         return f"The reward went from {before['reward']:.3f} to {after['reward']:.3f}."
-    n = sum(
-        segment.settles and world.event_frame(k) + 3 <= num_frames
-        for script in scripts
-        for k, segment in enumerate(world.parse(script))
-    )
+    n = sum(event + 3 <= num_frames for script in scripts for event in world.settlings(script))
     text = f"The hero settles in a scene you like: {was['liked'] * n:.0f} of {n} before, {now['liked'] * n:.0f} after"
     if all(math.isfinite(judge["liked anew"]) for judge in (was, now)):
         text += f" ({now['liked anew']:.0%} of those that memory leads elsewhere, {was['liked anew']:.0%} before)"

@@ -147,19 +147,22 @@ def energy_plot(step):
 def who_decides(bars: Mapping[str, Mapping[str, float]]):
     """Which source of change tells another story? bars: event -> {source: share of branches that differ from the
     anchor}. One group of bars an event. -> Figure"""
-    owner = {"settles": "the memory decides", "wanders": "the noise decides", "turns": "the words decide"}
-    figure = _figure(9, 3.6)
+    owner = {
+        "settles": "another scene:\nmemory decides", "wanders": "another place:\nnoise decides",
+        "turns": "another colour:\nwords decide",
+    }  # fmt: skip
+    figure = _figure(9, 4.2)
     axes = figure.add_subplot()
     sources = list(next(iter(bars.values())))
-    colours = [BRANCHES[4], BRANCHES[5], "#cfcfcf", "#aeaeae", "#8a8a8a", "#5c5c5c"]
+    colours = [BRANCHES[4], "#7fb7dc", "#cfcfcf", "#aeaeae", "#8a8a8a", "#5c5c5c"]
     width = 0.8 / len(sources)
     for k, source in enumerate(sources):
         at = [e + (k - (len(sources) - 1) / 2) * width for e in range(len(bars))]
         drawn = axes.bar(at, [shares[source] for shares in bars.values()], 0.92 * width, color=colours[k], label=source)
         axes.bar_label(drawn, fmt=lambda x: f"{x:.0%}", fontsize=10, padding=2)
-    axes.set_xticks(range(len(bars)), [f"\u201c{event}\u201d\n{owner.get(event, '')}" for event in bars], fontsize=12)
+    axes.set_xticks(range(len(bars)), [f"\u201c{event}\u201d, {owner.get(event, '')}" for event in bars], fontsize=12)
     axes.set(ylim=(0, 1.1), yticks=[])
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_title("Branches that tell another story than the anchor", fontsize=12, loc="left")
-    axes.legend(frameon=False, fontsize=10, ncols=2)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=10, ncols=3)
     return figure
