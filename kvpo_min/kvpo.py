@@ -45,6 +45,7 @@ from kvpo_min.rollout import (
     keep_frames,
     one_of,
     pieces,
+    read_together,
     replay,
     segment_at,
     switch_reach,
@@ -95,7 +96,7 @@ class Group:
     prefix_drift: float = 0.0  # mean squared difference to the initial policy's velocities on the prefix, if preserved
     task: Task | None = None  # what `again` needs: this,
     initial: Tensor | None = None  # the initial policy's energies,
-    kept: list[Tensor] | None = None  # and its velocities on the prefix
+    kept: Tensor | None = None  # and its velocities on the prefix
 
 
 def update(
@@ -256,42 +257,38 @@ def send_back(
 
 
 def preserve(
-    pipeline: Pipeline, policies, config: TrainConfig, task: Task, rollout: Rollout, kept: list[Tensor] | None = None
-) -> tuple[float, list[Tensor]]:
+    pipeline: Pipeline, policies, config: TrainConfig, task: Task, rollout: Rollout, kept: Tensor | None = None
+) -> tuple[float, Tensor | None]:
     """Ours, not the paper's: adds the gradient of `prefix_coef` times the mean squared difference between the trained
     and the initial policy's velocities on the prefix's own blocks, noised to the first two levels, under the ordinary
     context. A group compares its branches, so it can neither teach nor protect what they share, while the adapter acts
     on every block: without this the journey before the fork drifts unseen. -> that mean, before the update, and the
     initial policy's velocities, which another call for the same group takes as `kept` instead of making them again."""
-    sampler = pipeline.sampler(config.num_segments)
-    device = pipeline.backbone.device
-    backbone = pipeline.backbone
-    window = sampler.window
-    prefix = rollout.prefix
-    total, count, targets = 0.0, 0, []
-    x0 = torch.stack([block[0] for block in prefix.x0])  # [blocks, F, C, H, W]
-    noise = task.noise[0, : len(x0), :2].to(device)  # [blocks, 2, F, C, H, W]
+    backbone, sampler, prefix = pipeline.backbone, pipeline.sampler(config.num_segments), rollout.prefix
+    starts = [
+        start
+        for start in range(0, prefix.frame, sampler.window.block)
+        if segment_at(start, sampler.switches) == prefix.segment  # what was made under other words was encoded anew
+        and set(ordinary_frames(start, sampler.window).tolist()) <= set(prefix.history.frames)
+    ]
+    if not starts:
+        return 0.0, None
+    blocks = [start // sampler.window.block for start in starts]
+    x0 = torch.stack([prefix.x0[b] for b in blocks])  # [blocks, 1, F, C, H, W]
     s = sampler.sigmas[:2, None, None, None, None]
-    z = (1 - s) * x0[:, None] + s * noise
-    batches: dict[int, list[int]] = {}  # blocks that read as many frames, and under the words of the fork
-    for b in range(len(x0)):
-        frames = ordinary_frames(b * window.block, window)
-        segment = segment_at(b * window.block, sampler.switches)
-        if set(frames.tolist()) <= set(prefix.history.frames) and segment == prefix.segment:
-            batches.setdefault(len(frames), []).append(b)
-            count += 2
-    for k, (length, blocks) in enumerate(batches.items()):
-        starts = (window.block * torch.tensor(blocks)).repeat_interleave(2)
-        reads = [prefix.history.read(ordinary_frames(b * window.block, window)) for b in blocks]
-        kv = torch.cat(reads, 2).repeat_interleave(2, 2) if length else None
-        call = (z[blocks].flatten(0, 1), sampler.sigmas[:2].repeat(len(blocks)), starts, rollout.text, kv)
+    z = (1 - s) * x0 + s * task.noise[0, blocks, :2].to(x0.device)  # [blocks, 2, F, C, H, W]
+    kv, mask = read_together(prefix.history, [ordinary_frames(start, sampler.window) for start in starts], z.shape[2])
+    call = (
+        z.flatten(0, 1), sampler.sigmas[:2].repeat(len(starts)), torch.tensor(starts).repeat_interleave(2),
+        rollout.text, kv.repeat_interleave(2, 2), mask.repeat_interleave(2, 0),
+    )  # fmt: skip
+    if kept is None:
         with torch.no_grad(), acting(policies, "initial"):
-            targets.append(kept[k] if kept else backbone.velocity(*call))
-        with acting(policies, "default"):
-            drift = (backbone.velocity(*call) - targets[k]).square().mean((1, 2, 3, 4)).sum() / count
-        (config.prefix_coef * drift / config.groups_per_update).backward()
-        total += drift.item()
-    return total, targets
+            kept = backbone.velocity(*call)
+    with acting(policies, "default"):
+        drift = (backbone.velocity(*call) - kept).square().mean()
+    (config.prefix_coef * drift / config.groups_per_update).backward()
+    return drift.item(), kept
 
 
 # ----------------------------------------------------------------------------------------------------- what they share

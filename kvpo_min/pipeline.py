@@ -165,13 +165,13 @@ def held_out_curve(
     pipeline, scripts: list[str], rewards, config, every: int, batch: int = 32
 ) -> Callable[[int], dict] | None:
     """-> a function of the number of updates done that measures, every so many of them, the policy that acts on the
-    first held-out prompts, always with the same noise: {"eval/reward": ..., "eval/seconds": ...}, else {}. What
-    `evaluate` found of them (its "head") may be given instead."""
+    first held-out prompts, always with the same noise: {"eval/reward": ..., "eval/seconds": ...}, else {}. Where
+    `evaluate` found them (its "head") that is a point without further cost, whenever it is given."""
     if not every:
         return None
 
     def measured(done: int, found: dict | None = None) -> dict:
-        if done % every:
+        if done % every and not found:
             return {}
         begun = time.perf_counter()
         found = dict(found or evaluate(pipeline, scripts[:CURVE], rewards, config.num_frames, batch=batch))

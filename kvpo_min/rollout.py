@@ -47,7 +47,8 @@ class Backbone(Protocol):
     device: torch.device
 
     def velocity(self, x: Tensor, sigma: Tensor, start: int | Tensor, text: Tensor, kv: Tensor | None) -> Tensor:
-        """[B, F, C, H, W], [B] -> v = noise - x0, same shape; `kv` is read only."""
+        """[B, F, C, H, W], [B] -> v = noise - x0, same shape; `kv` is read only. With `prefix_coef`, also the mask of
+        `WanBackbone.velocity`."""
 
     def encode(self, x0: Tensor, start: int, text: Tensor, kv: Tensor | None) -> Tensor:
         """Clean block -> its keys and values [layers, 2, B, F, tokens a frame, heads, D], without gradient.
@@ -94,6 +95,22 @@ class KVHistory:
                 kv = self.frames[f]
                 out[:, :, g, i] = kv[:, :, 0 if kv.shape[2] == 1 else g]
         return out.flatten(3, 4)
+
+
+def read_together(history: KVHistory, reads: Sequence[Tensor], block: int) -> tuple[Tensor, Tensor]:
+    """What blocks that read different numbers of frames read, for one call: keys and values filled up with zeros to
+    the longest, [layers, 2, blocks, tokens, heads, D], and the mask that hides those, [blocks, F, past frames + F]. One
+    of them at least must read a frame. reads: frames [L] of each; block: F."""
+    longest = max(len(frames) for frames in reads)
+    mask = torch.zeros(len(reads), block, longest + block, dtype=torch.bool)
+    mask[:, :, longest:] = True
+    first = next(iter(history.frames.values()))  # [layers, 2, 1, tokens a frame, heads, D]
+    kv = first.new_zeros(*first.shape[:2], len(reads), longest, *first.shape[3:])
+    for b, frames in enumerate(reads):
+        mask[b, :, : len(frames)] = True
+        for i, frame in enumerate(frames.tolist()):
+            kv[:, :, b, i] = history.frames[frame][:, :, 0]
+    return kv.flatten(3, 4), mask.to(kv.device)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ def test_a_point_of_the_curve_is_an_evaluation_of_the_first_prompts(make_pipelin
     head = evaluate(pipeline, scripts, rewards, 6, head=2)["head"]  # of a larger batch: rounded otherwise
     given = curve(0, head)
     assert given.pop("eval/seconds") < 1 and given == pytest.approx(point, rel=1e-4)
+    assert curve(5, head).keys() == given.keys() | {"eval/seconds"}  # costs nothing, so it may come at any time
     assert "eval/motion" not in point and "eval/liked" not in point and {"eval/colour", "eval/reward"} <= set(point)
     assert cli_run.held_out_curve(pipeline, scripts, rewards, config, 0) is None
 

@@ -140,9 +140,9 @@ class Counted:
         call = Call(sigma is None, torch.is_grad_enabled(), x.detach(), sigma, start, text, read)
         self.meter.count(call, self.backbone.tokens(*x.shape[-2:]))
 
-    def velocity(self, x, sigma, start, text, kv):
+    def velocity(self, x, sigma, start, text, kv, *mask):
         self.count(x, sigma, start, text, kv)
-        return self.backbone.velocity(x, sigma, start, text, kv)
+        return self.backbone.velocity(x, sigma, start, text, kv, *mask)
 
     def encode(self, x0, start, text, kv):
         with torch.no_grad():

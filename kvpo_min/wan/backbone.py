@@ -155,11 +155,13 @@ class WanBackbone(nn.Module):
             rope.call = None
         return velocity.transpose(1, 2)
 
-    def velocity(self, x: Tensor, sigma: Tensor, start: int | Tensor, text: Tensor, kv: Tensor | None) -> Tensor:
-        """Velocity of noisy blocks that begin at absolute frame `start` (an int, or [B]). x [B, F, C, H, W], sigma
-        [B] -> like x."""
+    def velocity(
+        self, x: Tensor, sigma: Tensor, start: int | Tensor, text: Tensor, kv: Tensor | None, mask: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """Velocity of noisy blocks that begin at absolute frame `start` (an int, or [B]). `mask` as in `forward`.
+        x [B, F, C, H, W], sigma [B] -> like x."""
         frames = torch.as_tensor(start)[..., None] + torch.arange(x.shape[1])
-        return self(x, sigma, frames, text, kv)
+        return self(x, sigma, frames, text, kv, mask)
 
     @torch.no_grad()
     def encode(
