@@ -2,7 +2,7 @@
 
     python benchmarks/break_it.py --json benchmarks/data/break_it.json
 
-Each is `kvpo-min demo` with one thing changed (`RUNS`), cut to four updates of three groups, so that all take some 20
+Each is `kvpo-min demo` with one thing changed (`RUNS`), cut to four updates, so that all take some 20
 minutes on one core. Kept are the lines of metrics.jsonl, and what the judge sees in held-out videos every few updates.
 A run that is in the file already is not made again. The letters do not give the changes away: which is which stands in
 the file, as its "name".
@@ -39,7 +39,7 @@ KEPT = ("valid", "journey", "coherent", "liked", "liked anew")
 
 def settings(change: dict, updates: int, seed: int) -> tuple[TrainConfig, dict]:
     """-> the configuration, and the weights of the rewards"""
-    options = DEFAULTS | {"groups_per_update": 3} | {name: value for name, value in change.items() if name != "times"}
+    options = DEFAULTS | {name: value for name, value in change.items() if name != "times"}
     names = TrainConfig.__dataclass_fields__
     config = TrainConfig(**{name: value for name, value in options.items() if name in names})
     changed = {name: factor * getattr(config, name) for name, factor in change.get("times", {}).items()}

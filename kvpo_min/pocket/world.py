@@ -248,9 +248,9 @@ def settlings(script: str) -> list[int]:
 
 
 def forks(script: str) -> list[int]:
-    """Where a group of a script may fork so that its branches settle apart: a block before the hero settles, since the
-    model often settles that much too early when the words for it come late in the video."""
-    return [frame - 3 for frame in settlings(script)]
+    """Where a group of a script may fork so that its branches settle apart: where the hero settles, but a block earlier
+    in later prompts, since the model often settles that much too early when the words for it come late in a video."""
+    return [frame if frame == EVENT else frame - 3 for frame in settlings(script)]
 
 
 @functools.cache
