@@ -63,14 +63,20 @@ def seeds(found: Mapping) -> str:
     runs, rows = list(found.values()), []
     for name, run in found.items():
         changes = [f"{share(run['before'][key])} to {share(run['after'][key])}" for key in LEARNED]
-        rows.append([name, *changes, f"{run['seconds']:.0f} s"])
+        rows.append([name, *changes, time_of([run])])
     means = []
     for key in LEARNED:
         gains = [run["after"][key] - run["before"][key] for run in runs if run["after"][key] is not None]
         error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
         means.append(f"{statistics.fmean(gains):+.2f} ± {error:.2f}")
-    rows.append(["mean change", *means, f"{statistics.fmean(run['seconds'] for run in runs):.0f} s"])
+    rows.append(["mean change", *means, time_of(runs)])
     return table(["run", *LEARNED, "time"], rows)
+
+
+def time_of(runs: Sequence[Mapping]) -> str:
+    """Their mean, or a dash: where a run was suspended its time is null."""
+    seconds = [run["seconds"] for run in runs]
+    return "-" if None in seconds else f"{statistics.fmean(seconds):.0f} s"
 
 
 def made(name: str) -> str:

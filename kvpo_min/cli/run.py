@@ -158,10 +158,11 @@ def work(config, options: RunOptions, wan, scripts: list[str], held_out: list[st
         result["after"], after_pixels = measure(pipeline, held_out, rewards, config.num_frames, batch)
         head = result["after"].pop("head")
         if curve and logs:  # the curve's last point is a part of this
-            logs[-1] |= curve(config.max_train_steps, head)
+            point = curve(config.max_train_steps, head)
+            logs[-1] |= point
             write_lines(folder / "metrics.jsonl", logs)
             if log_to:
-                log_to(logs[-1])
+                log_to(point | {"step": logs[-1]["step"]})
     picture(report.draw_curves, folder, logs if updates else [], steps[-1] if steps else None)
     picture(report.draw_groups, pipeline, folder, config, steps, fps)
     if not stopped:
