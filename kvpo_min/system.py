@@ -70,7 +70,8 @@ def share_work(n: int, command: Sequence[str], meanwhile: Callable[[], None]) ->
     before, threads, helpers = dict(os.environ), torch.get_num_threads(), []
     try:
         for rank in range(1, n):
-            mine = before | malloc | shared | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            threads_of = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # MKL's own would win over OpenMP's
+            mine = before | malloc | shared | threads_of | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             helpers.append(subprocess.Popen([sys.executable, "-c", code, *command], env=mine, stdin=subprocess.DEVNULL,
                                             stdout=subprocess.PIPE, start_new_session=True))  # fmt: skip
         meanwhile()

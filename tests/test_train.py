@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import io
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import torch
 from torch.testing import assert_close
 
 from kvpo_min import chr as routing
-from kvpo_min import kvpo
+from kvpo_min import kvpo, system
 from kvpo_min.config import under
 from kvpo_min.pocket import pocket_rewards
 from kvpo_min.rewards import Mixture, RewardError
@@ -1012,3 +1013,22 @@ def test_evaluation_is_the_mean_over_single_videos(make_pipeline, batch):
         assert_close(got["judge"][key], sum(j[key] for j in judged) / 3, atol=1e-4, rtol=0)
     named = [j["colour"] for j in judged if j["colour"] == j["colour"]]  # nan: no words fix the colour
     assert_close(got["judge"]["colour"], sum(named) / len(named), atol=1e-4, rtol=0)
+
+
+def test_a_helper_has_one_thread_whatever_the_environment_says(monkeypatch):
+    """With two of MKL's it took a third longer, and gave other digits."""
+    started = []
+
+    class Started:
+        stdout = io.BytesIO(b"\n")
+        kill = wait = lambda self: None
+
+        def __init__(self, command, env, **more):
+            started.append((env["OMP_NUM_THREADS"], env["MKL_NUM_THREADS"], env["RANK"], env["WORLD_SIZE"]))
+
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(system.subprocess, "Popen", Started)
+    with system.share_work(2, ["demo"], lambda: started.append("meanwhile")):
+        assert torch.get_num_threads() == 1
+    assert started == [("1", "1", "1", "2"), "meanwhile"] and os.environ["MKL_NUM_THREADS"] == "2"
