@@ -527,6 +527,15 @@ def test_what_nohup_ignores_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.fixture
+def heard():
+    """Signals as a shell passes them on: under nohup SIGHUP is ignored, in the tests too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_all_updates_without_checkpoints_too(number, model, finished, tmp_path, capsys, monkeypatch):
     after_calls(monkeypatch, [3], lambda score: signal.raise_signal(number))
