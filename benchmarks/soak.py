@@ -246,6 +246,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the faults and the moments")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would all runs
     return soak(options.updates, random.Random(options.seed))
 
 
