@@ -20,18 +20,17 @@ from kvpo_min.pocket.world import prompt_set
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mode", default="short", choices=MODES)
-    parser.add_argument("--event", default=ArenaOptions.event)
+    parser.add_argument("--mode", default="settles", choices=MODES)
     parser.add_argument("--eval_prompts", type=int, default=64)
-    parser.add_argument("--vq", type=float, default=1.0)
     parser.add_argument("--noises", type=int, default=4, help="beside that of the arena")
     parser.add_argument("--sweep", action="store_true", help="the prompts of the sweeps instead of the results'")
     args = parser.parse_args(argv)
     if args.noises < 1:
         parser.error(f"--noises must be at least 1, got {args.noises}")
     frames, n_segments = MODES[args.mode]
-    prompts = prompt_set(args.eval_prompts, n_segments, EVAL_SEED + args.sweep, args.event)
-    pipeline, rewards = load_pocket(), run_rewards(ArenaOptions(csv="unused", vq=args.vq), None)
+    options = ArenaOptions(csv="unused", mode=args.mode)
+    prompts = prompt_set(args.eval_prompts, n_segments, EVAL_SEED + args.sweep, options.event)
+    pipeline, rewards = load_pocket(), run_rewards(options, None)
     names, rows = ("reward", "vq", "mq", "ta", "judge_all"), []
     print("| noise | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
     for k in range(args.noises + 1):

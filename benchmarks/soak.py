@@ -203,7 +203,7 @@ def soak(updates: int, rng: random.Random) -> int:
             what = rng.choice(MOMENTS)
             tight = what == "full disk" and not mounted
             process = kill_resume.start([*argv, *how], log, weaker(3000 if tight else 0))
-            code = wait(process, rng.uniform(0, length / updates * 8))
+            code = wait(process, rng.uniform(0, 25 * length / updates))  # a start takes as long as some seven updates
             if code is None:
                 rows[what] += 1
                 with disturbance(what, process, folder, argv, log, mounted) as other:

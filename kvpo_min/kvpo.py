@@ -80,19 +80,19 @@ class Group:
     videos: Tensor  # [G + 1, T, 3, H, W] pixels of the fork's chunk, anchor last
     rewards: dict[str, Tensor]  # name -> [G]; local signal
     anchor: dict[str, Tensor]  # name -> ()
-    global_rewards: dict[str, Tensor] | None
-    global_anchor: dict[str, Tensor] | None
     advantages: Tensor  # [G]
-    safe: bool
-    energies: Tensor  # [G, B, S] of the policy before the update
-    log_p: Tensor  # [G]
-    log_p_old: Tensor
-    log_p_init: Tensor
-    ratio: Tensor  # [G]
     loss: float
-    kl: float
-    entropy: float
-    clip_fraction: float
+    global_rewards: dict[str, Tensor] | None = None
+    global_anchor: dict[str, Tensor] | None = None
+    safe: bool = True
+    energies: Tensor | None = None  # [G, B, S] of the policy before the update; other methods may have none
+    log_p: Tensor | None = None  # [G]
+    log_p_old: Tensor | None = None
+    log_p_init: Tensor | None = None
+    ratio: Tensor | None = None  # [G]
+    kl: float = 0.0
+    entropy: float = 0.0
+    clip_fraction: float = 0.0
     prefix_drift: float = 0.0  # mean squared difference to the initial policy's velocities on the prefix, if preserved
     task: Task | None = None  # what `again` needs: this,
     initial: Tensor | None = None  # the initial policy's energies,
@@ -145,6 +145,12 @@ def again(pipeline: Pipeline, policies, rewards: Mixture, config: TrainConfig, g
         send_back(pipeline, config, group.rollout, energies, advantages, scale, tau)
     if config.prefix_coef:
         preserve(pipeline, policies, config, group.task, group.rollout, group.kept)
+
+
+def spread(pipeline: Pipeline, policies, config: TrainConfig, task: Task) -> Tensor:  # [1, G]
+    """Energies of a group that is not trained on: what tau is set by."""
+    energies = energies_of(pipeline, policies, config, roll_out(pipeline, policies, config, task))
+    return trajectory_energy(energies, energy_weights(pipeline.sigmas, config.sigma_floor))[None]
 
 
 # ------------------------------------------------------------------------------------------------------------ its steps

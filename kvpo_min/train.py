@@ -27,8 +27,8 @@ from kvpo_min.pipeline import Pipeline, evaluate, sample, score
 from kvpo_min.policies import LORA_TARGETS, acting, adapter_weights, add_policies, copy_adapter
 from kvpo_min.resume import check_schedule, checkpoints, find_checkpoint, load_checkpoint, read_state, save_checkpoint
 from kvpo_min.rewards import Mixture, NotFinite, RewardError
-from kvpo_min.system import broadcast, gather, join_processes, processes, sum_gradients, sum_over_all, uninterrupted
-from kvpo_min.tve import calibrate_tau, energy_weights, trajectory_energy
+from kvpo_min.system import broadcast, gather, join_processes, processes, sum_gradients, uninterrupted
+from kvpo_min.tve import calibrate_tau
 
 __all__ = [  # also what lies in the files beside this one, and is documented as importable from here
     "Group", "LORA_TARGETS", "Pipeline", "Step", "TrainConfig", "acting", "adapter_weights", "add_policies",
@@ -71,31 +71,31 @@ def group_numbers(group: Group, weights: dict[str, float]) -> dict[str, float]:
     def total(rewards) -> Tensor:
         return sum(weights[name] * r for name, r in rewards.items())
 
-    reward, energy = total(group.rewards), group.energies.sum((1, 2))  # [G], [G]
+    reward = total(group.rewards)  # [G]
     out = {
         "reward": reward.mean(),
         "reward_std": reward.std(),
         "anchor_reward": total(group.anchor),
         "frac_reward_zero_std": reward.std() < 1e-8,
-        "energy/mean": energy.mean(),
-        "energy/std": energy.std(),
-        "ratio/max_dev_first": (group.ratio - 1).abs().max(),
-        "safe": group.safe,
-        "advantage/abs_mean": group.advantages.abs().mean(),
-        "loss": group.loss,
-        "kl": group.kl,
-        "entropy": group.entropy,
-        "clip_ratio/region_mean": group.clip_fraction,
-        "prefix_drift": group.prefix_drift,
-    } | {f"rewards/{name}/mean": r.mean() for name, r in group.rewards.items()}
+    }
+    if group.energies is not None:
+        energy = group.energies.sum((1, 2))  # [G]
+        out |= {"energy/mean": energy.mean(), "energy/std": energy.std()}
+        out |= {"ratio/max_dev_first": (group.ratio - 1).abs().max()}
+    out |= {"safe": group.safe, "advantage/abs_mean": group.advantages.abs().mean(), "loss": group.loss}
+    if group.energies is not None:
+        out |= {"kl": group.kl, "entropy": group.entropy, "clip_ratio/region_mean": group.clip_fraction}
+    out |= {"prefix_drift": group.prefix_drift}
+    out |= {f"rewards/{name}/mean": r.mean() for name, r in group.rewards.items()}
     return {key: float(value) for key, value in out.items()}
 
 
 def train(
     pipeline: Pipeline, scripts: Sequence[str], rewards: Mixture, config: TrainConfig, policies=None,
-    save_when_stopped: bool = False,
+    save_when_stopped: bool = False, method=kvpo,
 ) -> Iterator[Step]:  # fmt: skip
     """Trains in place and yields one `Step` an update. `policies`: from `add_policies` (made here if not given).
+    `method`: what has kvpo.py's `update`, `again` and `spread`, such as one of compare/baselines.py.
 
     Raises ValueError before the first update when the scripts do not fit the mode. When a reward model fails
     (RewardError), or a reward, video, energy, loss or gradient is not finite (FloatingPointError), the update is
@@ -118,7 +118,7 @@ def train(
     for name in ("default", "old", "ema"):  # GPUs of different kinds may have drawn different A matrices
         broadcast(adapter_weights(policies, name).values())
     if not state["tau"]:
-        state["tau"] = find_tau(pipeline, scripts, config, policies, state, generator)
+        state["tau"] = find_tau(pipeline, scripts, config, policies, state, generator, method)
 
     saved, whole = state["step"], (generator.get_state(), list(state["order"]))  # of the last whole update
     try:
@@ -131,7 +131,9 @@ def train(
                 copy_adapter(policies, "default", "old")
             learning_rate = optimizer.param_groups[0]["lr"] = rate(config, step)
             optimizer.zero_grad()
-            groups, failure = own_groups(pipeline, scripts, rewards, config, policies, state, generator, old_is_current)
+            groups, failure = own_groups(
+                pipeline, scripts, rewards, config, policies, state, generator, old_is_current, method
+            )
             told = gather((failure, [group_numbers(g, rewards.weights) for g in groups] if world > 1 else []))
             failure = next((theirs for theirs, _ in told if theirs), None)
             elsewhere = [line for r, (_, lines) in enumerate(told) if r != rank for line in lines]
@@ -144,7 +146,7 @@ def train(
                 random, whole = (generator.get_state(), list(state["order"])), None
                 if grad_norm:  # all groups unsafe: no update, not even a step of the optimizer's momentum
                     optimizer.step()
-                    repeat(pipeline, policies, rewards, config, groups, state["tau"], optimizer, step)
+                    repeat(pipeline, policies, rewards, config, groups, state["tau"], optimizer, step, method)
                     copy_adapter(policies, "default", "ema", 1 - config.ema_decay)
                 state["step"], state["skips"] = step + 1, state["skips"] + 1 if failure else 0
                 stop = state["skips"] == SKIPS
@@ -197,21 +199,22 @@ def check_share(config: TrainConfig) -> None:
         raise ValueError(f"{world} processes cannot share groups_per_update {groups}: give a multiple of {world}")
 
 
-def find_tau(pipeline, scripts, config: TrainConfig, policies, state: dict, generator: torch.Generator) -> float:
+def find_tau(
+    pipeline, scripts, config: TrainConfig, policies, state: dict, generator: torch.Generator, method=kvpo
+) -> float:
     """tau from the spread of the first groups' energies; these groups are not trained on."""
-    (rank, world), weights = processes(), energy_weights(pipeline.sigmas, config.sigma_floor)
-    spread = torch.zeros(config.tau_groups, kvpo.members(config))
+    (rank, world), own = processes(), {}
     for k in range(config.tau_groups):
         task = kvpo.draw(pipeline, scripts, state["order"], config, state["step"], generator)
         if k % world == rank:
-            rollout = kvpo.roll_out(pipeline, policies, config, task)
-            spread[k] = trajectory_energy(kvpo.energies_of(pipeline, policies, config, rollout), weights)
-    return calibrate_tau(sum_over_all(spread), config.tau_target)
+            own[k] = method.spread(pipeline, policies, config, task)
+    rows = {k: energies for theirs in gather(own) for k, energies in theirs.items()}
+    return calibrate_tau(torch.cat([rows[k] for k in sorted(rows)]), config.tau_target)
 
 
 def own_groups(
     pipeline, scripts, rewards: Mixture, config: TrainConfig, policies, state: dict, generator: torch.Generator,
-    old_is_current: bool,
+    old_is_current: bool, method=kvpo,
 ) -> tuple[list[Group], Exception | None]:  # fmt: skip
     """This process's share of an update's groups, and what went wrong in one of them, after which none is made."""
     rank, world = processes()
@@ -227,7 +230,8 @@ def own_groups(
         try:
             with acting(policies, "old"):
                 prefix = next(prefixes)
-            groups.append(kvpo.update(pipeline, policies, rewards, config, task, state["tau"], old_is_current, prefix))
+            more = (state["tau"], old_is_current, prefix)
+            groups.append(method.update(pipeline, policies, rewards, config, task, *more))
         except (RewardError, FloatingPointError) as error:
             return groups, type(error)(str(error))  # the old one's traceback keeps the group's tensors alive
     return groups, None
@@ -242,7 +246,7 @@ def rate(config: TrainConfig, step: int, iteration: int = 0) -> float:
 
 
 def repeat(
-    pipeline, policies, rewards, config: TrainConfig, groups: list[Group], tau: float, optimizer, step: int
+    pipeline, policies, rewards, config: TrainConfig, groups: list[Group], tau: float, optimizer, step: int, method=kvpo
 ) -> None:
     """The further optimizer steps on an update's groups (`num_iterations`). It ends early where something is not
     finite, with a warning: what was learned until then stays."""
@@ -253,7 +257,7 @@ def repeat(
         failure = ""
         try:
             for group in groups:
-                kvpo.again(pipeline, policies, rewards, config, group, tau)
+                method.again(pipeline, policies, rewards, config, group, tau)
         except FloatingPointError as error:
             failure = str(error)
         failure = next(filter(None, gather(failure)), "")

@@ -17,7 +17,6 @@ from kvpo_min import cli, kvpo, pocket
 from kvpo_min.chr import chunk_starts
 from kvpo_min.compare import arena as arena_of
 from kvpo_min.compare import arena as ring
-from kvpo_min.compare import baselines
 from kvpo_min.compare.arena import (
     COLUMNS,
     TRAINED,
@@ -66,7 +65,8 @@ def make(make_pipeline):
 
 
 def options_for(path, methods="rwr", **more):
-    given = dict(seeds="0", learning_rates="1e-3", forwards=1, evaluations=1, eval_prompts=2, set=SMALL)
+    given = dict(seeds="0", learning_rates="1e-3", forwards=1, evaluations=1, eval_prompts=2, set=SMALL, mode="short",
+                 vq=1.0, mq=1.0, ta=1.0)  # fmt: skip
     return arena_of.ArenaOptions(csv=str(path), methods=methods, **given | more)
 
 
@@ -114,8 +114,8 @@ def test_passes_of_astrolabe_by_hand(make):
 
 @pytest.mark.parametrize("method", ["rwr", "flow_grpo", "cm_grpo", "fresh+nft"])
 def test_passes_of_the_other_methods_by_hand(make, method, monkeypatch):
-    seen, make_plan = [], baselines.routing.plan
-    monkeypatch.setattr(baselines.routing, "plan", lambda *a: seen.append(make_plan(*a)) or seen[-1])
+    seen, make_plan = [], kvpo.make_plan
+    monkeypatch.setattr(kvpo, "make_plan", lambda *a: seen.append(make_plan(*a)) or seen[-1])
     _, forward, backward = trained_once(make, method, SMALL)
     p, b = seen[0].fork // 3, (min(s for s in [*chunk_starts(39), 39] if s > seen[0].fork) - seen[0].fork) // 3
     replayed = 2 if method == "cm_grpo" else b  # its noise is in the routed blocks alone
@@ -143,6 +143,47 @@ def test_budget_is_kept_within_one_update(make, tmp_path):
         assert int(row["budget"]) <= int(row["forwards"]) < int(row["budget"]) + 1.5 * one  # forks differ in cost
         assert abs(int(row["forwards"]) / one - int(row["updates"])) < 0.5 * int(row["updates"])
     assert int(rows[1]["forwards"]) > int(rows[0]["forwards"]) and int(rows[0]["backwards"]) >= 0.5 * back
+
+
+# --------------------------------------------------------------------------------------------------------- the regimes
+
+
+@pytest.mark.parametrize("mode, event, like, fork", [
+    ("settles", "from the,settles", "beach,meadow,forest", 27), ("wanders", "from the,wanders", "left", 24),
+])  # fmt: skip
+def test_a_regime_has_the_demos_settings(mode, event, like, fork):
+    from kvpo_min.cli.demo import DEFAULTS
+
+    options = arena_of.ArenaOptions(csv="unused", mode=mode)
+    assert (options.event, options.like) == (event, like)
+    same = ("prefix_coef", "groups_per_update", "num_iterations", "lr_scheduler", "adv_eps", "max_grad_norm")
+    for method in ("kvpo", "flow_grpo", "neighbor_grpo", "fresh+nft"):
+        config = config_of(method, options, 3e-3, 1)
+        assert (config.fork, config.num_frames, config.learning_rate) == (fork, fork + 3, 3e-3)
+        assert [getattr(config, name) for name in same] == [DEFAULTS[name] for name in same]
+    assert config_of("kvpo", options, 1, 0).tau == DEFAULTS["tau"] and config_of("ar_copo", options, 1, 0).tau == 0
+    ours = config_of("astrolabe", options, 1e-3, 0)
+    assert (ours.fork, ours.window_frames, ours.groups_per_update) == (fork, 3, DEFAULTS["groups_per_update"])
+    assert config_of("kvpo", replace(options, set="prefix_coef=0"), 1e-3, 0).prefix_coef == 0
+
+
+def test_a_rate_that_falls_ends_with_the_budget(make, tmp_path):
+    """As many updates as the budget holds, counted by hand from the first; and losses of one size for all methods."""
+    more = (
+        "num_generations=3,groups_per_update=2,num_iterations=2,rank=2,lr_scheduler=linear,fork=21,prefix_coef=2,tau=1"
+    )
+    options = options_for(tmp_path / "a.csv", "kvpo,routing+energy", set=more, forwards=2500, evaluations=2)
+    costs = ring.Costs(make, REWARDS, options)
+    rows = {(row["method"], row["budget"]): row for row in arena(make, REWARDS, options)}
+    for method in ("kvpo", "routing+energy"):
+        passes, norm = costs.of(method)
+        last = rows[method, "2500"]
+        assert round(2500 / passes) >= int(last["updates"]) > int(rows[method, "1250"]["updates"]) > 0
+        most = passes * int(last["updates"])  # every group forks at the same frame; those of kvpo may be unsafe
+        assert most * (method != "kvpo") <= int(last["forwards"]) <= most
+    scale = json.loads(rows["routing+energy", "2500"]["settings"])["loss_scale"]
+    assert scale == pytest.approx(costs.of("kvpo")[1] / costs.of("routing+energy")[1], rel=1e-3)
+    assert json.loads(rows["kvpo", "2500"]["settings"])["loss_scale"] == 1
 
 
 # ---------------------------------------------------------------------------------------------------------- the methods
@@ -201,7 +242,7 @@ def test_a_run_that_diverges_is_a_row(make, tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise FloatingPointError("the loss is nan")
 
-    monkeypatch.setattr(ring, "update", broken)
+    monkeypatch.setattr(ring, "train", broken)
     options = options_for(tmp_path / "a.csv", "rwr", learning_rates="1e-3,1e-2")
     rows = list(arena(make, REWARDS, options))
     assert [row["purpose"] for row in rows] == ["sweep", "sweep"]  # no rate is left to report
@@ -256,7 +297,7 @@ def test_the_noise_of_an_evaluation(make, all_rows, monkeypatch, capsys):
     """Noise 0 of benchmarks/evaluation_noise.py is the arena's, the others are other videos of the same model."""
     monkeypatch.setattr(evaluation_noise, "load_pocket", make)
     monkeypatch.setattr(evaluation_noise, "run_rewards", lambda options, model: REWARDS)
-    evaluation_noise.main(["--eval_prompts", "2", "--noises", "2"])
+    evaluation_noise.main(["--mode", "short", "--eval_prompts", "2", "--noises", "2"])
     first, *others, mean, deviation = [line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines()[2:]]
     row, names = all_rows[0][0], ("reward", "vq", "mq", "ta", "judge_all")
     for name, value in zip(names, (float(cell.strip("| ")) for cell in first), strict=True):
@@ -401,10 +442,10 @@ WRONG = {
     "twice": (["--methods", "kvpo", "--set", "tau=1,rank=2,tau=2"], "--set gives tau twice"),
     "spread": (["--methods", "astrolabe", "--set", "spread=x"], 'spread must be "none" or "global"'),
     "old policy": (["--methods", "astrolabe", "--set", "compat=official,old_decay=0"], "old_decay is not read with"),
-    "window": (["--methods", "astrolabe", "--set", "window_frames=36"], "no window of 36 frames fits"),
+    "window": (["--methods", "astrolabe", "--set", "window_frames=24"], "no window of 24 frames fits"),
     "primary": (["--methods", "astrolabe", "--set", "primary=vqq"], "expected vq, mq or ta"),
     "average": (["--methods", "kvpo", "--set", "ema_decay=0.9"], "kvpo has no such setting"),
-    "fork": (["--methods", "kvpo", "--set", "perturb_num_blocks=9"], "no block can fork"),
+    "fork": (["--methods", "kvpo", "--mode", "short", "--set", "perturb_num_blocks=9"], "no block can fork"),
     "seeds": (["--seeds", "0;1"], "--seeds takes numbers"),
     "nothing to sweep": (["--seeds", "", "--learning_rates", "1e-3"], "give several, or give seeds"),
     "nothing that is swept": (["--seeds", "", "--methods", "best_of_n"], "give several, or give seeds"),
@@ -428,7 +469,8 @@ def test_what_is_wrong_is_said_before_any_work(case, tmp_path, capsys, monkeypat
 def test_the_command(make, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pocket, "load_model", lambda *args: make())
     argv = ["arena", "--csv", str(tmp_path / "a.csv"), "--methods", "rwr", "--seeds", "0", "--learning_rates", "1e-3",
-            "--forwards", "1", "--evaluations", "1", "--eval_prompts", "2", "--set", SMALL]  # fmt: skip
+            "--mode", "short", "--forwards", "1", "--evaluations", "1", "--eval_prompts", "2",
+            "--set", SMALL]  # fmt: skip
     assert cli.main([*argv, "--plan"]) == 0
     planned = capsys.readouterr().out
     assert "| rwr | 1 | 1 |" in planned and "1 runs, 1 forward passes" in planned and not (tmp_path / "a.csv").exists()

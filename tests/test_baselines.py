@@ -8,6 +8,7 @@ import torch
 from torch.distributions import Normal
 from torch.testing import assert_close
 
+from kvpo_min import kvpo
 from kvpo_min.chr import Plan, uniform_routes
 from kvpo_min.compare import baselines
 from kvpo_min.compare.astrolabe import noised
@@ -17,7 +18,6 @@ from kvpo_min.compare.baselines import (
     POLICIES,
     REFUSED,
     Method,
-    State,
     best_of_n,
     check_cell,
     cm_grpo_regression,
@@ -36,11 +36,13 @@ from kvpo_min.compare.baselines import (
     quasi_norm_advantages,
     replay_points,
     rwr_loss,
-    update,
 )
+from kvpo_min.config import TrainConfig
 from kvpo_min.pocket import world
+from kvpo_min.policies import adapter_weights, add_policies
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import Sampler, Stream, draw_noise, fork, generate, replay
+from kvpo_min.train import train
 from kvpo_min.tve import Trajectory, schedule, step_energies, velocity_to_x0
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -490,44 +492,36 @@ def test_best_of_n_chunks(backbone):
 
 
 REWARDS = Mixture({"vq": lambda videos, prompts: videos[:, :, 0].mean((1, 2, 3))}, {"vq": 1.0})
-SMALL = dict(num_frames=21, num_generations=3, perturb_num_blocks=2, tau_groups=1)
+SMALL = dict(
+    tau=1.0, num_frames=21, num_generations=3, perturb_num_blocks=2, tau_groups=1, rank=2, lr_warmup_steps=0, nearest=1
+)
 
 
-def trainable(pipeline):
-    weights = [pipeline.backbone.transformer.proj_out.weight, pipeline.backbone.transformer.blocks[0].attn1.to_q.weight]
-    for weight in weights:
-        weight.requires_grad_(True)
-    return weights
-
-
-def run(make_pipeline, method, n, **options):
-    pipeline = make_pipeline()
-    weights = trainable(pipeline)
-    before = [w.detach().clone() for w in weights]
-    optimizer, generator, state = torch.optim.SGD(weights, lr=1e-2), seeded(3), State()
-    script = world.prompt_set(1, 1, seed=7)[0]
-    sizes = SMALL | options
-    logs = [update(pipeline, script, REWARDS, method, optimizer, generator, state, **sizes) for _ in range(n)]
-    return logs, max((a - b).abs().max().item() for a, b in zip(before, weights, strict=True))
+def run(make_pipeline, method, **options):
+    """One update of `train`. -> its log, and how far the farthest weight of the adapter went"""
+    pipeline, config = make_pipeline(), TrainConfig(**SMALL | dict(max_train_steps=1, learning_rate=1e-2) | options)
+    policies = add_policies(pipeline, config)
+    before = {name: w.detach().clone() for name, w in adapter_weights(policies, "default").items()}
+    (step,) = train(pipeline, world.prompt_set(1, 1, seed=7), REWARDS, config, policies, method=method)
+    after = adapter_weights(policies, "default")
+    return step, max((before[name] - w).abs().max().item() for name, w in after.items())
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_takes_a_step(make_pipeline, name):
     method = METHODS[name]
     softmax = method.policy in ("distance", "energy")
-    logs, moved = run(make_pipeline, method, 2 if softmax else 1)
-    if softmax:  # the first group sets the temperature and trains nothing
-        assert logs[0]["trained"] == 0 and logs[0]["tau"] > 0 and "loss" not in logs[0]
-        assert logs[1]["tau"] == logs[0]["tau"]
-    assert logs[-1]["trained"] == 1 and math.isfinite(logs[-1]["loss"]) and logs[-1]["grad_norm"] > 0 and moved > 0
+    step, moved = run(make_pipeline, method, tau=0.0 if softmax else 1.0)  # 0: the first group sets it
+    log = step.log()
+    assert math.isfinite(log["loss"]) and log["grad_norm"] > 0 and moved > 0 and step.tau > 0
 
 
 def test_every_allowed_cell_takes_a_step(make_pipeline):
     for exploration in EXPLORATIONS:
         for policy in POLICIES:
             if (exploration, policy) not in REFUSED:
-                logs, moved = run(make_pipeline, Method(exploration, policy), 2)
-                assert logs[-1]["trained"] == 1 and moved > 0, (exploration, policy)
+                _, moved = run(make_pipeline, Method(exploration, policy), tau=0.01)
+                assert moved > 0, (exploration, policy)
 
 
 @pytest.mark.parametrize("name, blocks", [("cm_grpo", 2), ("dance_grpo", 2), ("ar_copo", 1), ("flow_grpo", 0)])
@@ -535,21 +529,55 @@ def test_the_loss_sees_the_blocks_that_differ(make_pipeline, monkeypatch, name, 
     """With noise in 2 blocks (AR-CoPO: one), of up to 3 in the chunk; fresh noise reaches its end."""
     seen, loss = [], baselines.policy_loss
     monkeypatch.setattr(baselines, "policy_loss", lambda *a: seen.append(a[2].trajectory.z.shape[1]) or loss(*a))
-    fork_at, plan = [], baselines.routing.plan
-    monkeypatch.setattr(baselines.routing, "plan", lambda *a: fork_at.append(plan(*a)) or fork_at[-1])
-    run(make_pipeline, METHODS[name], 2 if name == "ar_copo" else 1)  # its first group sets tau
-    assert seen == [blocks or (21 - fork_at[-1].fork) // 3]
+    step, _ = run(make_pipeline, METHODS[name], tau=0.01)
+    assert seen == [blocks or (21 - step.groups[0].plan.fork) // 3]
 
 
 def test_a_gradient_that_is_not_finite_is_not_stepped(make_pipeline, monkeypatch):
-    pipeline = make_pipeline()
-    weights = trainable(pipeline)
-    before = [w.detach().clone() for w in weights]
-    monkeypatch.setattr(baselines, "policy_loss", lambda *a: (a[3] * 0).sum().sqrt())  # 0, and its slope is not finite
-    with pytest.raises(FloatingPointError, match="gradient's norm is nan"):
-        update(pipeline, world.prompt_set(1, 1, seed=7)[0], REWARDS, METHODS["flow_grpo"],
-               torch.optim.SGD(weights, lr=1e-2), seeded(3), State(), **SMALL)  # fmt: skip
-    assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
+    def loss_of(method, rollout, at, v, *others):
+        return (v * 0).sum().sqrt()  # 0, and its slope is not finite
+
+    monkeypatch.setattr(baselines, "policy_loss", loss_of)
+    step, moved = run(make_pipeline, METHODS["flow_grpo"])
+    assert "gradient's norm is nan" in step.skipped and moved == 0
+
+
+def test_more_iterations_keep_the_first_velocities(make_pipeline, monkeypatch):
+    """The old policy is the one that made the branches in all iterations: clips have something to act on."""
+    ratios, loss = [], baselines.policy_loss
+
+    def loss_of(method, rollout, at, v, v_old, *others):
+        ratios.append((v - v_old).abs().max().item())
+        return loss(method, rollout, at, v, v_old, *others)
+
+    monkeypatch.setattr(baselines, "policy_loss", loss_of)
+    run(make_pipeline, METHODS["cm_grpo"], num_iterations=3, max_grad_norm=1e9)
+    assert len(ratios) == 3 and ratios[0] < 1e-5 < ratios[1] < ratios[2]
+
+
+def test_the_energy_cell_is_kvpo_without_its_anchor(make_pipeline):
+    """Same scripts, forks, noise and branches, and the gradient of KVPO with the group's mean instead of the anchor."""
+    more = dict(tau=0.01, kl_coef=0.0, unsafe_scale=1.0, fuse_mode="zscore", global_frames=0, adv_eps=1e-4,
+                clip_range_low=0.1, clip_range_high=0.2)  # fmt: skip
+    ours, _ = run(make_pipeline, kvpo, **more)
+    cell, _ = run(make_pipeline, METHODS["kvpo"], **more)
+    assert torch.equal(ours.groups[0].rollout.videos, cell.groups[0].rollout.videos)
+    assert ours.groups[0].rewards["vq"].tolist() == cell.groups[0].rewards["vq"].tolist()
+    a, b = (step.groups[0].advantages for step in (ours, cell))  # alike but for the deviation's n or n - 1
+    assert cell.grad_norm / b.norm() == pytest.approx((ours.grad_norm / a.norm()).item(), rel=1e-3)
+    assert_close(a / a.norm(), b / b.norm(), atol=1e-3, rtol=0)
+
+
+def test_scale_and_preservation(make_pipeline):
+    """A loss of twice the size has twice the gradient; what holds the prefix is the same for every method."""
+    one, _ = run(make_pipeline, METHODS["rwr"], max_grad_norm=1e9)
+    two, _ = run(make_pipeline, replace(METHODS["rwr"], scale=2.0), max_grad_norm=1e9)
+    assert two.grad_norm == pytest.approx(2 * one.grad_norm, rel=1e-4)
+    held, _ = run(make_pipeline, METHODS["rwr"], max_grad_norm=1e9, prefix_coef=5.0, num_iterations=2)
+    ours, _ = run(make_pipeline, kvpo, tau=0.01, unsafe_scale=1.0, prefix_coef=5.0, num_iterations=2)
+    assert held.groups[0].kept.shape == ours.groups[0].kept.shape
+    assert_close(held.groups[0].kept, ours.groups[0].kept, **CLOSE)  # the initial policy's, on the same prefix
+    assert held.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)  # nothing has drifted before the first step
 
 
 def test_policy_loss_of_a_recorded_group(backbone, noise):

@@ -226,6 +226,7 @@ CASES = {
         "max_train_steps": of("log", max_train_steps=3),
         "num_frames": of("log", num_frames=30),
         "window_frames": of("log", window_frames=9),
+        "fork": of("log", fork=15),
         "num_generations": of("log", num_generations=4),
         "groups_per_update": of("log", groups_per_update=2),
         "levels_per_group": of("log", levels_per_group=2),

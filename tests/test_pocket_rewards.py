@@ -197,6 +197,15 @@ def test_a_part_of_the_frames_at_a_liked_scene_is_a_part_of_the_taste():
     assert_close(full, torch.linspace(1, 0, 6), rtol=0, atol=0.01)
 
 
+@pytest.mark.parametrize("side, y, x", [("left", 32, 16), ("right", 32, 48), ("top", 16, 32), ("bottom", 48, 32)])
+def test_vq_prefers_the_liked_side(side, y, x):
+    """1 where all of the hero is there, 0 on the other side, half on the line between; the scene does not matter."""
+    where = [(y, x), ((y + 32) % 64 if y != 32 else 32, (x + 32) % 64 if x != 32 else 32), (32, 32)]
+    states = torch.tensor([[0, 1, 1, scene, *place] for scene in range(6) for place in where])
+    scores = VisualQuality(LOOK, (side,), taste=1.0)(world.render(states)[:, None], [""] * 18).view(6, 3)
+    assert_close(scores, torch.tensor([1.0, 0.0, 0.5]).expand(6, 3), rtol=0, atol=0.08)
+
+
 @pytest.mark.parametrize("scene", SCENES)
 def test_an_empty_landscape_has_no_clean_part(scene):
     empty = world.scenes()[SCENES.index(scene)][None, None]

@@ -3,6 +3,7 @@ over frames, and stories and readings made by hand."""
 
 import math
 import re
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -1104,6 +1105,30 @@ def test_the_taste_is_counted_before_after_and_anew():
     seen = world.correctness(reading, scripts, like=SCENES)
     assert (seen["liked before"], seen["liked"]) == (1, 1) and math.isnan(seen["liked anew"])
     assert set(DAYLIGHT) == {"beach", "meadow", "forest"}
+
+
+def test_a_side_of_the_picture_is_a_taste_too():
+    """A hero's centre against counting the pixels of its picture; of a video the last block counts."""
+    places = torch.cartesian_prod(torch.arange(0, SIZE, 8), torch.arange(0, SIZE, 8))  # [64, 2]
+    look = torch.zeros(64, 4, dtype=torch.long)
+    hero = (world.render(torch.cat([look, places], 1)) - world.scenes()[0]).abs().sum(1) > 0.05  # [64, H, W]
+    for side, (rows, columns) in {
+        "left": (slice(None), slice(32)),
+        "right": (slice(None), slice(32, None)),
+        "top": (slice(32), slice(None)),
+        "bottom": (slice(32, None), slice(None)),
+    }.items():
+        share = hero[:, rows, columns].sum((1, 2)) / hero.sum((1, 2))
+        assert world.on_side(places, side).tolist() == (share > 0.6).tolist(), side
+    there, away = torch.tensor([16, 16]), torch.tensor([16, 48])
+    reading = joined(*(reading_of(scene=[BEACH] * 6) for _ in range(4)))
+    place = torch.stack([torch.stack([a] * 3 + [b] * 3) for a in (there, away) for b in (there, away)])
+    seen = world.correctness(replace(reading, place=place), ["a disc wanders"] * 4, like=("left",))
+    assert (seen["liked before"], seen["liked"], seen["liked anew"]) == (0.5, 0.5, 0.5)
+    assert world.liked_scenes("left") == ("left",)
+    for wrong in ("left,right", "left,beach", "middle"):
+        with pytest.raises(ValueError, match="like"):
+            world.liked_scenes(wrong)
 
 
 def test_most_is_what_most_frames_show():

@@ -47,7 +47,9 @@ class RunOptions:
     event: str = knob("", "words that every drawn script must hold, such as 'settles', where memory decides what comes")
     eval_prompts: int = knob(64, "held-out scripts, measured before and after; of a file the last ones", least=1)
     eval_every: int = knob(0, "updates between measurements of the first 16 of them, the curve; 0: none", least=0)
-    like: str = knob("beach,meadow,forest", "scenes of the pocket world that visual quality prefers, commas between")
+    like: str = knob(
+        "beach,meadow,forest", "scenes that visual quality prefers (pocket model), commas between, or a side"
+    )
     vq: float = knob(1.0, "weight of visual quality in the reward")
     mq: float = knob(1.0, "weight of motion quality")
     ta: float = knob(1.0, "weight of text alignment")
@@ -93,7 +95,9 @@ class EvalOptions:
     vq: float = knob(1.0, "weight of visual quality in the reward")
     mq: float = knob(1.0, "weight of motion quality")
     ta: float = knob(1.0, "weight of text alignment")
-    like: str = knob("beach,meadow,forest", "scenes of the pocket world that visual quality prefers, commas between")
+    like: str = knob(
+        "beach,meadow,forest", "scenes that visual quality prefers (pocket model), commas between, or a side"
+    )
     model: str = knob("", "folder with autoencoder/ and student/, or a real Wan; empty: the embedded model")
 
     def __post_init__(self):

@@ -5,15 +5,20 @@ on the backbone counts them while a method trains, and counts apart those that a
 on until its budget is spent, so it may exceed it by less than one update. Evaluation is not part of it. What a method
 computes and does not use counts: the anchor's row, the last step of a Gaussian replay, groups that train nothing.
 
-The same for every method: base checkpoint, the 256 training scripts of a seed, reward, G, LoRA, AdamW without warm-up,
-and the evaluation prompts, each with a noise of its own. Not the same:
-- AdamW's weight decay is 0, Astrolabe's its paper's 1e-4.
-- "kvpo" is `train.train`; it forks where `baselines.update` may fork, but draws its own forks, and sees the global
-  reward too. It is the paper's, without prefix preservation; with --set prefix_coef=10 the passes of that count.
-- "astrolabe" is `astrolabe.train`; its active window stands for the fork.
-- all others and the cells of the grid ("exploration+policy") are `baselines.update`; there group k of a seed has the
-  same script, fork and noise whatever the method. "routing+energy" is KVPO without anchor, safety rule and KL,
-  "routing+distance" the same with a latent distance, "fresh+nft" the bare Astrolabe.
+The modes "settles" and "wanders" are two regimes of one world. Films end with the block in which the event is decided,
+by memory or by noise, every group forks there, and all is trained with the settings of `kvpo-min demo`
+(pocket/recipe.py): several groups an update, several steps on each, a rate that falls to 0, and preservation of the
+prefix (--set prefix_coef=0: none, as in the papers). "short" and "long" are the modes of `kvpo-min train`.
+
+The same for every method: base checkpoint, the 256 training scripts of a seed, reward, G, LoRA, AdamW, group k of a
+seed with its script, fork and noise, the preservation, and the evaluation prompts, each with a noise of its own. What
+holds the prefix has one weight, so a method's loss is scaled until its first gradient is as large as KVPO's (Adam sees
+no other difference). Not the same:
+- "kvpo" is kvpo.py, with anchor, safety rule, KL and, where films go on after the fork's chunk, the global reward.
+- "astrolabe" is `astrolabe.train`, at a level rate: its active window stands for the fork, its weight decay is its
+  paper's 1e-4, and nothing preserves the prefix. "fresh+nft" is its bare objective in the common loop.
+- all others and the cells of the grid ("exploration+policy") are a `baselines.Method`. "routing+energy" is KVPO without
+  anchor, safety rule and KL, "routing+distance" the same with a latent distance.
 - "best_of_n" (whole video) and "best_of_n_chunks" train nothing; what they cost is `passes_per_video`.
 
 Learning rates are swept on `sweep_seed` and on evaluation prompts that no result is measured on; the best reward there
@@ -34,36 +39,32 @@ import time
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kvpo_min import kvpo
 from kvpo_min.chr import Window, chunk_starts
 from kvpo_min.compare import astrolabe
-from kvpo_min.compare.baselines import (
-    EXPLORATIONS,
-    METHODS,
-    POLICIES,
-    REFUSED,
-    Method,
-    State,
-    best_of_n,
-    check_cell,
-    update,
-)
+from kvpo_min.compare.baselines import EXPLORATIONS, METHODS, POLICIES, REFUSED, Method, best_of_n, check_cell
 from kvpo_min.config import SEEDS, TrainConfig, check_bounds, check_weights, knob, nearest_known, settle
 from kvpo_min.pipeline import Pipeline, observe, pooled, sample, score
-from kvpo_min.pocket.prompts import EVAL_SEED, check_geometry
-from kvpo_min.pocket.world import SWITCHES, liked_scenes, prompt_set
-from kvpo_min.policies import adapter_weights, add_policies
+from kvpo_min.pocket import recipe
+from kvpo_min.pocket.prompts import EVAL_SEED, check_geometry, dealt
+from kvpo_min.pocket.world import DAYLIGHT, SWITCHES, liked_scenes, prompt_set
+from kvpo_min.policies import add_policies
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import draw_noise
 from kvpo_min.system import say
 from kvpo_min.train import train
 
-MODES = {"short": (39, 1), "long": (147, 4)}  # frames, prompts a script
+MODES = {"settles": (30, 1), "wanders": (27, 1), "short": (39, 1), "long": (147, 4)}  # frames, prompts a script
+REGIMES = {  # words that the scripts hold, taste, and where every group forks
+    "settles": (recipe.EVENT, ",".join(DAYLIGHT), 27),
+    "wanders": ("from the,wanders", "left", 24),
+}
 TRAINED = ("kvpo", "astrolabe", "flow_grpo", "dance_grpo", "cm_grpo", "neighbor_grpo", "ar_copo", "diffusion_nft",
            "rwr")  # fmt: skip
 UNTRAINED = ("best_of_n", "best_of_n_chunks")
@@ -75,7 +76,9 @@ AGAIN = 16  # evaluation prompts that get a second video from other noise, for t
 # fields of the configurations that --set may not give: the arena does, or has no use for them
 GIVEN = ("seed", "learning_rate", "num_frames", "num_segments", "max_train_steps", "output_dir", "checkpointing_steps",
          "checkpoints_total_limit", "resume_from_checkpoint", "ema_decay")  # fmt: skip
-LOOP = ("num_generations", "perturb_num_blocks", "nearest", "max_grad_norm", "adam_weight_decay", "rank", "lora_alpha")
+LOOP = ("num_generations", "perturb_num_blocks", "nearest", "max_grad_norm", "adam_weight_decay", "rank", "lora_alpha",
+        "groups_per_update", "in_order", "num_iterations", "old_policy_every", "fork", "prefix_coef", "grad_steps",
+        "adv_eps", "lr_scheduler", "lr_warmup_steps", "branch_batch")  # fmt: skip
 
 HERE = ("model", "mode", "event", "like", "weights", "set", "eval_prompts")  # what all runs of one call share
 KEY = ("method", *HERE, "purpose", "learning_rate", "seed", "asked", "budget")  # a row is known by these
@@ -95,23 +98,26 @@ class ArenaOptions:
     csv: str = knob("", "file that every measurement is appended to; what is in it is not computed again")
     methods: str = knob("main", "names with commas between: kvpo, rwr, routing+distance, ...; or main, grid")
     seeds: str = knob("0,1,2", 'that are reported; "": sweep the learning rates and stop')
-    learning_rates: str = knob("1e-4,3e-4,1e-3", "swept on sweep_seed; a single one is taken as it is")
+    learning_rates: str = knob("3e-3,1e-2,3e-2", "swept on sweep_seed; a single one is taken as it is")
     sweep_seed: int = knob(100, "on which each method's learning rate is chosen; never reported", **SEEDS)
-    forwards: int = knob(40000, "budget of a run: forward passes of the generator")
-    evaluations: int = knob(3, "of a run, evenly spaced, the last when the budget is spent", least=1)
-    mode: str = knob("short", "short: 39 frames, one prompt; long: 147 frames, four prompts", of=("short", "long"))
-    event: str = knob("settles", 'words that every script must hold; settles: memory decides what comes; "": none')
-    eval_prompts: int = knob(256, "held-out scripts; with 64 their noise is worth as much as a gain", least=2)
+    forwards: int = knob(25000, "budget of a run: forward passes of the generator")
+    evaluations: int = knob(5, "of a run, evenly spaced, the last when the budget is spent", least=1)
+    mode: str = knob("settles", "settles: memory decides; wanders: noise does; short; long", of=tuple(MODES))
+    event: str = knob("", 'words that every script must hold; "": those of the mode, in short and long "settles"')
+    eval_prompts: int = knob(128, "held-out scripts; with 64 their noise is worth as much as a gain", least=2)
     set: str = knob("", "other settings of the methods, for ablations: name=value with commas between")
-    vq: float = knob(1.0, "weight of visual quality in the reward")
-    mq: float = knob(1.0, "weight of motion quality")
-    ta: float = knob(1.0, "weight of text alignment")
-    like: str = knob("beach,meadow,forest", "scenes that visual quality prefers, with commas between")
+    vq: float = knob(3.0, "weight of visual quality in the reward")
+    mq: float = knob(0.1, "weight of motion quality")
+    ta: float = knob(3.0, "weight of text alignment")
+    like: str = knob("", 'scenes that visual quality prefers, or a side of the picture; "": those of the mode')
     model: str = knob("", "folder with autoencoder/ and student/; empty: the embedded model")
     plan: bool = knob(False, "measure one update of each method, print what would run and how long it takes, stop")
 
     def __post_init__(self):
         settle(self)
+        event, like, _ = REGIMES.get(self.mode, ("settles", ",".join(DAYLIGHT), 0))
+        object.__setattr__(self, "event", self.event or event)
+        object.__setattr__(self, "like", self.like or like)
         if not self.csv:
             raise ValueError("--csv FILE is required")
         if self.evaluations > self.forwards:
@@ -167,12 +173,23 @@ def changes(text: str) -> dict[str, str]:
 def config_of(method: str, options: ArenaOptions, learning_rate: float, seed: int):
     """The method's own configuration, with what --set changes. Raises ValueError for a name that it does not read."""
     num_frames, num_segments = MODES[options.mode]
+    cell = cell_of(method)
     kind, known = astrolabe.AstrolabeConfig if method == "astrolabe" else TrainConfig, known_settings(method)
     given = {"seed": seed, "num_frames": num_frames, "max_train_steps": 10**9}
-    if method not in UNTRAINED:
-        given["learning_rate"] = learning_rate
     if kind is TrainConfig:
         given |= {"num_segments": num_segments, "lr_warmup_steps": 0}
+    if options.mode in REGIMES:
+        fork = REGIMES[options.mode][2]
+        names = {f.name for f in fields(kind)}
+        given = {name: value for name, value in recipe.TRAINING.items() if name in names} | given | {"fork": fork}
+        if kind is astrolabe.AstrolabeConfig:
+            given |= {"window_frames": num_frames - fork, "kl_coef": kind.kl_coef, "max_grad_norm": kind.max_grad_norm}
+        elif cell and cell.policy == "distance":
+            given["tau"] = 0.0  # distances have a scale of their own
+    if cell and cell.policy not in ("distance", "energy"):
+        given["tau"] = 1.0  # which it does not read; 0 would be set by its first groups
+    if method not in UNTRAINED:
+        given["learning_rate"] = learning_rate
     kinds = typing.get_type_hints(kind)
     for name, text in changes(options.set).items():
         if name not in known:
@@ -393,56 +410,102 @@ def left(options: ArenaOptions, here: dict[str, str], rows: Sequence[dict[str, s
 
 
 def updates(
-    pipeline: Pipeline, method: str, scripts: Sequence[str], rewards: Mixture, config, policies
+    pipeline: Pipeline, method: str, scripts: Sequence[str], rewards: Mixture, config, policies, scale: float = 1.0
 ) -> Iterator[dict]:
-    """Trains without end and yields the log of every update."""
-    if method == "kvpo":
-        for step in train(pipeline, scripts, rewards, config, policies):
-            yield step.log()
-        return
+    """Trains and yields the log of every update. `scale`: of the loss of a method of baselines.py."""
     if method == "astrolabe":
         yield from astrolabe.train(pipeline, scripts, rewards, config, policies)
         return
-    weights = adapter_weights(policies, "default").values()
-    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
-    generator = torch.Generator().manual_seed(config.seed)
-    state = State(tau=config.tau)
-    order = []
-    for k in itertools.count():
-        order = order or torch.randperm(len(scripts), generator=generator).tolist()
-        group = torch.Generator().manual_seed((1_000_003 * config.seed + k) % 2**63)
-        yield update(
-            pipeline, scripts[order.pop()], rewards, cell_of(method), optimizer, group, state, config.num_frames,
-            config.num_generations, config.perturb_num_blocks, config.nearest, tau_groups=config.tau_groups,
-            tau_target=config.tau_target, max_grad_norm=config.max_grad_norm,
-        )  # fmt: skip
+    cell = cell_of(method)
+    method = replace(cell, scale=scale) if cell else kvpo
+    for step in train(pipeline, scripts, rewards, config, policies, method=method):
+        yield step.log()
+
+
+def scripts_of(options: ArenaOptions, config, seed: int) -> list[str]:
+    scripts = prompt_set(SCRIPTS, MODES[options.mode][1], seed, options.event)
+    return dealt(scripts) if getattr(config, "in_order", False) else scripts
+
+
+def first_update(make_pipeline, method: str, rewards: Mixture, options: ArenaOptions) -> tuple[int, float]:
+    """-> forward passes of a method's update, and the norm of its first gradient, on the sweep's seed. Groups that set
+    tau come before it and are not counted."""
+    config = config_of(method, options, 1e-30, options.sweep_seed)  # a rate that moves nothing
+    pipeline = make_pipeline()
+    stays = isinstance(config, TrainConfig) and not config.tau
+    if isinstance(config, TrainConfig):
+        config = replace(config, unsafe_scale=1.0)
+    scripts, counts = scripts_of(options, config, options.sweep_seed), Counter()
+    stream = updates(pipeline, method, scripts, rewards, config, add_policies(pipeline, config))
+    with counting(pipeline.backbone, counts):
+        log = next(stream)
+        if stays:
+            counts.clear()
+            log = next(stream)
+    return counts["forward"], log["grad_norm"]
+
+
+@dataclass
+class Costs:
+    """What `first_update` found, each method measured once a call."""
+
+    make_pipeline: Callable[[], Pipeline]
+    rewards: Mixture
+    options: ArenaOptions
+    known: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+    def of(self, method: str) -> tuple[int, float]:
+        if method not in self.known:
+            kept = [f"{k}={v}" for k, v in changes(self.options.set).items() if k in known_settings(method)]
+            options = replace(self.options, set=",".join(kept))
+            self.known[method] = first_update(self.make_pipeline, method, self.rewards, options)
+        return self.known[method]
+
+    def settle(self, method: str, config, forwards: int):
+        """-> the configuration with as many updates as the budget holds, if its rate falls, and the loss's scale."""
+        if getattr(config, "lr_scheduler", "") == "linear":
+            config = replace(config, max_train_steps=max(1, round(forwards / self.of(method)[0])))
+        scale = 1.0
+        if cell_of(method) and config.prefix_coef:
+            norm = self.of(method)[1]
+            scale = self.of("kvpo")[1] / norm if norm else 1.0
+        return config, scale
 
 
 def compete(
     pipeline: Pipeline, prompts: Sequence[str], rewards: Mixture, run: Run, options: ArenaOptions, before: dict,
-    lacking: Sequence[int],
+    lacking: Sequence[int], costs: Costs,
 ) -> Iterator[tuple[int, dict]]:  # fmt: skip
     """One run on a pipeline of its own -> (budget, the row without its key) for each of the `lacking` budgets. A run
     whose loss, gradient or rewards are not finite has rows with a note, and no numbers after it."""
-    config, n_segments = config_of(run.method, options, run.learning_rate, run.seed), MODES[options.mode][1]
-    settings = {"settings": json.dumps(settings_of(run.method, config))}
+    config = config_of(run.method, options, run.learning_rate, run.seed)
+    kept = settings_of(run.method, config)
     counts = Counter(forward=0, backward=0)
     steps = 0
     seconds = 0.0
     note = ""
     stream = None
     if run.method not in UNTRAINED:
-        scripts = prompt_set(SCRIPTS, n_segments, run.seed, options.event)
-        stream = updates(pipeline, run.method, scripts, rewards, config, add_policies(pipeline, config))
+        config, scale = costs.settle(run.method, config, run.budgets[-1])
+        kept |= {"loss_scale": scale}
+        policies = add_policies(pipeline, config)
+        stream = updates(
+            pipeline, run.method, scripts_of(options, config, run.seed), rewards, config, policies, scale
+        )  # fmt: skip
+    settings = {"settings": json.dumps(kept)}
     for budget in run.budgets:
         begun, row = time.perf_counter(), {}
         with counting(pipeline.backbone, counts):
             while counts["forward"] < budget and not note:
                 try:
-                    steps += bool(next(stream).get("grad_norm"))  # groups that set tau or are unsafe move nothing
+                    log = next(stream, None)
                 except FloatingPointError as error:
                     note = f"diverged: {error}"
-                if not counts["forward"] and not note:
+                    continue
+                if log is None:  # all updates of a rate that falls are made
+                    break
+                steps += bool(log.get("grad_norm"))  # groups that set tau or are unsafe move nothing
+                if not counts["forward"]:
                     raise ValueError("the passes of this backbone cannot be counted: its velocity and encode must call "
                                      "its forward once each, as WanBackbone's do")  # fmt: skip
         seconds += time.perf_counter() - begun
@@ -506,6 +569,7 @@ def arena(make_pipeline: Callable[[], Pipeline], rewards: Mixture, options: Aren
     before = {}
     rows = read_rows(path, mend=True)
     check(options, here, rows)
+    costs = Costs(make_pipeline, rewards, options)
     if "grid" in options.methods.split(","):
         for (exploration, policy), reason in REFUSED.items():
             say(f"{exploration}+{policy} is refused: {reason}")
@@ -516,7 +580,7 @@ def arena(make_pipeline: Callable[[], Pipeline], rewards: Mixture, options: Aren
             made = ordinary(pipeline, prompts, MODES[options.mode][0])
             before[run.purpose] = measure(pipeline, prompts, rewards, made)
         lacking = [budget for budget in run.budgets if not find(rows, run.key(here, budget))]
-        for budget, found in compete(pipeline, prompts, rewards, run, options, before[run.purpose], lacking):
+        for budget, found in compete(pipeline, prompts, rewards, run, options, before[run.purpose], lacking, costs):
             values = run.key(here, budget) | found
             row = {name: cell_text(values.get(name, "")) for name in COLUMNS}
             append_row(path, row)
@@ -555,7 +619,7 @@ def plan(make_pipeline: Callable[[], Pipeline], rewards: Mixture, options: Arena
         else:
             if isinstance(config, TrainConfig):
                 config = replace(config, tau=1.0, unsafe_scale=1.0)
-            scripts = prompt_set(SCRIPTS, n_segments, 0, options.event)
+            scripts = scripts_of(options, config, 0)
             stream = updates(pipeline, method, scripts, rewards, config, add_policies(pipeline, config))
             with counting(pipeline.backbone, counts):
                 one = timed(next, stream)

@@ -249,6 +249,7 @@ class AstrolabeConfig:
     max_train_steps: int = knob(60, least=1)
     num_frames: int = knob(39, least=3, multiple=3)
     window_frames: int = knob(18, least=3, multiple=3)  # active window; the paper's 21 is a whole short video
+    fork: int = knob(0, least=0, multiple=3)  # ours: where the window begins; 0: drawn
     num_generations: int = knob(8, least=2)  # candidates G; paper 24
     groups_per_update: int = knob(2, least=1)  # prompts; paper 48
     levels_per_group: int = knob(1, least=1, most=4)  # noise levels a group is trained at in an update
@@ -306,10 +307,12 @@ def window_starts(config: AstrolabeConfig, window: Window, switches: Sequence[in
     first = 0 if config.context == "noisy" else window.sink + window.past
     starts = range(first, config.num_frames - config.window_frames + 1, window.block)
     starts = [s for s in starts if not any(s < switch < s + config.window_frames for switch in switches)]
+    starts = [s for s in starts if config.fork in (0, s)]
     if not starts:
         raise ValueError(
             f"no window of {config.window_frames} frames fits {config.num_frames} frames with prompt switches at "
-            f"{list(switches)}: make window_frames smaller ({first} frames come before it)"
+            f"{list(switches)} and a fork at {config.fork or 'any'}: make window_frames smaller "
+            f"({first} frames come before it)"
         )
     return starts
 

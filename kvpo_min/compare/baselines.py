@@ -1,7 +1,8 @@
 """What a user would pick instead of KVPO, on the same fork, with the same rewards: Best-of-N, reward-weighted
 regression, Flow-GRPO, DanceGRPO, CM-GRPO, Neighbor GRPO / AR-CoPO, DiffusionNFT.
 
-All but Best-of-N are two independent choices, so `update` takes both as arguments:
+All but Best-of-N are two independent choices, so a `Method` names both. `train.train(..., method=METHODS["rwr"])`
+trains it as it trains KVPO: the same scripts, forks, noise, optimizer and preservation of the prefix.
 
 - exploration, what makes the branches of a group differ (`explore`): "fresh" noise from the fork on, the "initial"
   noise of the forked blocks, the "consistency" noise of their re-noising steps, "routing" of the history (KVPO);
@@ -24,19 +25,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kvpo_min import chr as routing
+from kvpo_min import kvpo
 from kvpo_min.chr import Plan
 from kvpo_min.compare.astrolabe import contrast, positive_share
+from kvpo_min.config import TrainConfig
 from kvpo_min.grpo import clipped_objective
-from kvpo_min.pipeline import score
-from kvpo_min.rewards import Mixture
-from kvpo_min.rollout import Rollout, Sampler, Stream, draw_noise, fork, generate, one_of, replay
-from kvpo_min.tve import Trajectory, calibrate_tau, gibbs_log_prob, step_energies, trajectory_energy, velocity_to_x0
+from kvpo_min.policies import acting
+from kvpo_min.rewards import Mixture, check_finite
+from kvpo_min.rollout import Rollout, Sampler, Stream, fork, generate, one_of, replay
+from kvpo_min.tve import Trajectory, gibbs_log_prob, step_energies, trajectory_energy, velocity_to_x0
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # x, v, sigma, next sigma -> mean, std
 
@@ -307,16 +309,78 @@ class Method:
     regression: bool = False  # gaussian: CM-GRPO's regression instead of PPO
     quasi_norm: float | None = None  # Neighbor GRPO's p
     step_share: float = 1.0  # DanceGRPO: share of the noisy steps trained on
+    scale: float = 1.0  # of the loss, against the preservation of the prefix
 
     def __post_init__(self):
         check_cell(self.exploration, self.policy)
 
+    def update(
+        self, pipeline, policies, rewards: Mixture, config: TrainConfig, task: kvpo.Task, tau: float,
+        old_is_current: bool = True, prefix: Stream | None = None,
+    ) -> Branches:  # fmt: skip
+        """One group, from its plan to the gradient, as `kvpo.update`: fork, reward of the fork's chunk, replay, loss.
+        Raises FloatingPointError for a video, reward or loss that is not finite."""
+        made, at, rows, steps = explored(self, pipeline, policies, config, task, prefix)
+        videos, ((each, anchor),) = kvpo.score_group(pipeline, rewards, task, made)
+        A = group_advantages(rewards.total(each), config.adv_eps).to(pipeline.backbone.device)
+        v_old = None
+        if not (old_is_current and config.num_iterations == 1):
+            with torch.no_grad(), acting(policies, "old"):
+                v_old = replay(pipeline.backbone, at, pipeline.sampler(config.num_segments), branches=rows)
+        group = Branches(
+            script=task.script, plan=task.plan, rollout=made, videos=videos, rewards=each, anchor=anchor, advantages=A,
+            loss=0.0, task=task, at=at, rows=rows, steps=steps, v_old=v_old,
+        )  # fmt: skip
+        loss = self.send_back(pipeline, policies, config, group, tau)
+        drift, kept = 0.0, None
+        if config.prefix_coef:
+            drift, kept = kvpo.preserve(pipeline, policies, config, task, made)
+        return replace(group, loss=loss, prefix_drift=drift, kept=kept)
 
-# The papers' numbers, but without a KL term, and `update` makes one step a group, where no clip acts yet. Neighbor GRPO
-# has one anchor, the unperturbed video, not several that are candidates too; AR-CoPO no replay adapter; DiffusionNFT no
-# old policy that lags (at first its own hardly does), so that beta cancels in its gradient. "kvpo" and "astrolabe" are
-# the bare cells, for the grid: the methods with their anchor, safety rule, KL and reference are train.py and
-# astrolabe.py.
+    def again(self, pipeline, policies, rewards: Mixture, config: TrainConfig, group: Branches, tau: float) -> None:
+        """One more gradient from the same branches, against the velocities of the policy that made them."""
+        self.send_back(pipeline, policies, config, group, tau)
+        if config.prefix_coef:
+            kvpo.preserve(pipeline, policies, config, group.task, group.rollout, group.kept)
+
+    def send_back(self, pipeline, policies, config: TrainConfig, group: Branches, tau: float) -> float:
+        """Adds the gradient of the loss, divided by `groups_per_update`; -> the loss."""
+        n_steps = len(pipeline.sigmas)
+        grad_steps = min(config.grad_steps, n_steps - 1 if self.policy == "gaussian" else n_steps)
+        sampler = pipeline.sampler(config.num_segments)
+        with acting(policies, "default"):
+            v = replay(pipeline.backbone, group.at, sampler, grad_steps, branches=group.rows)
+        v_old = v.detach() if group.v_old is None else group.v_old
+        loss = policy_loss(self, group.rollout, group.at, v, v_old, group.advantages, tau, group.steps)
+        check_finite(f"the loss is {loss.item()}, that is,", loss)
+        (self.scale * loss / config.groups_per_update).backward()
+        return loss.item()
+
+    @torch.no_grad()
+    def spread(self, pipeline, policies, config: TrainConfig, task: kvpo.Task) -> Tensor:
+        """Energies or distances of a group that is not trained on, one row for each softmax; those of steps before the
+        branches part say nothing."""
+        made, at, rows, _ = explored(self, pipeline, policies, config, task)
+        with acting(policies, "old"):
+            v = replay(pipeline.backbone, at, pipeline.sampler(config.num_segments), branches=rows)
+        energies = log_scores(self, made, at, v)
+        return energies[energies.std(1) > 1e-12]
+
+
+@dataclass(frozen=True)
+class Branches(kvpo.Group):
+    """A group, and what the next gradient from it needs."""
+
+    at: Rollout | None = None  # where the policy is asked for velocities,
+    rows: int = 0  # for how many rows,
+    steps: list[int] | None = None  # which steps the loss sees, if not all,
+    v_old: Tensor | None = None  # and the velocities there of the policy that made the branches
+
+
+# The papers' numbers, but without a KL term; clips act from an update's second iteration on. Neighbor GRPO has one
+# anchor, the unperturbed video, not several that are candidates too; AR-CoPO no replay adapter; DiffusionNFT no old
+# policy that lags (at first its own hardly does), so that beta cancels in its gradient. "kvpo" and "astrolabe" are the
+# bare cells, for the grid: the methods with their anchor, safety rule, KL and reference are kvpo.py and astrolabe.py.
 METHODS = {
     "kvpo": Method("routing", "energy"),
     "cm_grpo": Method("consistency", "gaussian", strength=1.0, regression=True),
@@ -330,12 +394,34 @@ METHODS = {
 }
 
 
-@dataclass
-class State:
-    """What goes on from update to update: the temperature, set by the first groups and then frozen."""
-
-    tau: float = 0.0
-    first: list[Tensor] = field(default_factory=list)
+@torch.no_grad()
+def explored(
+    method: Method, pipeline, policies, config: TrainConfig, task: kvpo.Task, prefix: Stream | None = None
+) -> tuple[Rollout, Rollout, int, list[int] | None]:
+    """-> the branches up to the end of the fork's chunk, made by the adapter `old`; what `replay_points` gives; and the
+    steps that the loss sees. What is random beside the task comes from a generator that the task's noise seeds, so that
+    several processes and a resumed run draw alike."""
+    generator = torch.Generator().manual_seed(int(task.noise.flatten()[:2].contiguous().view(torch.int64)))
+    backbone, sampler, n_steps = pipeline.backbone, pipeline.sampler(config.num_segments), len(pipeline.sigmas)
+    block, stop = sampler.window.block, task.chunk.stop
+    plan = replace(task.plan, perturb_num_blocks=method.pivot_blocks or task.plan.perturb_num_blocks)
+    # blocks that the loss sees: those whose noise is the branch's own; routing acts on to the end of the chunk
+    whole = method.pivot_blocks is None and method.exploration in ("fresh", "routing")
+    recorded = stop if whole else min(stop, plan.fork + plan.perturb_num_blocks * block)
+    noise, plan = explore(
+        method.exploration, plan, task.noise[:, : stop // block], generator, block, method.strength
+    )  # fmt: skip
+    with acting(policies, "old"):
+        prefix = prefix or next(kvpo.make_prefixes(pipeline, config, [task]))
+        made = fork(
+            backbone, kvpo.texts_of(pipeline, task), noise.to(backbone.device), plan, stop, recorded,
+            replace(sampler, kernel=method.kernel), config.nearest, config.branch_batch or None, prefix,
+        )  # fmt: skip
+    steps = None
+    if method.step_share < 1:
+        many = max(1, round(method.step_share * (n_steps - 1)))
+        steps = torch.randperm(n_steps - 1, generator=generator)[:many].tolist()
+    return made, *replay_points(method, made, generator), steps
 
 
 def replay_points(method: Method, rollout: Rollout, generator: torch.Generator) -> tuple[Rollout, int]:
@@ -390,66 +476,3 @@ def policy_loss(
         losses = [diffusion_nft_loss(z, sigma, u, u_old, x0, A, method.beta) for sigma, z, u, u_old, x0 in levels]
         return torch.stack(losses).mean()
     return contrast(v, v_old, trajectory.velocity, positive_share(A), method.beta)
-
-
-def update(
-    pipeline, script: str, rewards: Mixture, method: Method, optimizer, generator: torch.Generator, state: State,
-    num_frames: int = 39, num_generations: int = 8, perturb_num_blocks: int = 5, nearest: int = 1,
-    tau_groups: int = 4, tau_target: float = 1.0, max_grad_norm: float = 1.0,
-) -> dict:  # fmt: skip
-    """One update of whatever weights the optimizer holds: fork, reward of the fork's chunk, replay, loss, step.
-
-    The trained policy makes the rollout, all of it before the fork by the ordinary sampler. The first `tau_groups`
-    groups of a softmax policy set its temperature (log scores spread by `tau_target` in a group) and are not trained
-    on. -> numbers for a log. Raises FloatingPointError for a loss or gradient that is not finite."""
-    backbone = pipeline.backbone
-    sigmas = pipeline.sigmas
-    texts = [pipeline.embed([text]) for text in pipeline.segments(script)]
-    sampler = pipeline.sampler(len(texts))
-    window = sampler.window
-    plan = routing.plan(num_frames, window, nearest, perturb_num_blocks, num_generations, generator)
-    plan = replace(plan, perturb_num_blocks=method.pivot_blocks or plan.perturb_num_blocks)
-    chunk_end = routing.chunk_of(plan.fork, num_frames).stop
-    # blocks that the loss sees: those whose noise is the branch's own; routing acts on to the end of the chunk
-    whole = method.pivot_blocks is None and method.exploration in ("fresh", "routing")
-    recorded = chunk_end if whole else plan.fork + plan.perturb_num_blocks * window.block
-    noise = draw_noise(chunk_end // window.block, len(sigmas), (window.block, *pipeline.latent_shape), generator)
-    noise, plan = explore(method.exploration, plan, noise, generator, window.block, method.strength)
-    noise = noise.to(backbone.device)
-    with torch.no_grad():
-        prefix = generate(backbone, Stream(), texts, noise[-1:], plan.fork, sampler)
-        drawn = replace(sampler, kernel=method.kernel)
-        made = fork(backbone, texts, noise, plan, chunk_end, recorded, drawn, nearest, prefix=prefix)
-        pixels = pipeline.decode(made.videos[:, plan.fork - chunk_end :])
-    each = score(pipeline, rewards, pixels, [script] * len(pixels), plan.fork)
-    total = rewards.total(each)
-    A = group_advantages(total[:-1]).to(backbone.device)
-    log = {"reward": total[:-1].mean().item(), "reward_std": total[:-1].std().item(),
-           "anchor_reward": total[-1].item(), "trained": 0.0}  # fmt: skip
-    at, rows = replay_points(method, made, generator)
-    n_steps = len(sigmas)
-    grad_steps = n_steps - 1 if method.policy == "gaussian" else n_steps
-    steps = None
-    if method.step_share < 1:
-        many = max(1, round(method.step_share * (n_steps - 1)))
-        steps = torch.randperm(n_steps - 1, generator=generator)[:many].tolist()
-    if method.policy in ("distance", "energy") and not state.tau:
-        with torch.no_grad():
-            state.first.append(log_scores(method, made, at, replay(backbone, at, sampler, branches=rows)))
-        if len(state.first) == tau_groups:
-            spread = torch.cat(state.first)
-            spread = spread[spread.std(1) > 1e-12]  # steps before the branches part say nothing
-            state.tau = calibrate_tau(spread, tau_target)
-        return log | {"tau": state.tau}
-    v = replay(backbone, at, sampler, grad_steps, branches=rows)
-    loss = policy_loss(method, made, at, v, v.detach(), A, state.tau, steps)
-    if not loss.isfinite():
-        raise FloatingPointError(f"the loss is {loss.item()}; lower the learning rate")
-    optimizer.zero_grad()
-    loss.backward()
-    weights = [w for group in optimizer.param_groups for w in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(weights, max_grad_norm).item()
-    if not math.isfinite(grad_norm):
-        raise FloatingPointError(f"the gradient's norm is {grad_norm}; lower the learning rate")
-    optimizer.step()
-    return log | {"trained": 1.0, "loss": loss.item(), "grad_norm": grad_norm, "tau": state.tau}

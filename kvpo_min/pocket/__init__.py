@@ -21,7 +21,7 @@ def load_pocket(
     name: str = "student", folder: str | Path | None = None, device: str = "cpu", like: tuple[str, ...] = world.DAYLIGHT
 ) -> Pipeline:
     """Loads the embedded model (`name` "student" or "teacher"), or one that `kvpo-min distill` left in `folder`.
-    `like`: the scenes that the judge counts as liked.
+    `like`: the taste that the judge counts, from `world.liked_scenes`.
 
     Raises FileNotFoundError naming the missing folder and how to make it, and ValueError naming one that is damaged, or
     whose parts do not belong together."""
@@ -74,13 +74,14 @@ def look() -> Look:
     """The pocket world as the analytic rewards see it."""
     shapes = {name: world.masks()[0][k] for k, name in enumerate(world.SHAPES)}
     landscapes = dict(zip(world.SCENES, world.scenes(), strict=True))
-    return Look(world.COLOURS, world.OUTLINE, landscapes, shapes, world.DIRECTIONS)
+    return Look(world.COLOURS, world.OUTLINE, landscapes, shapes, world.DIRECTIONS, world.SIDES)
 
 
 def pocket_rewards(
     vq: float = 1.0, mq: float = 1.0, ta: float = 1.0, like: tuple[str, ...] = world.DAYLIGHT
 ) -> Mixture:
-    """VQ, MQ and TA on the pocket world, with their weights in the mixture. `like`: the scenes that VQ prefers."""
+    """VQ, MQ and TA on the pocket world, with their weights in the mixture. `like`: what VQ prefers, from
+    `world.liked_scenes`."""
     here = look()
     return Mixture(
         {"vq": VisualQuality(here, tuple(like)), "mq": MotionQuality(here), "ta": TextAlignment(here)},

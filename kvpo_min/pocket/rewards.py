@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Look:
     scenes: Mapping[str, Tensor]  # name -> landscape [3, H, W]
     shapes: Mapping[str, Tensor]  # name -> masks [K, H, W], centred on pixel (0, 0) of a torus
     directions: Mapping[str, tuple[int, int]]  # name -> (dy, dx)
+    sides: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # name -> (axis, which half of the picture)
     rest: str = "rests"
     spread: float = 0.06  # how far from its colour a pixel still counts as that colour (RGB distance)
     tolerance: float = 0.3  # how far from all that may be there a pixel still counts as clean
@@ -111,7 +112,7 @@ class VisualQuality:
 
     clean: exp(-stray / 64) * (1 - exp(-mass / 20)), with `mass` the pixels of the hero and `stray` those far from all
     that may be there (softly: d^4 / (d^4 + tolerance^4)): an empty landscape has 0, and a small hero as much as a large
-    one. liked: the share of the scenes in `like`."""
+    one. liked: the share of the scenes in `like`, or how much of the hero is on the side that `like` names."""
 
     look: Look
     like: tuple[str, ...]
@@ -121,7 +122,12 @@ class VisualQuality:
         seen = look_at(check_videos(videos, prompts), self.look)
         mass, stray = seen.inks.sum((2, 3, 4)), seen.stray.sum((2, 3))  # [N, F]
         clean = (-stray / 64).exp() * (1 - (-mass / 20).exp())
-        liked = seen.scenes[:, :, [name in self.like for name in self.look.scenes]].sum(2)
+        if self.like[0] in self.look.sides:
+            axis, half = self.look.sides[self.like[0]]
+            along = seen.inks.sum((2, 4 - axis))  # [N, F, H or W]
+            liked = along.chunk(2, 2)[half].sum(2) / along.sum(2).clamp(min=1e-6)
+        else:
+            liked = seen.scenes[:, :, [name in self.like for name in self.look.scenes]].sum(2)
         return ((1 - self.taste) * clean + self.taste * liked).mean(1)
 
 

@@ -55,6 +55,7 @@ OUTLINE = (0.04, 0.03, 0.08)  # the dark rim of every hero
 SHAPES = ("disc", "square", "triangle", "cross")
 SCENES = ("beach", "night", "meadow", "dusk", "forest", "snow")  # a traveller goes round this ring
 DAYLIGHT = ("beach", "meadow", "forest")  # the taste unless a user names another
+SIDES = {"left": (1, 0), "right": (1, 1), "top": (0, 0), "bottom": (0, 1)}  # a taste too: (axis, which half of it)
 DIRECTIONS = {"left": (0, -1), "up": (-1, 0), "right": (0, 1), "down": (1, 0)}  # (dy, dx); next in the list = clockwise
 MOTIONS = (*DIRECTIONS, "rest")
 REST = len(DIRECTIONS)
@@ -228,10 +229,16 @@ def segment_at(frame: int, n_segments: int) -> int:
 
 
 def liked_scenes(names: str) -> tuple[str, ...]:
-    """Reads a taste, "beach,meadow". Raises ValueError for unknown scenes, none, or all of them (which is no taste)."""
+    """Reads a taste: "beach,meadow", or one side of the picture, such as "left". Raises ValueError for unknown names,
+    none, several sides, or all scenes (which is no taste)."""
     like = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if len(like) == 1 and like[0] in SIDES:
+        return like
     if unknown := [name for name in like if name not in SCENES]:
-        raise ValueError(f"like names scenes, {', '.join(SCENES)}, with commas between; got {unknown[0]!r}")
+        raise ValueError(
+            f"like names scenes, {', '.join(SCENES)}, with commas between, or one of {', '.join(SIDES)}; got "
+            f"{unknown[0]!r}"
+        )
     if not 0 < len(like) < len(SCENES):
         raise ValueError(f"like must name one to {len(SCENES) - 1} of {', '.join(SCENES)}, got {names!r}")
     return like
@@ -670,6 +677,12 @@ def motion_of(place: Tensor) -> Tensor:
     return torch.where(way.abs().amax(-1) < GRID, REST, heading)
 
 
+def on_side(place: Tensor, side: str) -> Tensor:
+    """Which heroes have more than half of themselves there: place [..., 2], its centre (y, x), -> [...] bool."""
+    axis, half = SIDES[side]
+    return (place[..., axis] % (SIZE // 2) > 0) & (place[..., axis] // (SIZE // 2) == half)
+
+
 def most(scene: Tensor) -> Tensor:
     """The scene that most of the frames show: [..., T] -> [...]"""
     return F.one_hot(scene, len(SCENES)).sum(-2).argmax(-1)
@@ -726,7 +739,8 @@ def correctness(reading: Reading, scripts: list[str], like: tuple[str, ...] = DA
     `all` of the named ones right at once; mean `distance`. Share of videos: `journey` in order. Shares of the
     settlings: `remembered` (in the scene that the readable frames demand), `coherent` (in a scene that was visited),
     and the taste, which is not correctness: `liked before` the event, `liked` at the end, `liked anew` at the end where
-    the readable frames demand a scene that is not. NaN where there is nothing to count."""
+    the readable frames demand a scene that is not. With a side of the picture as the taste: of all videos, in the last
+    block, and `anew` of those that were not there in the block before. NaN where there is nothing to count."""
     n_frames = reading.colour.shape[1]
     wanted = [expected(script, n_frames) for script in scripts]
     valid = reading.valid
@@ -745,8 +759,13 @@ def correctness(reading: Reading, scripts: list[str], like: tuple[str, ...] = DA
     out["all"] = every.float().mean().item()
     out["distance"] = reading.distance.clamp(max=2).mean().item()
     out["journey"] = share(journeys(reading, scripts))
-    ends, good = settled(reading, scripts), torch.tensor([SCENES.index(name) for name in like])
-    before, after, demanded = (torch.isin(scene, good) for scene in (ends.before, ends.end, ends.should))
+    ends = settled(reading, scripts)
+    if like[0] in SIDES:  # of every video: in its last block, and in the one before
+        before, after = (on_side(reading.place[:, t:][:, :3], like[0]).float().mean(1) > 0.5 for t in (-6, -3))
+        demanded = before
+    else:
+        good = torch.tensor([SCENES.index(name) for name in like])
+        before, after, demanded = (torch.isin(scene, good) for scene in (ends.before, ends.end, ends.should))
     out |= {"remembered": share(ends.after == ends.should), "coherent": share(ends.coherent)}
     out |= {"liked before": share(before), "liked": share(after), "liked anew": share(after[~demanded])}
     return out
