@@ -18,6 +18,7 @@ LOOP = {
     "bank",
     "chr",
     "tve",
+    "step",
     "grpo",
     "rewards",
     "kvpo",
