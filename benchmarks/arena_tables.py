@@ -1,13 +1,15 @@
 """Tables and figures of the arena, from its CSV.
 
-    python benchmarks/arena_tables.py --csv benchmarks/data/arena.csv --output docs/arena.md --figures figures/arena
+    python benchmarks/arena_tables.py --csv benchmarks/data/arena_settles.csv --output arena.md --figures arena
+    python benchmarks/arena_tables.py --regimes figures/arena.png
 
-Files of several machines can be given together. Changes are after - before on the evaluation prompts, with their
-standard error over seeds; one seed has none. "over prompts" is the standard error of the paired change, mean over
-seeds. The learning rate of a method was chosen on a seed and on evaluation prompts that are in the table of the sweep
-alone. A run that went on counts at every budget at which it was evaluated. Curves are means over seeds, bands one
-standard error; Best-of-N trains nothing and is a level. Other settings of a method are drawn from five seeds on.
-A method has the same colour in every figure; its further settings and rates are dotted.
+The second draws what the comparison is for: what is learned where memory decides, and where noise does. Files of
+several machines can be given together. Changes are after - before on the evaluation prompts, with their standard error
+over seeds; one seed has none. "over prompts" is the standard error of the paired change, mean over seeds. The learning
+rate of a method was chosen on a seed and on evaluation prompts that are in the table of the sweep alone. A run that
+went on counts at every budget at which it was evaluated. Curves are means over seeds, bands one standard error; Best-
+of-N trains nothing and is a level. Other settings of a method are drawn from five seeds on. A method has the same
+colour in every figure; its further settings and rates are dotted.
 """
 
 import argparse
@@ -28,9 +30,7 @@ SHOWN = {"reward": "reward", "vq": "VQ", "mq": "MQ", "ta": "TA", "judge_all": "j
          "judge_journey": "journey", "judge_distance": "distance", "sharpness": "sharpness",
          "motion_energy": "motion energy", "diversity": "diversity"}  # fmt: skip
 SMALL = ("sharpness", "motion_energy")  # whose changes need more digits
-COMMAND = (
-    "python benchmarks/arena_tables.py --csv benchmarks/data/arena.csv --output docs/arena.md --figures figures/arena"
-)
+REGIMES = {"settles": "where memory decides", "wanders": "where noise decides"}
 SEEDS = 5  # of other settings that are drawn beside the methods as they are
 COLOURS = dict(zip((*METHODS, *UNTRAINED), (*BRANCHES, "black", ANCHOR, "black"), strict=True))  # in every figure
 STYLES = ("-", ":", "-.")  # of a method's further settings and rates
@@ -223,13 +223,57 @@ def curves(rows: list[dict]):
     return figure
 
 
+def regimes(rows: list[dict]):
+    """Share of films that end as is liked against forward passes, a panel a regime: means over seeds, bands one
+    standard error, each line named at its end; Best-of-N is a level. -> Figure"""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    for axes, (mode, title) in zip(figure.subplots(1, 2, sharey=True), REGIMES.items(), strict=True):
+        own = [row for row in rows if row["mode"] == mode and row["purpose"] == "result" and not row["set"]]
+        own = [row for row in own if "+" not in row["method"] and not row["note"]]
+        ends = []
+        for (method,), ran in by(own, "method").items():
+            colour, width = COLOURS[method], 3 if method == "kvpo" else 1.5
+            points = {0.0: [float(row["judge_liked_before"]) for row in ran]}
+            for (budget,), then in by(ran, "budget").items():
+                if budget != "0":
+                    spent = statistics.fmean(float(row["forwards"]) for row in then)
+                    points[spent] = [float(row["judge_liked_after"]) for row in then]
+            if method in UNTRAINED:
+                level = statistics.fmean(float(row["judge_liked_after"]) for row in ran)
+                axes.axhline(level, color=colour, ls="--", lw=1)
+                ends.append((level, method, colour))
+                continue
+            x = sorted(points)
+            mean, error = zip(*(mean_error(points[k]) for k in x), strict=True)
+            error = [0.0 if math.isnan(e) else e for e in error]
+            axes.plot([k / 1000 for k in x], mean, color=colour, lw=width, marker="o", ms=4)
+            low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
+            axes.fill_between([k / 1000 for k in x], low, high, color=colour, alpha=0.15, lw=0)
+            ends.append((mean[-1], method, colour))
+        place = -math.inf
+        for level, method, colour in sorted(ends):  # names that would lie on each other move up
+            place = max(level, place + 0.045)
+            axes.annotate(method, (1.01, place), xycoords=("axes fraction", "data"), color=colour, va="center")
+        axes.set(title=title, xlabel="thousand forward passes of training", ylim=(0, 1))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("films that end as is liked (held out)")
+    return figure
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", nargs="+", default=["benchmarks/data/arena.csv"])
-    parser.add_argument("--output", default="docs/arena.md", help="file of the tables")
-    parser.add_argument("--figures", default="figures/arena", help="folder of the figures")
+    parser.add_argument("--csv", nargs="+", default=["benchmarks/data/arena_settles.csv"])
+    parser.add_argument("--output", default="arena.md", help="file of the tables")
+    parser.add_argument("--figures", default="arena", help="folder of the figures")
+    parser.add_argument("--regimes", metavar="FILE", help="instead: the one picture of both regimes")
     args = parser.parse_args(argv)
-    output, out = Path(args.output), [f"Made by `{COMMAND}`. What it says: [results.md](results.md)."]
+    if args.regimes:
+        files = [Path(f"benchmarks/data/arena_{mode}.csv") for mode in REGIMES]
+        regimes([row for path in files for row in read_rows(path)]).savefig(args.regimes, dpi=150)
+        return
+    output, out = Path(args.output), ["Made by `python benchmarks/arena_tables.py`."]
     rows = [row for path in args.csv for row in read_rows(Path(path))]
     for here, group in by(rows, *(name for name in HERE if name != "set")).items():
         model, mode, event, like, weights, prompts = here

@@ -2,6 +2,8 @@
 
     python benchmarks/seeds.py --json benchmarks/data/seeds.json
     python benchmarks/seeds.py --options "--prefix_coef 0" --json benchmarks/data/seeds_no_prefix.json
+    python benchmarks/seeds.py --command "train --config configs/long.yaml" --seeds 0,1,2 --capabilities native \
+        --json benchmarks/data/seeds_long.json
 
 Runs the demo as a user would, once for each seed, instruction set (what ATEN_CPU_CAPABILITY says; "native": unset) and
 number of threads. Kept are its summary and how long it took, start to end. A run that is in the file is not made again.
@@ -19,30 +21,40 @@ from pathlib import Path
 KEPT = ("liked", "liked anew", "coherent", "journey", "valid", "remembered")
 
 
-def run(seed: int, capability: str, threads: int, options: list[str]) -> dict:
+def run(command: list[str], seed: int, capability: str, threads: int, options: list[str]) -> dict:
     """One run in a process of its own. -> {"before": {...}, "after": {...}, "seconds": ...}"""
     environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
     environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     if capability != "native":
         environment["ATEN_CPU_CAPABILITY"] = capability
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "kvpo_min.cli", "demo", "--seed", str(seed), "--output_dir", f"{folder}/run"]
+        more = ["--seed", str(seed), "--output_dir", f"{folder}/run", *options]
         begun = time.perf_counter()
-        subprocess.run([*command, *options], env=environment, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "kvpo_min.cli", *command, *more],
+            env=environment,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         seconds = time.perf_counter() - begun
         summary = json.loads(Path(folder, "run", "summary.json").read_text())
-    found = {when: summary[when]["judge"] | {"reward": summary[when]["reward"]} for when in ("before", "after")}
+    return kept(summary, seconds)
+
+
+def kept(summary: dict, seconds: float | None) -> dict:
+    found = {when: summary[when] | summary[when]["judge"] for when in ("before", "after")}
     for when, numbers in found.items():  # a share of no films is null
-        found[when] = {name: numbers[name] and round(numbers[name], 4) for name in (*KEPT, "reward")}
-    return found | {"seconds": round(seconds, 1)}
+        found[when] = {name: numbers[name] and round(numbers[name], 4) for name in (*KEPT, "reward", "ta", "ta_sem")}
+    return found | {"seconds": seconds and round(seconds, 1)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--command", default="demo", help="of kvpo-min, without seed and output folder")
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--capabilities", default="native,avx2,default")
     parser.add_argument("--threads", default="2", help="numbers of threads, commas between")
-    parser.add_argument("--options", default="", help="further options of the demo, in one string")
+    parser.add_argument("--options", default="", help="further options, in one string")
     parser.add_argument("--json", required=True, help="file that the runs are kept in")
     args = parser.parse_args()
     path = Path(args.json)
@@ -53,11 +65,11 @@ def main() -> None:
             for seed in args.seeds.split(","):
                 key = f"{capability}, {threads} threads, seed {seed}"
                 if key not in found:
-                    found[key] = run(int(seed), capability, int(threads), args.options.split())
+                    found[key] = run(args.command.split(), int(seed), capability, int(threads), args.options.split())
                     path.write_text(json.dumps(found, indent=1) + "\n")
                 was, now = found[key]["before"], found[key]["after"]
                 shown = [f"{name} {was[name]} -> {now[name]}" for name in KEPT]
-                print(f"{key}: {', '.join(shown)}; {found[key]['seconds']:.0f} s", flush=True)
+                print(f"{key}: {', '.join(shown)}; {found[key]['seconds']} s", flush=True)
 
 
 if __name__ == "__main__":

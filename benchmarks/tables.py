@@ -12,6 +12,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from kvpo_min.compare.arena import read_rows
+
 ROOT = Path(__file__).parents[1]
 DATA, RESULTS = ROOT / "benchmarks" / "data", ROOT / "docs" / "results.md"
 JUDGED = ("valid", "colour", "shape", "motion", "scene", "journey", "remembered", "coherent", "distance")
@@ -79,10 +81,46 @@ def time_of(runs: Sequence[Mapping]) -> str:
     return "-" if None in seconds else f"{statistics.fmean(seconds):.0f} s"
 
 
+def arena(rows: Sequence[Mapping[str, str]]) -> str:
+    """One row a method, best first, at its whole budget: mean over the seeds that are reported with its standard error;
+    where there are none yet, the best learning rate of the sweep, one seed. Shares of no films are left out."""
+    rows = [row for row in rows if not row["note"] and row["budget"] in (row["asked"], "0")]
+    names = ("liked", "liked_anew", "coherent", "journey", "valid")
+    lines, before = [], rows[0]
+    for method, changed in dict.fromkeys((row["method"], row["set"]) for row in rows):
+        own = [row for row in rows if (row["method"], row["set"]) == (method, changed)]
+        ran = [row for row in own if row["purpose"] == "result"]
+        if not ran:
+            ran = [max(own, key=lambda row: float(row["reward_after"]))]
+        gains = [float(row["reward_after"]) - float(row["reward_before"]) for row in ran]
+        cells = [spread([float(row[f"judge_{name}_after"]) for row in ran]) for name in names]
+        rate = "-" if float(ran[0]["learning_rate"]) == 0 else ran[0]["learning_rate"]
+        seeds = str(len(ran)) if ran[0]["purpose"] == "result" else "sweep"
+        passes = f"{statistics.fmean(float(row['forwards']) for row in ran) / 1000:.1f}"
+        label = f"{method} {changed}".strip()
+        lines.append((statistics.fmean(gains), [label, rate, seeds, passes, *cells, spread(gains, "+")]))
+    lines.sort(key=lambda line: -line[0])
+    first = ["before training", "-", "-", "-", *(share(float(before[f"judge_{name}_before"])) for name in names), "-"]
+    head = ["method", "rate", "seeds", "thousand passes", *(name.replace("_", " ") for name in names), "reward"]
+    return table(head, [first, *(line for _, line in lines)])
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean and standard error, of those that exist."""
+    values = [value for value in values if value == value]
+    if not values:
+        return "-"
+    mean = f"{statistics.fmean(values):{sign}.2f}"
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+    return re.sub(r"\b0\.", ".", mean + error)
+
+
 def made(name: str) -> str:
     """The table of benchmarks/data/NAME.json; "who_decides" is made of three files."""
     if name == "who_decides":
         return who_decides()
+    if name.startswith("arena"):
+        return arena(read_rows(DATA / f"{name}.csv"))
     found = json.loads((DATA / f"{name}.json").read_text())
     kind = next(kind for kind in (distillation, exploration, seeds) if name.startswith(kind.__name__))
     return kind(found)

@@ -522,16 +522,33 @@ def test_tables_and_figures(tmp_path, monkeypatch):
     assert len(list(Path("figures").glob("*.png"))) == 2  # other prompts: a figure of its own
 
 
-PUBLISHED = Path(__file__).parents[1] / "benchmarks" / "data" / "arena.csv"
+def test_the_picture_of_both_regimes():
+    """A panel a regime; KVPO's line ends at the mean of its seeds; sweeps, other settings and cells are not drawn."""
+    rows = []
+    for mode, gains in (("settles", (0.1, 0.3)), ("wanders", (0.0, 0.1))):
+        options = options_for("a.csv", forwards=90, set="", mode=mode)
+        rows += [fake(options, "kvpo", 1e-2, seed, g * k / 90 - 0.5, budget=k) for seed, g in enumerate(gains)
+                 for k in (45, 90)]  # fmt: skip
+        rows += [fake(options, "best_of_n", 0.0, 0, -0.3), fake(options, "rwr", 1e-2, 100, 0.4, "sweep")]
+        rows += [fake(options, "routing+nft", 1e-2, 0, 0.4), fake(replace(options, set="rank=4"), "rwr", 1e-2, 0, 0.4)]
+    left, right = arena_tables.regimes(rows).axes
+    for axes, end in ((left, 0.7), (right, 0.55)):
+        (line,) = [line for line in axes.lines if len(line.get_xdata()) == 3]
+        assert line.get_ydata()[0] == 1 and line.get_ydata()[-1] == pytest.approx(end)
+        assert {text.get_text() for text in axes.texts} == {"kvpo", "best_of_n"}
 
 
-@pytest.mark.skipif(not PUBLISHED.exists(), reason="no rows are published")
-def test_the_published_tables_are_those_of_the_published_rows(tmp_path):
-    (tmp_path / "docs").mkdir()
-    output, figures = tmp_path / "docs" / "arena.md", tmp_path / "figures" / "arena"
-    arena_tables.main(["--csv", str(PUBLISHED), "--output", str(output), "--figures", str(figures)])
-    published = Path(__file__).parents[1] / "docs" / "arena.md"
-    assert output.read_text(encoding="utf-8") == published.read_text(encoding="utf-8")
+def test_the_table_of_a_regime():
+    import tables
+
+    options = options_for("a.csv", forwards=90, set="", mode="settles")
+    rows = [fake(options, "kvpo", 1e-2, seed, gain) for seed, gain in enumerate((-0.5, -0.3))]
+    rows += [fake(options, "kvpo", 1e-2, 0, 5.0, budget=45), fake(options, "kvpo", 1e-1, 100, 9.0, "sweep")]
+    rows += [fake(options, "rwr", rate, 100, gain, "sweep") for rate, gain in ((1e-3, -0.9), (1e-2, -0.7))]
+    lines = tables.arena(rows).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| before training", "| kvpo", "| rwr"]
+    assert "| kvpo | 0.01 | 2 | 0.1 | .60 ± .10 |" in lines[3] and lines[3].endswith("| -.40 ± .10 |")
+    assert "| rwr | 0.01 | sweep | 0.1 | .30 |" in lines[4]
 
 
 def test_curves_are_means_over_seeds_at_each_budget():
