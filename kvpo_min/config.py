@@ -79,7 +79,7 @@ class TrainConfig:
     lr_scheduler: str = knob("constant", "after the warm-up; linear: down to 0 at the end", of=("constant", "linear"))
     adam_weight_decay: float = knob(0.0, least=0)
     max_grad_norm: float = knob(1.0, above=0)
-    rank: int = knob(16, "of the LoRA", least=1)
+    rank: int = knob(16, "of the LoRA", least=1, most=4096)
     lora_alpha: int = knob(16, least=1)
     ema_decay: float = knob(0.95, least=0, below=1)
     num_generations: int = knob(8, "branches G", least=2)
@@ -118,6 +118,8 @@ class TrainConfig:
         settle(self)
         if self.compat and (self.fork or self.at_events):
             raise ValueError(f'no fork and no at_events with compat "official", whose plan draws it, got {self.fork}')
+        if not self.local_weight and not self.global_weight:
+            raise ValueError("local_weight and global_weight are both 0, so nothing would be learned: raise one")
         if self.fork and self.at_events:
             raise ValueError(f"give a fork or at_events, not both, got fork {self.fork}")
 

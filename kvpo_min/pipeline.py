@@ -134,6 +134,8 @@ def evaluate(
     """Mean rewards of unrouted videos, their standard errors over prompts, and the held-out judge; under "head" those
     of the first `head` prompts alone. Of several processes each makes its share of the videos; all must call this, and
     get the same."""
+    if not scripts:
+        raise ValueError("expected at least one script to evaluate, got none")
     rank, world = processes()
     first, end = (len(scripts) * r // world for r in (rank, rank + 1))
     own = scripts[first:end]

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -90,7 +92,7 @@ def load_adapter(pipeline, folder: str | Path):
     Raises FileNotFoundError when a file is missing and ValueError when it is damaged, no LoRA, or made for another
     model; the pipeline is then as it was."""
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     folder, transformer = Path(folder).expanduser(), pipeline.backbone.transformer
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -105,7 +107,13 @@ def load_adapter(pipeline, folder: str | Path):
         if config.megatron_config:  # peft would import a module of the config's choice
             raise ValueError("megatron_config is not supported")
         config.base_model_name_or_path = None  # a note for readers; peft would compare it with the base's path
-        saved = load_file(folder / "adapter_model.safetensors")
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            saved = {key: file.get_tensor(key) for key in file.keys()}
+            alphas = {float(config.lora_alpha), float((file.metadata() or {}).get("lora_alpha", config.lora_alpha))}
+        if len(alphas) > 1:
+            raise ValueError(f"two alphas are written with it, {alphas}: keep the one it was trained with")
+        if not 0 < min(alphas) < math.inf:
+            raise ValueError(f"expected an alpha above 0, got {min(alphas)}")
     except Exception as error:  # JSON, safetensors and peft have kinds of their own
         raise ValueError(f"{folder}: the adapter is damaged or not a LoRA: {error or type(error).__name__}") from None
     if broken := not_finite(saved):
@@ -122,9 +130,20 @@ def load_adapter(pipeline, folder: str | Path):
             f"{folder}: the adapter was made for another model, or is incomplete: {len(wrong)} of its tensors do not "
             f"fit, the first is {wrong[0]}"
         )
-    policies = get_peft_model(transformer, config)
+    with torch.random.fork_rng([]):  # peft draws first what is then replaced
+        policies = get_peft_model(transformer, config)
     set_peft_model_state_dict(policies, saved)
     return policies.requires_grad_(False).eval()
+
+
+def base_hash(policies) -> str:
+    """Of the frozen weights, by their first numbers: tells one base from another that lies under the same path."""
+    found = hashlib.sha256()
+    for name, weight in policies.named_parameters():
+        if "lora_" not in name:
+            found.update(f"{name} {tuple(weight.shape)}".encode())
+            found.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def same_shape(a, b) -> bool:

@@ -44,18 +44,29 @@ def read_prompts(path: str | Path, check: Callable[[str], object] = str) -> list
             prompts = PARTS[form](line)
             scripts.append(BETWEEN.join(prompts))
             check(scripts[-1])
-            for prompt in prompts:
-                if not is_visible(prompt):
-                    raise ValueError(f"a prompt is empty: expected words, got {line[:60]!r}")
-                if "|" in prompt:
-                    raise ValueError(f"expected no | but {BETWEEN!r} between prompts, got {line[:60]!r}")
-                if any(unicodedata.category(c) == "Cc" and c != "\t" for c in prompt):
-                    raise ValueError(f"expected words, but there are control characters, got {line[:60]!r}")
+            check_words(prompts, line)
         except ValueError as error:
             raise type(error)(f"{path}, line {n}: {error}") from None
     if not scripts:
         raise ValueError(f"{path}: no prompts in it; expected {FORMS}")
     return scripts
+
+
+def read_script(line: str) -> str:
+    """A script that is given by itself, its prompts separated by " | ". Raises ValueError as `read_prompts` does."""
+    prompts = plain(line)
+    check_words(prompts, line)
+    return BETWEEN.join(prompts)
+
+
+def check_words(prompts: list[str], line: str) -> None:
+    for prompt in prompts:
+        if not is_visible(prompt):
+            raise ValueError(f"a prompt is empty: expected words, got {line[:60]!r}")
+        if "|" in prompt:
+            raise ValueError(f"expected no | but {BETWEEN!r} between prompts, got {line[:60]!r}")
+        if any(unicodedata.category(c) in ("Cc", "Cs") and c != "\t" for c in prompt):
+            raise ValueError(f"expected words, but there are control characters, got {line[:60]!r}")
 
 
 def is_visible(text: str) -> bool:
@@ -72,12 +83,13 @@ def plain(line: str) -> list[str]:
 
 def from_json(line: str) -> list[str]:
     try:
-        prompts = json.loads(line)["prompts"]
+        (pair,) = json.loads(line, object_pairs_hook=list)  # a key that is there twice is a second pair
+        prompts = pair[1] if pair[0] == "prompts" else None
     except (ValueError, KeyError, TypeError, RecursionError):
         prompts = None
     if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f'expected {{"prompts": ["...", "..."]}}, got {line[:60]!r}')
-    return [p.strip() for p in prompts if p.strip()]
+        raise ValueError(f'expected {{"prompts": ["...", "..."]}} and no other key, got {line[:60]!r}')
+    return [p.strip() for p in prompts]
 
 
 def bracketed(line: str) -> list[str]:

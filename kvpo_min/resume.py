@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +15,10 @@ from pathlib import Path
 import torch
 
 from kvpo_min.config import TrainConfig
-from kvpo_min.policies import adapter_weights
+from kvpo_min.policies import adapter_weights, base_hash
 from kvpo_min.system import load_tensors, not_finite, sync, uninterrupted, writing
+
+KINDS = {"config": dict, "step": int, "tau": (int, float), "order": list, "skips": int, "logs": list}  # of state.json
 
 
 def discard(folder: Path) -> None:
@@ -48,7 +52,7 @@ def save_checkpoint(config: TrainConfig, policies, optimizer, generator: torch.G
         with writing(aside / "training_state.pt") as path:
             path.write_bytes(training.getbuffer())
         with writing(aside / "state.json") as path:
-            path.write_text(json.dumps({"config": asdict(config), **state}))
+            path.write_text(json.dumps({"config": asdict(config), **state, "base": base_hash(policies)}))
         with writing(folder):
             sync(aside)
             if folder.exists():  # of a run that came this far before: kept until the new one has its name
@@ -74,7 +78,7 @@ def save_checkpoint(config: TrainConfig, policies, optimizer, generator: torch.G
 def checkpoints(output_dir: Path) -> list[int]:
     """Steps of the complete checkpoints in a folder."""
     found = [p.name.removeprefix("checkpoint-") for p in output_dir.glob("checkpoint-*") if (p / "state.json").exists()]
-    return sorted(int(number) for number in found if number.isdigit())
+    return sorted(int(number) for number in found if re.fullmatch("0|[1-9][0-9]*", number))
 
 
 def find_checkpoint(config: TrainConfig) -> Path:
@@ -95,11 +99,18 @@ def find_checkpoint(config: TrainConfig) -> Path:
 
 
 def read_state(folder: Path) -> dict:
-    """state.json of a checkpoint: {config, step, tau, order, skips, logs (a line for every update so far)}.
+    """state.json of a checkpoint: {config, step, tau, order, skips, logs (a line for every update so far), base}.
     Raises ValueError naming the folder."""
     try:
-        state = json.loads((folder / "state.json").read_text())
-        return {key: state[key] for key in ("config", "step", "tau", "order", "skips", "logs")}
+        state = json.loads((folder / "state.json").read_text("utf-8"))
+        for key, kind in KINDS.items():
+            if not isinstance(state[key], kind) or isinstance(state[key], bool):
+                raise ValueError(f"expected {key} to be a {getattr(kind, '__name__', 'number')}, got {state[key]!r}")
+        if not 0 <= state["tau"] < math.inf or not all(type(k) is int and k >= 0 for k in state["order"]):
+            raise ValueError(f"got tau {state['tau']} and order {state['order'][:5]}")
+        if not all(isinstance(line, dict) and "step" in line for line in state["logs"]):
+            raise ValueError("a line of its logs is no record of an update")
+        return {key: state[key] for key in KINDS} | {"base": state.get("base", "")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(folder, error) from None
 
@@ -140,6 +151,8 @@ def load_checkpoint(folder: Path, policies, optimizer, generator: torch.Generato
         shapes = {key: tuple(weight.shape) for key, weight in adapter_weights(policies, name).items()}
         if shapes != {key: tuple(weight.shape) for key, weight in tensors.items()}:
             raise ValueError(f"{folder}: the saved adapter does not fit; use the rank and model it was trained with")
+    if state["base"] and state["base"] != base_hash(policies):
+        raise ValueError(f"{folder} was made on other base weights than the model's: put them back, or start anew")
     with torch.no_grad():
         for name, tensors in saved.items():
             for key, weight in adapter_weights(policies, name).items():

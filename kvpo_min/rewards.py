@@ -92,10 +92,15 @@ class Mixture:
         return out
 
     def total(self, scores: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum [N] of such scores."""
+        """The weighted sum [N] of such scores. Raises NotFinite."""
         if not scores:
             raise ValueError("there is no reward to sum: the mixture is empty")
-        return sum(self.weights[name] * score for name, score in scores.items())
+        total = sum(self.weights[name] * score for name, score in scores.items())
+        if not total.isfinite().all():
+            raise NotFinite(
+                f"the weighted sum of the rewards is not finite; are the weights right? {dict(self.weights)}"
+            )
+        return total
 
     def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor:
         return self.total(self.scores(videos, prompts))

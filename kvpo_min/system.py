@@ -33,8 +33,13 @@ except ImportError:  # Windows
 def join_processes() -> None:
     """Under torchrun or `share_work`: joins the other processes and takes the GPU that is this one's. Otherwise
     nothing."""
-    if number_in_environment("WORLD_SIZE", 1) == 1 or dist.is_initialized():
+    world = number_in_environment("WORLD_SIZE", 1)
+    if world == 1 or dist.is_initialized():
         return
+    if (rank := number_in_environment("RANK")) >= world:
+        raise ValueError(f"the environment variable RANK must be below WORLD_SIZE {world}, got {rank}")
+    if number_in_environment("MASTER_PORT") > 65535:
+        raise ValueError(f"the environment variable MASTER_PORT must be a port, got {os.environ['MASTER_PORT']}")
     if (local := number_in_environment("LOCAL_RANK")) < torch.cuda.device_count():
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -43,8 +48,10 @@ def join_processes() -> None:
 
 def processes_for(wanted: int, groups: int) -> int:
     """How many processes are to share the groups of an update: `wanted`, or for 0 as many as there are cores, and no
-    more than divide the groups evenly. 1 under torchrun, and where processes cannot be joined."""
-    if "WORLD_SIZE" in os.environ or not dist.is_available() or sys.platform == "win32":
+    more than divide the groups evenly. 1 under torchrun, and where processes cannot be joined. Raises ValueError."""
+    if wanted and groups % wanted:
+        raise ValueError(f"{wanted} processes cannot share groups_per_update {groups}: give a multiple of {wanted}")
+    if number_in_environment("WORLD_SIZE", 1) > 1 or not dist.is_available() or sys.platform == "win32":
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return wanted or max(n for n in range(1, max(1, cores) + 1) if groups % n == 0)
@@ -345,6 +352,7 @@ def say(line: str) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes aside and renames, so that a file is either the old or the new one. Raises OSError naming it."""
+    path = Path(os.path.realpath(path))  # a link stays one
     with writing(path.with_name(path.name + ".aside")) as aside:
         aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
@@ -385,7 +393,7 @@ def check_aliases(tree) -> None:
 def read_metrics(path: Path) -> list[dict]:
     """The lines of metrics.jsonl. Raises ValueError naming a line that is no record of an update."""
     lines = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+    for number, line in enumerate(read_text(path).splitlines() if path.exists() else [], start=1):
         try:
             lines.append(json.loads(line))
             lines[-1]["step"]

@@ -50,6 +50,8 @@ def train(
 
     Whatever ends the run early, Ctrl-C included, a checkpoint of the last whole update is written on the way out, if
     there are checkpoints at all or with `save_when_stopped`. A caller who takes no more updates (`break`) gets none."""
+    if not torch.is_grad_enabled():
+        raise RuntimeError("training needs gradients: take its updates outside torch.no_grad()")
     check_scripts(pipeline, scripts, config)
     check_share(config)
     rank, world = processes()

@@ -29,7 +29,7 @@ class Patient:
     """stdout or stderr, except that a reader who went away, a full disk or a letter that it lacks raises nothing."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = open(os.devnull, "w") if stream is None else stream  # it was closed: `2>&-`
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.reconfigure(errors="backslashreplace")
 

@@ -9,6 +9,7 @@ from kvpo_min.cli.folders import check_file
 from kvpo_min.cli.models import run_rewards
 from kvpo_min.cli.options import parse_options
 from kvpo_min.compare import arena
+from kvpo_min.system import claimed
 
 OPTIONS = (arena.ArenaOptions,)
 
@@ -20,7 +21,10 @@ def main(argv: Sequence[str]) -> int:
     if options.plan:
         print(arena.plan(make_pipeline, rewards, options))
         return 0
-    for row in arena.arena(make_pipeline, rewards, options):
-        print(arena.line(row), flush=True)
+    with claimed(
+        Path(f"{options.csv}.inuse")
+    ):  # two at once would compute the same rows, and mend what is half written
+        for row in arena.arena(make_pipeline, rewards, options):
+            print(arena.line(row), flush=True)
     print(f"\nall rows are in {options.csv}")
     return 0

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def make(config, folder: Path) -> int:
-    started = any((folder / stage).is_dir() for stage in ("autoencoder", "teacher", "student"))
+    started = any((folder / name).exists() for name in ("config.json", "autoencoder", "teacher", "student"))
     check_folder(folder, overwrite=started, how=", or give the folder of an earlier `kvpo-min distill`")
     made = distill.distill(config)
     if isinstance(made, Mapping):

@@ -23,6 +23,8 @@ def main(argv: Sequence[str]) -> int:
     scripts = read_prompts(options.prompts) if wan else read_scripts(options.prompts)
     num_frames = video_length(options.num_frames, count_segments(scripts, bool(wan)))
     check_file(out)
+    if out.exists() and out.samefile(options.prompts):
+        raise ValueError(f"--json would replace the prompts, {options.prompts}: name another file")
     rewards = run_rewards(options, wan)
     pipeline = (
         load_real(options.model, scripts, options.prompts, wan)
@@ -35,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     result = generator.evaluate(pipeline, scripts, rewards, num_frames, options.seed, 1 if wan else 32, bar=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     about = {"n": len(scripts), "num_frames": num_frames, "seed": options.seed, "prompts": options.prompts}
+    about |= {} if wan else {"like": options.like}
     about |= {"model": options.model or pipeline.name, "adapter": options.adapter or None} | all_options(wan)
     write_json(out, result | about | {"weights": dict(rewards.weights)})
     print(generator.table({options.adapter or pipeline.name: result}))

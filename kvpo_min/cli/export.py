@@ -15,7 +15,8 @@ def main(argv: Sequence[str]) -> int:
     (options,) = parse_options("export", OPTIONS, argv)
     if not Path(options.adapter).exists():
         raise FileNotFoundError(f"there is no adapter {options.adapter}")
-    folder = Path(options.output_dir)
+    folder, config = Path(options.output_dir), Path(options.adapter) / "config.yaml"
+    ran = read_yaml(config) if config.is_file() else {}
     with claimed(folder):
         check_folder(folder, overwrite=False, how="")
         lora = read_lora(options.adapter, options.lora_alpha)
@@ -23,8 +24,6 @@ def main(argv: Sequence[str]) -> int:
             lora = stack_loras(read_lora(options.lora, options.merged_alpha), lora)
         path = export_lora(lora, folder, options.layout)
     print(f"{path}: rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.modules)} layers")
-    config = Path(options.adapter) / "config.yaml"
-    ran = read_yaml(config) if config.is_file() else {}
     if ran.get("model"):
         print(f"to be loaded on {ran['model']}")
     if ran.get("lora") and not options.lora:

@@ -40,9 +40,11 @@ def check_file(path: Path) -> None:
     check_parents(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, name a file")
-    there = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not os.access(there, os.W_OK):
-        raise PermissionError(f"{there} cannot be written to; name another place")
+    path = Path(os.path.realpath(path))
+    above = next(place for place in path.parents if place.exists())  # files are written aside and renamed
+    for there in (path, above):
+        if there.exists() and not os.access(there, os.W_OK) or path.exists() and not path.is_file():
+            raise PermissionError(f"{there} cannot be written to; name another place")
 
 
 def clear_run(folder: Path) -> None:
@@ -82,7 +84,15 @@ def way_on(folder: Path) -> str:
 def earlier_scripts(config) -> list[str]:
     """What the run that is resumed was trained on, as far as it was written down."""
     path = find_checkpoint(config).parent / "scripts.json" if config.resume_from_checkpoint else Path()
-    return json.loads(read_text(path)) if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        scripts = json.loads(read_text(path))
+        if not isinstance(scripts, list) or not all(isinstance(script, str) for script in scripts):
+            raise ValueError(f"expected a list of scripts, got a {type(scripts).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, and the run goes on without its check") from None
+    return scripts
 
 
 def check_output(config, options: RunOptions, wan=None, scripts: Sequence[str] = ()) -> None:
@@ -118,6 +128,8 @@ def check_resume(checkpoint: Path, config, options: RunOptions, wan=None) -> Non
     beside = checkpoint.parent / "config.yaml"
     saved = (read_yaml(beside) if beside.exists() else {}) | state["config"]
     for name, value in all_options(options, config, wan).items():
+        if name == "like" and {*str(saved.get(name)).split(",")} == {*value.split(",")}:
+            continue
         if name in saved and name not in MAY_CHANGE_ON_RESUME and saved[name] != value:
             raise ValueError(
                 f"{checkpoint} was made with {name} {saved[name]!r}, not {value!r}; resume with the same options"

@@ -123,6 +123,8 @@ class ExportOptions:
     def __post_init__(self):
         if not self.adapter:
             raise ValueError("--adapter FOLDER is required")
+        if self.merged_alpha and not self.lora:
+            raise ValueError("merged_alpha is that of --lora: give both, or leave it out")
         settle(self)
 
 
@@ -177,9 +179,9 @@ def parse_options(command: str, classes: Sequence[type], argv: Sequence[str], de
 def read_value(name: str, kind: type, value) -> object:
     """What a flag's text, or the value in a YAML file, is as a `kind`. Raises ValueError naming the option."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
+    if type(value) is kind and kind is not float:
+        return expanded(name, value)
     try:
-        if type(value) is kind and kind is not float:
-            return expanded(name, value)
         if kind is int and isinstance(value, str):
             return int(value)
         if kind is float and (number or isinstance(value, str)) and math.isfinite(float(value)):
@@ -191,10 +193,20 @@ def read_value(name: str, kind: type, value) -> object:
 
 
 def expanded(name: str, value):
-    """Every option that begins with ~ is a path in a home folder, but for the words of a script."""
-    if not isinstance(value, str) or not value.startswith("~") or name == POSITIONAL:
+    """Every option that begins with ~, or with a variable of the environment, is a path, but for the words of a script.
+    Refuses an output folder without a name, and bytes that are no letters."""
+    if not isinstance(value, str) or name == POSITIONAL:
         return value
-    path = os.path.expanduser(value)
+    if name == "output_dir" and not value.strip():
+        raise ValueError("--output_dir: expected the name of a folder, got nothing")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"--{name}: expected letters in UTF-8, got {value!r}") from None
+    path = os.path.expandvars(value) if value.startswith("$") else value
+    if path.startswith("$"):
+        raise ValueError(f"--{name}: there is no such variable, got {value!r}; for a file of that name: ./{value}")
+    path = os.path.expanduser(path)
     if path.startswith("~"):
         raise ValueError(f"--{name}: there is no home folder {value.split('/')[0]}; for a file of that name: ./{value}")
     return path

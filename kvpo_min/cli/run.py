@@ -32,6 +32,7 @@ from kvpo_min.system import (
     number_in_environment,
     processes,
     processes_for,
+    read_text,
     say,
     share_work,
     uninterrupted,
@@ -251,7 +252,7 @@ def write_lines(path: Path, lines: list[dict]) -> None:
 def measured_before(path: Path) -> dict[int, dict]:
     """What the lines of metrics.jsonl hold of the held-out curve: {step: numbers}. A line cut short is left out."""
     found = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in read_text(path).splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             line = json.loads(line)
             found[line["step"]] = {key: value for key, value in line.items() if key.startswith("eval")}

@@ -12,6 +12,7 @@ from kvpo_min.cli.options import SampleOptions, parse_options
 from kvpo_min.cli.run import REAL_FPS
 from kvpo_min.pocket.prompts import count_segments, video_length
 from kvpo_min.pocket.world import read_prompts as read_scripts
+from kvpo_min.prompts import read_script
 from kvpo_min.rewards import check_finite
 from kvpo_min.system import claimed
 from kvpo_min.viz.report import slug, smaller, try_video
@@ -24,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     options, wan = parse_options("sample", OPTIONS, argv)
     wan = real_options(argv, options.model, wan)
     read = read_prompts if wan else read_scripts
-    scripts = read(options.prompts) if options.prompts else [options.script]
+    scripts = read(options.prompts) if options.prompts else [read_script(options.script) if wan else options.script]
     counts = [count_segments([script], bool(wan)) for script in scripts]
     lengths = {n: video_length(options.num_frames, n) for n in sorted(set(counts))}
     folder = Path(options.output_dir)

@@ -54,7 +54,7 @@ from kvpo_min.pipeline import Pipeline, observe, pooled, sample, score
 from kvpo_min.pocket import recipe
 from kvpo_min.pocket.prompts import EVAL_SEED, check_geometry, dealt
 from kvpo_min.pocket.world import DAYLIGHT, SWITCHES, liked_scenes, prompt_set
-from kvpo_min.policies import add_policies
+from kvpo_min.policies import add_policies, base_hash
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import draw_noise
 from kvpo_min.system import say
@@ -575,12 +575,17 @@ def arena(make_pipeline: Callable[[], Pipeline], rewards: Mixture, options: Aren
             say(f"{exploration}+{policy} is refused: {reason}")
     while todo := left(options, here, rows):  # a sweep that is complete names the next learning rates
         run, pipeline = todo[0], make_pipeline()
+        base = base_hash(pipeline.backbone.transformer)
+        for row in rows:
+            if all(row[name] == here[name] for name in HERE) and json.loads(row["settings"]).get("base", base) != base:
+                raise ValueError(f"{path} holds rows of {row['method']} made on other base weights: name another file")
         prompts = eval_prompts(options, run)
         if run.purpose not in before:
             made = ordinary(pipeline, prompts, MODES[options.mode][0])
             before[run.purpose] = measure(pipeline, prompts, rewards, made)
         lacking = [budget for budget in run.budgets if not find(rows, run.key(here, budget))]
         for budget, found in compete(pipeline, prompts, rewards, run, options, before[run.purpose], lacking, costs):
+            found["settings"] = json.dumps(json.loads(found["settings"]) | {"base": base})
             values = run.key(here, budget) | found
             row = {name: cell_text(values.get(name, "")) for name in COLUMNS}
             append_row(path, row)
@@ -659,10 +664,13 @@ def read_rows(path: Path, mend: bool = False) -> list[dict[str, str]]:
     for number, row in enumerate(rows, start=1):
         try:
             whole = None not in row and isinstance(json.loads(row["settings"]), dict)
+            for name in (*COLUMNS[COLUMNS.index("forwards") : COLUMNS.index("note")], "learning_rate", "seed"):
+                float(row[name] or "nan")
         except (ValueError, TypeError, RecursionError):
             whole = False
         if not whole:
-            raise ValueError(f"{path}: row {number} is damaged: expected {len(COLUMNS)} columns, settings in JSON")
+            raise ValueError(f"{path}: row {number} is damaged: expected {len(COLUMNS)} columns, numbers, settings "
+                             f"in JSON")  # fmt: skip
     if mend and end < len(content):
         say(f"{path}: the last line was cut off; it is removed")
         os.truncate(path, end)

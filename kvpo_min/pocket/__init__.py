@@ -30,6 +30,7 @@ def load_pocket(
     from kvpo_min.wan import WanBackbone
     from kvpo_min.wan.checkpoints import from_folder
 
+    like = world.liked_scenes(like)
     folder = Path(folder or WEIGHTS)
     for part in ("autoencoder", name):
         if not (folder / part / "config.json").exists():
@@ -63,7 +64,7 @@ def load_pocket(
         segments=world.segments_of,
         reward_prompts=world.resolve,
         read=world.judge,
-        judge=functools.partial(world.correctness, like=tuple(like)),
+        judge=functools.partial(world.correctness, like=like),
         sample_scripts=world.prompt_set,
         events=world.forks,
         name=f"pocket-{name}",
@@ -84,7 +85,7 @@ def pocket_rewards(
     `world.liked_scenes`."""
     here = look()
     return Mixture(
-        {"vq": VisualQuality(here, tuple(like)), "mq": MotionQuality(here), "ta": TextAlignment(here)},
+        {"vq": VisualQuality(here, world.liked_scenes(like)), "mq": MotionQuality(here), "ta": TextAlignment(here)},
         {"vq": vq, "mq": mq, "ta": ta},
     )
 

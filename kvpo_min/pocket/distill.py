@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
+import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,7 +37,7 @@ from kvpo_min.chr import Window, branch_frames, chunk_starts, ordinary_frames, p
 from kvpo_min.config import SEEDS, knob, settle
 from kvpo_min.pocket import world
 from kvpo_min.rollout import denoise
-from kvpo_min.system import processes, sum_gradients
+from kvpo_min.system import load_tensors, processes, read_text, sum_gradients, write_json, writing
 from kvpo_min.tve import schedule
 from kvpo_min.wan import WanBackbone
 
@@ -90,12 +92,16 @@ def loop(
     rank, _ = processes()
     path, done = folder / f"training_state{rank or ''}.pt", 0
     if path.exists():
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for name, part in (modules | optimizers).items():
-            part.load_state_dict(state[name])
-        generator.set_state(state["generator"])
-        torch.set_rng_state(state["rng"])
-        done = state["step"]
+        try:
+            state = load_tensors(path)
+            for name, part in (modules | optimizers).items():
+                part.load_state_dict(state[name])
+            generator.set_state(state["generator"])
+            torch.set_rng_state(state["rng"])
+            done = state["step"]
+        except Exception as error:  # a damaged file can raise nearly anything
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} is damaged ({reason}): delete {folder}, and its stage begins anew") from None
     folder.mkdir(parents=True, exist_ok=True)
     bar = tqdm(range(done, total), initial=done, total=total, desc=folder.name, mininterval=10, disable=rank > 0)
     mean = None
@@ -106,7 +112,10 @@ def loop(
         if (i + 1) % every == 0 or i + 1 == total:
             state = {name: part.state_dict() for name, part in (modules | optimizers).items()}
             state |= {"generator": generator.get_state(), "rng": torch.get_rng_state(), "step": i + 1}
-            torch.save(state, aside := path.with_suffix(".aside"))
+            content = io.BytesIO()  # torch.save to a file does not say when the disk is full
+            torch.save(state, content)
+            with writing(path.with_suffix(".aside")) as aside:
+                aside.write_bytes(content.getbuffer())
             os.replace(aside, path)
 
 
@@ -741,6 +750,25 @@ def train_student(config: DistillConfig, stories: Stories, teacher: WanBackbone)
 # ----------------------------------------------------------------------------------------------------------------- all
 
 
+def check_settings(config: DistillConfig, path: Path) -> None:
+    """A folder's stages are all made with one configuration, which lies beside them. Raises ValueError where it is
+    another one now; how long a stage is, and where it runs, may change."""
+    free = ("output_dir", "device", "checkpointing_steps")
+    now = {k: v for k, v in asdict(config).items() if k not in free and not k.endswith("_steps")}
+    if path.exists():
+        try:
+            was = json.loads(read_text(path))
+            other = [name for name, value in was.items() if now.get(name) != value]
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it, or name another --output_dir") from None
+        if other:
+            raise ValueError(
+                f"{path.parent} was begun with {other[0]} {was[other[0]]!r}, not {now.get(other[0])!r}: give the same, "
+                f"or name another --output_dir"
+            )
+    write_json(path, now)
+
+
 def distill(config: DistillConfig) -> Path:
     """Runs the three stages, each from its last checkpoint, and writes the weights in fp16 to `output_dir/weights`, the
     folder that `load_pocket(folder=...)` reads. Under torchrun the stages run on all processes, one thread each."""
@@ -749,6 +777,8 @@ def distill(config: DistillConfig) -> Path:
         torch.set_num_threads(1)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if processes()[0] == 0:
+        check_settings(config, folder / "config.json")
     train_autoencoder(config)
     if dist.is_initialized():
         dist.barrier()

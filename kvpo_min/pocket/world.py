@@ -32,7 +32,7 @@ from __future__ import annotations
 import difflib
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -228,9 +228,10 @@ def segment_at(frame: int, n_segments: int) -> int:
     return sum(switch <= frame for switch in SWITCHES[: n_segments - 1])
 
 
-def liked_scenes(names: str) -> tuple[str, ...]:
-    """Reads a taste: "beach,meadow", or one side of the picture, such as "left". Raises ValueError for unknown names,
-    none, several sides, or all scenes (which is no taste)."""
+def liked_scenes(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Reads a taste: "beach,meadow" or ("beach", "meadow"), or one side of the picture, such as "left". Raises
+    ValueError for unknown names, none, several sides, or all scenes (which is no taste)."""
+    names = names if isinstance(names, str) else ",".join(names)
     like = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     if len(like) == 1 and like[0] in SIDES:
         return like
@@ -262,7 +263,7 @@ def forks(script: str) -> list[int]:
 
 @functools.cache
 def _word_table() -> Tensor:
-    table = torch.ones(1, 1)
+    table = torch.ones(1, 1, dtype=torch.float32)
     while table.shape[0] < TEXT_DIM:  # Sylvester's construction: rows of +-1, all orthogonal, no randomness to store
         table = torch.cat([torch.cat([table, table], 1), torch.cat([table, -table], 1)])
     return table  # [64, 64]
@@ -271,7 +272,7 @@ def _word_table() -> Tensor:
 def embed(texts: list[str]) -> Tensor:
     """Fixed word embeddings: one orthogonal vector a word plus one a place. -> [B, TEXT_LEN, TEXT_DIM]; padding is
     0."""
-    out = torch.zeros(len(texts), TEXT_LEN, TEXT_DIM)
+    out = torch.zeros(len(texts), TEXT_LEN, TEXT_DIM, dtype=torch.float32)
     for b, text in enumerate(texts):
         words = text.split()
         if len(words) > TEXT_LEN or any(word not in WORDS for word in words):

@@ -93,7 +93,8 @@ def save_video(path: str | Path, pixels: Tensor, fps: float = 8) -> Path:
     frames = tile(frames) if frames.ndim == 5 else frames
     height, width = frames.shape[-2:]
     frames = torch.nn.functional.pad(frames, (0, width % 2, 0, height % 2), value=1.0)  # h264 wants even sizes
-    _media().write_video(str(path), _bytes(frames), fps=fps, qp=18)
+    # absolute: ffmpeg takes "run:1" for a protocol and "-x" for an option
+    _media().write_video(str(Path(path).absolute()), _bytes(frames), fps=fps, qp=18)
     return Path(path)
 
 

@@ -20,10 +20,13 @@ merged into the base, so the initial policy is the base with the new adapter off
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import pickle
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +35,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvpo_min.system import load_tensors, not_finite, read_text, say
+from kvpo_min.system import load_tensors, not_finite, read_text, read_yaml, say, sync, writing
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 GENERATORS = ("generator_ema", "generator", "model")  # the average first, as Self-Forcing's own inference takes it
@@ -154,6 +157,8 @@ def from_folder(cls, folder: Path, **kwargs):
         model, report = cls.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **kwargs
         )
+    except PermissionError:
+        raise
     except Exception as error:  # see read_file
         raise ValueError(
             f"{folder} cannot be loaded as a {cls.__name__}: expected config.json and safetensors that fit it "
@@ -308,6 +313,9 @@ def load_transformer(
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     config = folder / "config.json"
     if config.is_file() and "WanTransformer3DModel" in config.read_text(errors="replace"):
+        if which:
+            raise ValueError(f"{source}: weights_name is for files with several weights, and this is a folder of one "
+                             f"model: leave it out, got {which!r}")  # fmt: skip
         transformer = from_folder(WanTransformer3DModel, folder, dtype=torch.float32)
     else:
         expected = "transformer/config.json of a WanTransformer3DModel, or Wan's diffusion_pytorch_model.safetensors"
@@ -387,10 +395,12 @@ def read_lora(source: str | Path, alpha: float = 0.0) -> Lora:
             beside = [json.loads(read_text(file.with_name(name))) for name in ("adapter_config.json", "state.json")
                       if file.with_name(name).is_file()]  # fmt: skip
             beside += [json.loads(text) for key, text in header.items() if key == "lora_adapter_metadata"]
+            others = [json.loads(text) for key, text in header.items() if text.lstrip().startswith("{")]
+            others += [theirs for theirs in [yaml_beside(file)] if theirs]
             configs = [{str(key).removeprefix("transformer."): value for key, value in config.items()}
                        for config in (one.get("config", one) for one in beside)]  # fmt: skip
             written = {float(config["lora_alpha"]) for config in configs}
-            written |= {float(value) for value in (*scales_in(content), *scales_in(header))}
+            written |= {float(value) for part in (content, header, *others) for value in scales_in(part)}
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError, RuntimeError):
             raise ValueError("its adapter_config.json, state.json, header or alpha is damaged") from None
         special = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save")
@@ -405,6 +415,16 @@ def read_lora(source: str | Path, alpha: float = 0.0) -> Lora:
     if not written and not alpha:
         say(f"kvpo-min: {file}: no alpha is written with this LoRA, so it is its rank, {lora.rank}, as the authors'")
     return lora
+
+
+def yaml_beside(file: Path) -> dict:
+    """The authors' config.yaml in a LoRA's folder: its part `adapter`, with `rank` and `alpha`. Another file of that
+    name says nothing."""
+    try:
+        config = read_yaml(file.with_name("config.yaml"))
+    except (OSError, ValueError):
+        return {}
+    return config["adapter"] if isinstance(config.get("adapter"), dict) else {}
 
 
 def alpha_of(name) -> str | None:
@@ -431,6 +451,8 @@ def merge_lora(transformer, lora: Lora) -> None:
     for name, weight in weights.items():
         a, b = targets[name]
         weight += (b @ a).to(weight)
+    if broken := not_finite(weights):
+        raise ValueError(f"with it these weights are not finite: {some(broken)}; is its alpha {lora.alpha:g} right?")
 
 
 def stack_loras(*loras: Lora) -> Lora:
@@ -450,11 +472,31 @@ def stack_loras(*loras: Lora) -> Lora:
 
 
 def export_lora(lora: Lora, folder: str | Path, layout: str) -> Path:
-    """Writes a LoRA -> the file. layout "peft": adapter_config.json and adapter_model.safetensors; "diffusers": for
-    `WanPipeline.load_lora_weights`, alpha in the header; "authors": lora.pt, `generator_lora` under original key names.
-    Theirs holds no alpha (their YAML has it, equal to the rank), so alpha / rank goes into B."""
+    """Writes a LoRA, whole or not at all -> the file. layout "peft": adapter_config.json and adapter_model.safetensors;
+    "diffusers": for `WanPipeline.load_lora_weights`, alpha in the header; "authors": lora.pt, `generator_lora` under
+    original key names. Theirs holds no alpha (their YAML has it, equal to the rank), so alpha / rank goes into B.
+    Raises ValueError for a scale that its numbers do not bear, and OSError."""
+    if layout not in (names := {"authors": "lora.pt", "peft": "adapter_model.safetensors",
+                                "diffusers": "pytorch_lora_weights.safetensors"}):  # fmt: skip
+        raise ValueError(f"layout must be peft, diffusers or authors, got {layout!r}")
+    if broken := not_finite({module: lora.pair(module)[1] for module in lora.modules}):
+        raise ValueError(f"with alpha {lora.alpha:g} these are not finite: {some(broken)}; give a smaller --lora_alpha")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / "export.aside"
+    shutil.rmtree(aside, ignore_errors=True)  # of a call that was killed
+    try:
+        with writing(aside):
+            aside.mkdir(parents=True)
+            write_layout(lora, aside, layout)
+            for path in sorted(aside.iterdir()):
+                sync(path)
+                os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder / names[layout]
+
+
+def write_layout(lora: Lora, folder: Path, layout: str) -> None:
     if layout == "authors":
         state = {}
         for module in lora.modules:
@@ -463,8 +505,10 @@ def export_lora(lora: Lora, folder: str | Path, layout: str) -> Path:
                 for ours, theirs in TO_ORIGINAL.items():
                     key = key.replace(ours, theirs)
                 state[f"base_model.model{key}"] = tensor
-        torch.save({"generator_lora": state}, folder / "lora.pt")
-        return folder / "lora.pt"
+        content = io.BytesIO()  # torch.save to a file does not say when the disk is full
+        torch.save({"generator_lora": state}, content)
+        (folder / "lora.pt").write_bytes(content.getbuffer())
+        return
 
     from peft import LoraConfig
 
@@ -474,12 +518,9 @@ def export_lora(lora: Lora, folder: str | Path, layout: str) -> Path:
 
         config.save_pretrained(folder)
         save_file({f"base_model.model.{k}": t for k, t in lora.weights.items()}, folder / "adapter_model.safetensors")
-        return folder / "adapter_model.safetensors"
-    if layout == "diffusers":
+    else:
         from diffusers import WanPipeline
 
         WanPipeline.save_lora_weights(
             folder, transformer_lora_layers=lora.weights, transformer_lora_adapter_metadata=config.to_dict()
         )
-        return folder / "pytorch_lora_weights.safetensors"
-    raise ValueError(f"layout must be peft, diffusers or authors, got {layout!r}")

@@ -67,6 +67,8 @@ class WanOptions:
             torch.device(self.device)
         except RuntimeError:
             raise ValueError(f"device must be one of torch's, such as cuda or cpu, got {self.device!r}") from None
+        if self.merged_alpha and not self.lora:
+            raise ValueError("merged_alpha is that of --lora: give both, or leave it out")
         if not self.bank_size and (self.bank_interval != 3 or self.bank_compat):
             raise ValueError("bank_interval and bank_compat are of a memory bank: give bank_size too (MemFlow's is 3)")
         Bank(self.bank_size or 1, self.bank_interval, self.bank_compat)  # refuses what cannot work
