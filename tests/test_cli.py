@@ -880,7 +880,7 @@ DAMAGES = {  # what is done to a run -> the checks that fail, and what they say
     "NaN": (line(2, '{"step": 1, "loss": NaN}'), {METRICS: "line 2: loss is nan"}),
     "a word": (line(2, '{"step": 1, "loss": "low"}'), {METRICS: "line 2: loss is 'low'"}),
     "an update twice": (line(4, '{"step": 2}'), {METRICS: "line 4 is of update 2, expected 3"}),
-    "no UTF-8": (lambda f: (f / "metrics.jsonl").write_bytes(b"\xff"), {METRICS: "utf-8"}),
+    "no UTF-8": (lambda f: (f / "metrics.jsonl").write_bytes(b"\xff"), {METRICS: "UTF-8"}),
     "no summary": (without("summary.json"), {SUMMARY: "summary.json"}),
     "half a summary": (write("summary.json", '{"updates": 4, "seconds": 1, "seed": 0}'), {SUMMARY: "after.reward"}),
     "another summary": (write("summary.json", "[]"), {SUMMARY: "list"}),
