@@ -1,5 +1,5 @@
 """Opens the notebooks in a real browser, as a student would: runs all cells, drags every slider, chooses from every
-menu, presses play, and checks that plot, text and video changed.
+menu, clicks every button, presses play, and checks that plot, text and video changed.
 
     pip install playwright
     python notebooks/browser.py --chromium /usr/bin/chromium --screenshots browser
@@ -136,6 +136,18 @@ def move_all(page, name: str) -> None:
                 raise AssertionError(f"{name}: widget {number}, {label}: {error}") from error
 
 
+def click_all(page, name: str) -> None:
+    """Every button in an output; what stands beside it must change."""
+    for button in page.locator(".jp-OutputArea-output .jupyter-button").all():
+        area, label = page.locator(".jp-OutputArea-output", has=button).first, button.inner_text()
+        before = area.inner_text()
+        button.scroll_into_view_if_needed()
+        button.click()
+        page.wait_for_function("([area, text]) => area.innerText != text", arg=[area.element_handle(), before])
+        after = area.inner_text().replace("\u200b", "").splitlines()[-1]
+        say(f"{name}: the button {label} says: {after}")
+
+
 def press_play(page, name: str) -> None:
     """Clicks the first player, if there is one; its time must go on."""
     if not page.locator("video").count():
@@ -172,7 +184,7 @@ def main() -> int:
         try:
             for name in names:
                 open_and_run(page, address, name)
-                for step in (move_all, press_play):
+                for step in (move_all, click_all, press_play):
                     step(page, name)
                     if args.screenshots:
                         Path(args.screenshots).mkdir(parents=True, exist_ok=True)
