@@ -43,7 +43,8 @@ def jupyterlab(folder: Path) -> Iterator[str]:
     """A JupyterLab on a copy of the notebooks; -> its address"""
     work = folder / "notebooks"
     shutil.copytree(HERE, work, ignore=shutil.ignore_patterns("__pycache__", "browser"))
-    (folder / "figures").symlink_to(HERE.parent / "figures")  # which notebook 08 reads
+    for name in ("figures", "benchmarks"):  # recorded runs and measurements, which notebooks read
+        (folder / name).symlink_to(HERE.parent / name)
     for name, setting in SETTINGS.items():
         path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)

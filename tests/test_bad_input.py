@@ -297,9 +297,9 @@ LIMITS = {  # option -> values that are out of its range
         **dict.fromkeys(["vq", "mq", "ta"], st.floats(max_value=-1e-9) | st.sampled_from([math.nan, math.inf])),
     },
     arena_of.ArenaOptions: {
-        "eval_prompts": st.integers(max_value=1), "mode": words.filter(lambda w: w not in ("short", "long")),
+        "eval_prompts": st.integers(max_value=1), "mode": words.filter(lambda w: w not in arena_of.MODES),
         "evaluations": st.integers(max_value=0) | st.integers(min_value=40001), "forwards": st.integers(max_value=2),
-        "sweep_seed": st.integers(min_value=2**63), "csv": st.just(""), "like": tastes,
+        "sweep_seed": st.integers(min_value=2**63), "csv": st.just(""), "like": tastes.filter(bool),
     },
     WanOptions: {
         "dtype": words.filter(lambda w: w not in ("bfloat16", "float32")), "device": words.map(lambda w: w + "?"),

@@ -183,7 +183,7 @@ CASES = {
     WanOptions: {
         "weights_name": of("told", weights_name="generator"),
         "lora": of("transformer", lora="a/b"),
-        "merged_alpha": of("told", merged_alpha=3.0),
+        "merged_alpha": of("told", {"lora": "a/b"}, merged_alpha=3.0),
         "components": of("text", components="c"),
         "height": of("latent_shape", height=64),
         "width": of("latent_shape", width=64),
@@ -430,7 +430,7 @@ def observe_arena(options, make_pipeline, monkeypatch, folder):
 
     seen = stub_models(monkeypatch, make_pipeline, {"runs": [], "prompts": [], "config": []})
 
-    def compete(pipeline, prompts, rewards, run, options, before, lacking):
+    def compete(pipeline, prompts, rewards, run, options, before, lacking, costs):
         seen["runs"].append(run)
         seen["prompts"].append(prompts)
         seen["config"].append(arena.config_of(run.method, options, run.learning_rate, run.seed))
