@@ -140,7 +140,8 @@ def move_all(page, name: str) -> None:
 def click_all(page, name: str) -> None:
     """Every button in an output; what stands beside it must change."""
     for button in page.locator(".jp-OutputArea-output .jupyter-button").all():
-        area, label = page.locator(".jp-OutputArea-output", has=button).first, button.inner_text()
+        area = button.locator("xpath=ancestor::*[contains(@class, 'jp-OutputArea-output')][1]")
+        label = button.inner_text()
         before = area.inner_text()
         button.scroll_into_view_if_needed()
         button.click()
