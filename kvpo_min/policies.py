@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvpo_min.system import not_finite, sync, writing
+from kvpo_min.system import not_finite, say, sync, writing
 
 if TYPE_CHECKING:
     from kvpo_min.config import TrainConfig
     from kvpo_min.pipeline import Pipeline
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]  # every linear layer of a block
+BASE = "kvpo_base"  # in an adapter's header: the hash of the base that it was trained on
 LORA_FROZEN = r".*\.attn2\.to_(k|v)"  # left out: the authors' get no gradient, since they cache text keys and values
 
 
@@ -95,6 +96,11 @@ def load_adapter(pipeline, folder: str | Path):
     from safetensors import safe_open
 
     folder, transformer = Path(folder).expanduser(), pipeline.backbone.transformer
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: name the folder that it lies in, with its adapter_config.json")
+    if (folder / "state.json").is_file():
+        how = f"kvpo-min export --layout peft --adapter {folder / 'default.safetensors'}"
+        raise ValueError(f"{folder} is a checkpoint, not an adapter: make one of it first, with {how}")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not an adapter: it has no {name}")
@@ -109,7 +115,8 @@ def load_adapter(pipeline, folder: str | Path):
         config.base_model_name_or_path = None  # a note for readers; peft would compare it with the base's path
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
             saved = {key: file.get_tensor(key) for key in file.keys()}
-            alphas = {float(config.lora_alpha), float((file.metadata() or {}).get("lora_alpha", config.lora_alpha))}
+            header = file.metadata() or {}
+        alphas = {float(config.lora_alpha), float(header.get("lora_alpha", config.lora_alpha))}
         if len(alphas) > 1:
             raise ValueError(f"two alphas are written with it, {alphas}: keep the one it was trained with")
         if not 0 < min(alphas) < math.inf:
@@ -130,6 +137,8 @@ def load_adapter(pipeline, folder: str | Path):
             f"{folder}: the adapter was made for another model, or is incomplete: {len(wrong)} of its tensors do not "
             f"fit, the first is {wrong[0]}"
         )
+    if header.get(BASE, base := base_hash(transformer)) != base:
+        say(f"kvpo-min: {folder} was trained on other base weights than these: what it does here, nobody measured")
     with torch.random.fork_rng([]):  # peft draws first what is then replaced
         policies = get_peft_model(transformer, config)
     set_peft_model_state_dict(policies, saved)
@@ -140,9 +149,11 @@ def base_hash(policies) -> str:
     """Of the frozen weights, by their first numbers: tells one base from another that lies under the same path."""
     found = hashlib.sha256()
     for name, weight in policies.named_parameters():
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")  # as it is called without adapters
         if "lora_" not in name:
             found.update(f"{name} {tuple(weight.shape)}".encode())
-            found.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
+            first = weight.detach().flatten()[:64].to("cpu", torch.bfloat16)  # the same in whatever precision it runs
+            found.update(first.view(torch.int16).numpy().tobytes())
     return found.hexdigest()[:16]
 
 
@@ -152,12 +163,16 @@ def same_shape(a, b) -> bool:
 
 def save_adapter(policies, folder: Path, base: str) -> None:
     """The trained policy (adapter `default`) as peft writes it, at the top of the folder. Raises OSError."""
+    from safetensors.torch import load_file, save_file
+
     policies.peft_config["default"].base_model_name_or_path = base
     aside = folder / "adapter.aside"
     shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed: peft would read the model card in it
     try:
         with writing(aside):
             policies.save_pretrained(str(aside), selected_adapters=["default"], save_embedding_layers=False)
+            tensors = load_file(aside / "adapter_model.safetensors")
+            save_file(tensors, aside / "adapter_model.safetensors", {"format": "pt", BASE: base_hash(policies)})
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 sync(aside / name)
                 os.replace(aside / name, folder / name)

@@ -132,9 +132,9 @@ def damaged(folder: Path, error: Exception) -> ValueError:
     )
 
 
-def load_checkpoint(folder: Path, policies, optimizer, generator: torch.Generator) -> dict:
-    """Restores all policies, the optimizer and the generator; -> {step, tau, order, skips, logs}. Raises ValueError
-    naming the folder before anything is changed."""
+def read_checkpoint(folder: Path) -> tuple[dict, tuple, dict]:
+    """-> the policies' tensors by name, (optimizer, generator), and `read_state`. Raises ValueError naming the folder
+    for what is damaged, not finite, or not alike."""
     from safetensors.torch import load_file
 
     try:
@@ -144,9 +144,18 @@ def load_checkpoint(folder: Path, policies, optimizer, generator: torch.Generato
         moments = {f"{k} {name}": t for k, part in training[0]["state"].items() for name, t in part.items()}
         if broken := not_finite(moments | {f"{of} {key}": t for of in saved for key, t in saved[of].items()}):
             raise ValueError(f"{broken[0]} is not finite")
+        shapes = [{key: weight.shape for key, weight in tensors.items()} for tensors in saved.values()]
+        if shapes[0] != shapes[1] or shapes[0] != shapes[2]:
+            raise ValueError("its policies are not alike")
     except Exception as error:  # a damaged file can raise nearly anything
         raise damaged(folder, error) from None
-    state = read_state(folder)
+    return saved, training, read_state(folder)
+
+
+def load_checkpoint(folder: Path, policies, optimizer, generator: torch.Generator) -> dict:
+    """Restores all policies, the optimizer and the generator; -> {step, tau, order, skips, logs}. Raises ValueError
+    naming the folder before anything is changed."""
+    saved, training, state = read_checkpoint(folder)
     for name, tensors in saved.items():
         shapes = {key: tuple(weight.shape) for key, weight in adapter_weights(policies, name).items()}
         if shapes != {key: tuple(weight.shape) for key, weight in tensors.items()}:

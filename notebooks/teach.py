@@ -7,6 +7,7 @@ what is wrong with it. Each compares with a computation of its own, never with a
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from dataclasses import dataclass
@@ -1483,3 +1484,17 @@ def check_10_alarm(answer, runs: dict, least: int = 3) -> Verdict:
             False, f"It is silent in the healthy run, but it catches {len(caught)} of the others, not {least}."
         )
     return Verdict(True, f"It catches {', '.join(caught)} from training numbers alone; the rest need held-out films.")
+
+
+def _careful(check):
+    @functools.wraps(check)
+    def checked(*args, **kwargs) -> Verdict:
+        try:
+            return check(*args, **kwargs)
+        except Exception as error:  # an answer may be anything
+            return Verdict(False, f"This is not the kind of answer that is asked for: {type(error).__name__}, {error}.")
+
+    return checked
+
+
+globals().update({name: _careful(f) for name, f in list(globals().items()) if name.startswith("check_")})

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvpo_min import cli, pocket, prompts, resume, system
+from kvpo_min.checks import doctor
 from kvpo_min.cli import folders
+from kvpo_min.cli.doctor import read_config
 from kvpo_min.cli.options import ExportOptions, RunOptions, SampleOptions, parse_options
 from kvpo_min.compare import arena
 from kvpo_min.config import TrainConfig
 from kvpo_min.pipeline import evaluate
 from kvpo_min.pocket import distill, world
 from kvpo_min.policies import add_policies, base_hash, load_adapter, save_adapter
-from kvpo_min.rewards import Mixture, NotFinite
+from kvpo_min.reward_models import WorkerReward
+from kvpo_min.rewards import Mixture, NotFinite, RewardError
 from kvpo_min.train import train
 from kvpo_min.viz import save_video
 from kvpo_min.wan.checkpoints import Lora, export_lora, load_transformer, merge_lora, read_lora
@@ -380,3 +384,112 @@ def test_processes_that_cannot_share_are_refused_before_they_start(monkeypatch):
     assert system.processes_for(2, 4) == 2
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert system.processes_for(2, 4) == 1
+
+
+# --------------------------------------------------------------------------------------------------------- second round
+
+WORKER = """
+import json, sys
+for n, line in enumerate(sys.stdin):
+    {act}
+    sys.stdout.flush()
+"""
+
+
+def worker(tmp_path, act, timeout=30):
+    (tmp_path / "w.py").write_text(WORKER.format(act=act))
+    return WorkerReward([sys.executable, str(tmp_path / "w.py")], timeout)
+
+
+@pytest.mark.parametrize("act", [
+    'print(json.dumps({"id": n, "scores": [1e300, 0.0]}))', 'print(json.dumps({"id": n, "scores": [10**400, 0]}))',
+    'print(json.dumps({"id": n, "scores": [True, 0.5]}))', 'print(json.dumps({"id": -1, "scores": [0.5, 0.5]}))',
+])  # fmt: skip
+def test_scores_that_no_float_holds_are_refused(act, tmp_path):
+    with pytest.raises(RewardError):
+        worker(tmp_path, act)(torch.rand(2, 3, 3, 8, 8), ["a", "b"])
+
+
+def test_a_late_answer_without_an_id_is_nobodys(tmp_path):
+    act = 'print(json.dumps({"scores": [n, n]})); n or print(json.dumps({"scores": [9, 9]}))'
+    reward, videos = worker(tmp_path, act), torch.rand(2, 3, 3, 8, 8)
+    assert reward(videos, ["a", "b"]).tolist() == [0, 0]
+    time.sleep(0.5)  # the second line has come
+    assert reward(videos, ["a", "b"]).tolist() == [1, 1]
+
+
+def test_a_workers_command_is_explained(tmp_path):
+    with pytest.raises(ValueError, match="unclosed"):
+        WorkerReward("python 'unclosed")
+    for timeout in (float("inf"), "5", True):
+        with pytest.raises(ValueError, match="seconds"):
+            WorkerReward("python", timeout)
+    with pytest.raises(RewardError, match="worker env FOO=1 python"):
+        WorkerReward("FOO=1 python w.py")(torch.rand(2, 3, 3, 8, 8), ["a", "b"])
+
+
+def test_an_adapter_on_another_base_is_said(adapter, make_pipeline, capsys):
+    load_adapter(make_pipeline(), adapter)
+    assert not capsys.readouterr().err
+    load_adapter(make_pipeline(seed=1), adapter)
+    assert "other base weights" in capsys.readouterr().err
+    policies, plain = add_policies(make_pipeline(), TrainConfig(rank=2)), make_pipeline().backbone.transformer
+    assert base_hash(policies) == base_hash(plain) == base_hash(plain.to(torch.bfloat16))
+
+
+def test_what_is_no_adapters_folder_says_the_way_on(adapter, make_pipeline, tmp_path):
+    with pytest.raises(ValueError, match="name the folder"):
+        load_adapter(make_pipeline(), adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="kvpo-min export"):
+        load_adapter(make_pipeline(), checkpoint(tmp_path))
+
+
+def test_a_config_that_cannot_be_printed_is_a_failure():
+    code = "import sys; from kvpo_min import cli; sys.exit(cli.main(['train', '--print_config']))"
+    done = subprocess.run(["sh", "-c", f'"{sys.executable}" -c "{code}" > /dev/full'], stderr=subprocess.PIPE)
+    assert done.returncode == 2 and b"No space" in done.stderr
+
+
+@pytest.mark.parametrize("broken", ["order", "optimizer", "alike"])
+def test_doctor_refuses_what_a_resume_refuses(broken, make_pipeline, tmp_path):
+    small = dict(num_frames=24, global_frames=0, perturb_num_blocks=1, rank=2, tau=1.0, num_generations=2)
+    config = TrainConfig(**small, output_dir=str(tmp_path), checkpointing_steps=1, max_train_steps=1)
+    list(train(make_pipeline(), ["a disc"], MEAN, config))
+    folder = tmp_path / "checkpoint-1"
+    assert resume.read_checkpoint(folder)[2]["step"] == 1
+    if broken == "order":
+        state = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(state | {"order": "x"}))
+    if broken == "optimizer":
+        torch.save({}, folder / "training_state.pt")
+    if broken == "alike":
+        tensors = load_file(folder / "ema.safetensors")
+        save_file(dict(list(tensors.items())[:2]), folder / "ema.safetensors")
+    checks = doctor.check_run_folder(tmp_path, "", read_config)
+    (found,) = [check for check in checks if "checkpoints" in check.name]
+    assert not found.passed
+
+
+def test_settings_reach_the_methods_that_have_them():
+    options = arena.ArenaOptions(csv="x", set="prefix_coef=0", methods="kvpo,astrolabe,best_of_n")
+    assert arena.config_of("kvpo", options, 1e-3, 0).prefix_coef == 0
+    arena.config_of("astrolabe", options, 1e-3, 0)
+    with pytest.raises(ValueError, match="nobody"):
+        arena.config_of("kvpo", arena.replace(options, set="nobody=0"), 1e-3, 0)
+
+
+def test_losses_without_a_gradient_are_not_scaled_to_nothing():
+    options = arena.ArenaOptions(csv="x")
+    costs = arena.Costs(None, None, options, {"kvpo": (100, 0.0), "rwr": (100, 1.0)})
+    with pytest.raises(ValueError, match="kvpo has no gradient"):
+        costs.settle("rwr", arena.config_of("rwr", options, 1e-3, 0), 1000)
+
+
+def test_a_check_of_a_notebook_never_raises():
+    sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
+    import teach
+
+    runs = {"healthy": {"log": []}, "A": {"log": []}}
+    for verdict in (teach.check_10_most([], runs, "x"), teach.check_05_tau(10**400, torch.rand(3)),
+                    teach.check_02_drift(torch.arange(4).numpy(), {})):  # fmt: skip
+        assert verdict.right is False and verdict.says

@@ -19,11 +19,12 @@ from kvpo_min.config import TrainConfig, knob
 from kvpo_min.pocket import pocket_rewards
 from kvpo_min.pocket.prompts import check_geometry, run_prompts
 from kvpo_min.policies import acting, adapter_weights, add_policies
+from kvpo_min.resume import read_checkpoint
 from kvpo_min.rollout import replay
 from kvpo_min.system import read_metrics, read_yaml, say
 from kvpo_min.train import train
 from kvpo_min.tve import gibbs_log_prob, step_energies
-from kvpo_min.wan.checkpoints import read_file, read_lora
+from kvpo_min.wan.checkpoints import read_lora
 
 
 @dataclass(frozen=True)
@@ -231,14 +232,17 @@ def check_run_folder(folder: Path, model: str, read_config: Callable[[Path], obj
 
     def config_reads():
         read_config(folder / "config.yaml")
-        return True, ""
+        lacking = {"seed", "max_train_steps", "output_dir"} - {*read_yaml(folder / "config.yaml")}
+        return not lacking, f"lacks {', '.join(sorted(lacking))}" if lacking else ""
 
     def metrics_finite():
         lines = read_metrics(folder / "metrics.jsonl")
         for k, line in enumerate(lines):
             if line["step"] != k:
                 return False, f"line {k + 1} is of update {line['step']}, expected {k}"
-            odd = [key for key, value in line.items() if not isinstance(value, int | float) or not math.isfinite(value)]
+            odd = [key for key, value in line.items() if type(value) not in (int, float) or not math.isfinite(value)]
+            if "skipped" not in line and "reward" not in line:
+                return False, f"line {k + 1} has no reward"
             if odd:
                 return False, f"line {k + 1}: {odd[0]} is {line[odd[0]]!r}, expected a finite number"
         return bool(lines), f"{len(lines)} updates"
@@ -259,7 +263,13 @@ def check_run_folder(folder: Path, model: str, read_config: Callable[[Path], obj
             for key in expected
             if (summary.get(when) or {}).get(key) is None
         ]
-        return not lacking, f"lacks {', '.join(lacking)}" if lacking else ""
+        if lacking:
+            return False, f"lacks {', '.join(lacking)}"
+        lines = len(read_metrics(folder / "metrics.jsonl"))
+        if lines != summary["updates"] + summary.get("skipped", 0):
+            return False, f"says {summary['updates']} updates, but metrics.jsonl has {lines} lines"
+        seed = read_yaml(folder / "config.yaml").get("seed", summary["seed"])
+        return seed == summary["seed"], f"says seed {summary['seed']}, config.yaml {seed}"
 
     def adapter_whole():
         lora = read_lora(folder)
@@ -269,14 +279,7 @@ def check_run_folder(folder: Path, model: str, read_config: Callable[[Path], obj
     def checkpoints_whole():
         found = sorted(path for path in folder.glob("checkpoint-*") if not path.name.endswith(".aside"))
         for path in found:
-            for name in ("default", "old", "ema"):
-                weights, _ = read_file(path / f"{name}.safetensors")
-                if broken := [key for key, weight in weights.items() if not weight.isfinite().all()]:
-                    return False, f"{path.name}/{name}.safetensors: {broken[0]} is not finite"
-            read_file(path / "training_state.pt")
-            state = json.loads((path / "state.json").read_text())
-            if lacking := [key for key in ("config", "step", "tau", "order") if key not in state]:
-                return False, f"{path.name}/state.json lacks {', '.join(lacking)}"
+            _, _, state = read_checkpoint(path)
             if path.name != f"checkpoint-{state['step']}":
                 return False, f"{path.name} holds update {state['step']}"
         return True, ", ".join(path.name for path in found) or "none"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -45,7 +46,9 @@ class RunOptions:
 
     prompts: str = knob("", "file with one training script a line; empty: 256 scripts drawn with the run's seed")
     event: str = knob("", "words that every drawn script must hold, such as 'settles', where memory decides what comes")
-    eval_prompts: int = knob(64, "held-out scripts, measured before and after; of a file the last ones", least=1)
+    eval_prompts: int = knob(
+        64, "held-out scripts, measured before and after; of a real model's file the last ones", least=1
+    )
     eval_every: int = knob(0, "updates between measurements of the first 16 of them, the curve; 0: none", least=0)
     like: str = knob(
         "beach,meadow,forest", "scenes that visual quality prefers (pocket model), commas between, or a side"
@@ -171,7 +174,9 @@ def parse_options(command: str, classes: Sequence[type], argv: Sequence[str], de
     ]:
         values[name] = value if value is None and is_open(fields[name]) else read_value(name, kinds[name], value)
     if print_config:
-        print(yaml.safe_dump(values, sort_keys=False), end="")
+        stream = getattr(sys.stdout, "stream", sys.stdout)  # not the patient one: this is all there is of the result
+        with contextlib.suppress(BrokenPipeError):
+            print(yaml.safe_dump(values, sort_keys=False), end="", file=stream, flush=True)
         sys.exit(0)
     return [cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)}) for cls in classes]
 

@@ -191,7 +191,10 @@ def config_of(method: str, options: ArenaOptions, learning_rate: float, seed: in
     if method not in UNTRAINED:
         given["learning_rate"] = learning_rate
     kinds = typing.get_type_hints(kind)
+    others = {name for other in methods_of(options.methods) for name in known_settings(other)}
     for name, text in changes(options.set).items():
+        if name not in known and name in others:  # it is for those methods that have it
+            continue
         if name not in known:
             raise ValueError(f"--set {name}: {method} has no such setting{nearest_known(name, known)}")
         of = kinds[name]
@@ -467,8 +470,13 @@ class Costs:
             config = replace(config, max_train_steps=max(1, round(forwards / self.of(method)[0])))
         scale = 1.0
         if cell_of(method) and config.prefix_coef:
-            norm = self.of(method)[1]
-            scale = self.of("kvpo")[1] / norm if norm else 1.0
+            norm, ours = self.of(method)[1], self.of("kvpo")[1]
+            if not norm or not ours:
+                who = method if ours else "kvpo"
+                raise ValueError(
+                    f"the first update of {who} has no gradient to scale losses by: take another sweep_seed"
+                )
+            scale = ours / norm
         return config, scale
 
 

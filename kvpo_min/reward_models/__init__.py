@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import queue
 import re
@@ -60,9 +59,12 @@ class WorkerReward:
     def __init__(
         self, command: Sequence[str] | str, timeout: float = 600.0, component: str = "", fps: float = FPS
     ):  # fmt: skip
-        words = shlex.split(command) if isinstance(command, str) else [str(word) for word in command]
-        if not words or not timeout > 0:
-            raise ValueError(f"a worker needs a command and a timeout above 0, got {command!r} and {timeout}")
+        try:
+            words = shlex.split(command) if isinstance(command, str) else [str(word) for word in command]
+        except ValueError as error:  # a quotation that does not end
+            raise ValueError(f"the worker's command cannot be read ({error}), got {command!r}") from None
+        if not words or type(timeout) not in (int, float) or not 0 < timeout < 1e9:
+            raise ValueError(f"a worker needs a command and seconds to wait, above 0, got {command!r} and {timeout!r}")
         self.worker, self.timeout, self.component, self.fps = _Worker(words), timeout, component, fps
 
     def part(self, component: str) -> WorkerReward:
@@ -83,11 +85,16 @@ class WorkerReward:
             np.save(path, to_uint8(videos))
             request = {"videos": str(path), "prompts": list(prompts), "fps": self.fps, "component": self.component}
             scores = self.worker.ask(request, self.timeout)
-        number = (int, float)
-        good = isinstance(scores, list) and len(scores) == len(videos)
-        if not good or not all(type(s) in number and math.isfinite(s) for s in scores):
-            raise self.worker.error(f"must give {len(videos)} finite scores, got {scores}")
-        return torch.tensor(scores, dtype=torch.float32, device=videos.device)
+        wrong = f"must give {len(videos)} finite scores, got {str(scores)[:500]}"
+        if not isinstance(scores, list) or len(scores) != len(videos) or {*map(type, scores)} - {int, float}:
+            raise self.worker.error(wrong)
+        try:
+            given = torch.tensor([float(score) for score in scores], dtype=torch.float32, device=videos.device)
+        except OverflowError:  # a whole number that is larger than floats are
+            raise self.worker.error(wrong) from None
+        if not given.isfinite().all():  # in float32 too
+            raise self.worker.error(wrong)
+        return given
 
     def close(self) -> None:
         """Ends the worker. A later call would start it again."""
@@ -145,10 +152,16 @@ class _Worker:
         if self.process is None:
             self.start()
         number = next(self.ids)
+        deadline, noise = time.monotonic() + timeout, deque(maxlen=5)
+        while not self.lines.empty():  # what came after the last answer belongs to nobody
+            line = self.lines.get()
+            if line is None:  # it died meanwhile
+                self.lines.put(None)
+                break
+            noise.append(line[:500])
         line = (json.dumps({"id": number, **request}) + "\n").encode()
         # from a thread, since a worker that does not read would block us; if it is dead, stdout's end says so
         threading.Thread(target=_send, args=(self.process.stdin.fileno(), line), daemon=True).start()
-        deadline, noise = time.monotonic() + timeout, deque(maxlen=5)
         soon, wanted = 0.0, f'must answer in JSON like {{"id": {number}, "scores": [...]}}'
         while True:
             try:
@@ -171,7 +184,8 @@ class _Worker:
                 noise.append(line[:500])
                 continue
             theirs = answer.get("id", number)
-            if type(theirs) is int and theirs < number:  # of a request that was interrupted
+            if type(theirs) is int and 0 <= theirs < number:  # of a request that was interrupted
+                noise.append(line[:500])
                 continue
             if theirs != number or type(theirs) is not int:
                 raise self.error(f"must answer request {number}, got {line[:500]!r}")
@@ -186,8 +200,11 @@ class _Worker:
                 self.command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True, env=worker_environment()
             )  # fmt: skip
         except OSError as error:
-            message = f"reward worker `{shlex.join(self.command)}` cannot be started: {error}; see envs/ for how to"
-            raise RewardError(f"{message} make its environment") from error
+            what_to_do = "see envs/ for how to make its environment"
+            if "=" in self.command[0]:
+                what_to_do = f"for a variable of its environment: worker env {shlex.join(self.command)}"
+            message = f"reward worker `{shlex.join(self.command)}` cannot be started: {error}"
+            raise RewardError(f"{message}; {what_to_do}") from error
         self.lines: queue.Queue[str | None] = queue.Queue()
         self.stderr: deque[str] = deque(maxlen=20)
         streams = ((self.process.stdout, self.lines.put, True), (self.process.stderr, self.stderr.append, False))
