@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvpo_min.system import not_finite, say, sync, writing
+from kvpo_min.system import not_finite, sync, writing
 
 if TYPE_CHECKING:
     from kvpo_min.config import TrainConfig
     from kvpo_min.pipeline import Pipeline
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]  # every linear layer of a block
-BASE = "kvpo_base"  # in an adapter's header: the hash of the base that it was trained on
 LORA_FROZEN = r".*\.attn2\.to_(k|v)"  # left out: the authors' get no gradient, since they cache text keys and values
 
 
@@ -137,8 +136,6 @@ def load_adapter(pipeline, folder: str | Path):
             f"{folder}: the adapter was made for another model, or is incomplete: {len(wrong)} of its tensors do not "
             f"fit, the first is {wrong[0]}"
         )
-    if header.get(BASE, base := base_hash(transformer)) != base:
-        say(f"kvpo-min: {folder} was trained on other base weights than these: what it does here, nobody measured")
     with torch.random.fork_rng([]):  # peft draws first what is then replaced
         policies = get_peft_model(transformer, config)
     set_peft_model_state_dict(policies, saved)
@@ -163,16 +160,12 @@ def same_shape(a, b) -> bool:
 
 def save_adapter(policies, folder: Path, base: str) -> None:
     """The trained policy (adapter `default`) as peft writes it, at the top of the folder. Raises OSError."""
-    from safetensors.torch import load_file, save_file
-
     policies.peft_config["default"].base_model_name_or_path = base
     aside = folder / "adapter.aside"
     shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed: peft would read the model card in it
     try:
         with writing(aside):
             policies.save_pretrained(str(aside), selected_adapters=["default"], save_embedding_layers=False)
-            tensors = load_file(aside / "adapter_model.safetensors")
-            save_file(tensors, aside / "adapter_model.safetensors", {"format": "pt", BASE: base_hash(policies)})
             for name in ("adapter_config.json", "adapter_model.safetensors"):
                 sync(aside / name)
                 os.replace(aside / name, folder / name)

@@ -346,7 +346,7 @@ def test_half_a_header_and_foreign_files(tmp_path):
     path.write_text("method,mod")
     assert ring.read_rows(path) == [] and path.read_bytes() == b"method,mod"  # who only reads changes nothing
     assert ring.read_rows(path, mend=True) == [] and path.read_bytes() == b""
-    row = dict.fromkeys(COLUMNS, "x") | {"settings": '{"a": "b, c"}'}
+    row = dict.fromkeys(COLUMNS, "1") | {"settings": '{"a": "b, c"}'}
     ring.append_row(path, row)
     assert ring.read_rows(path) == [row]
     for foreign in ("seed,reward\n1,2\n", "seed,reward\n1,2", '{"a": 1}', ",".join(COLUMNS) + "\nx\nx"):
@@ -432,7 +432,7 @@ WRONG = {
     "method": (["--methods", "kvpo,astrolab"], "unknown method 'astrolab' (did you mean 'astrolabe'?)"),
     "cell": (["--methods", "routing+ppo"], "policy one of"),
     "setting": (["--methods", "kvpo", "--set", "kl_coeff=3"], "kvpo has no such setting (did you mean 'kl_coef'?)"),
-    "setting of another": (["--methods", "kvpo,rwr", "--set", "kl_coef=3"], "rwr has no such setting"),
+    "setting of another": (["--methods", "rwr", "--set", "kl_coef=3"], "rwr has no such setting"),
     "unused": (["--methods", "rwr", "--set", "tau=1"], "rwr has no such setting"),
     "given": (["--methods", "kvpo", "--set", "seed=1"], "kvpo has no such setting"),
     "no value": (["--methods", "kvpo", "--set", "tau"], "name=value"),

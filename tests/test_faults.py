@@ -422,17 +422,13 @@ def test_a_workers_command_is_explained(tmp_path):
     with pytest.raises(ValueError, match="unclosed"):
         WorkerReward("python 'unclosed")
     for timeout in (float("inf"), "5", True):
-        with pytest.raises(ValueError, match="seconds"):
+        with pytest.raises(ValueError, match="timeout above 0"):
             WorkerReward("python", timeout)
     with pytest.raises(RewardError, match="worker env FOO=1 python"):
         WorkerReward("FOO=1 python w.py")(torch.rand(2, 3, 3, 8, 8), ["a", "b"])
 
 
-def test_an_adapter_on_another_base_is_said(adapter, make_pipeline, capsys):
-    load_adapter(make_pipeline(), adapter)
-    assert not capsys.readouterr().err
-    load_adapter(make_pipeline(seed=1), adapter)
-    assert "other base weights" in capsys.readouterr().err
+def test_a_base_is_known_with_and_without_adapters_and_in_any_precision(make_pipeline):
     policies, plain = add_policies(make_pipeline(), TrainConfig(rank=2)), make_pipeline().backbone.transformer
     assert base_hash(policies) == base_hash(plain) == base_hash(plain.to(torch.bfloat16))
 

@@ -181,8 +181,11 @@ def test_the_worker_ends_with_the_reward(stub):
 
 def test_a_late_answer_is_not_taken_for_the_next(stub):
     """An interrupted request leaves its answer in the pipe."""
-    reward = stub("tell(json.dumps(dict(id=request['id'] - 1, scores=[9, 9, 9]))); tell_scores([1, 2, 3])")
+    reward = stub(
+        "tell(json.dumps(dict(id=max(0, request['id'] - 1), scores=[1 + request['id'], 2, 3]))); tell_scores([2, 2, 3])"
+    )
     assert reward(VIDEOS, PROMPTS).tolist() == [1, 2, 3]
+    assert reward(VIDEOS, PROMPTS).tolist() == [2, 2, 3]  # and not what came under the id of the first
 
 
 def test_long_prompts_do_not_block(stub):

