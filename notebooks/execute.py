@@ -76,7 +76,7 @@ def execute(path: Path) -> float:
     notebook = nbformat.read(path, as_version=4)
     begun = time.perf_counter()
     resources = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=300, kernel_name="python3", record_timing=False, resources=resources).execute()
+    NotebookClient(notebook, timeout=1200, kernel_name="python3", record_timing=False, resources=resources).execute()
     seconds = time.perf_counter() - begun
     for cell in notebook.cells:
         if cell.cell_type == "code":
