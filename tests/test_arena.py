@@ -432,7 +432,7 @@ WRONG = {
     "method": (["--methods", "kvpo,astrolab"], "unknown method 'astrolab' (did you mean 'astrolabe'?)"),
     "cell": (["--methods", "routing+ppo"], "policy one of"),
     "setting": (["--methods", "kvpo", "--set", "kl_coeff=3"], "kvpo has no such setting (did you mean 'kl_coef'?)"),
-    "setting of another": (["--methods", "rwr", "--set", "kl_coef=3"], "rwr has no such setting"),
+    "setting of another": (["--methods", "kvpo,rwr", "--set", "kl_coef=3"], "rwr has no such setting"),
     "unused": (["--methods", "rwr", "--set", "tau=1"], "rwr has no such setting"),
     "given": (["--methods", "kvpo", "--set", "seed=1"], "kvpo has no such setting"),
     "no value": (["--methods", "kvpo", "--set", "tau"], "name=value"),

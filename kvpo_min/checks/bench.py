@@ -10,8 +10,8 @@ divide it by the small spread of the rewards. How far apart they then are in flo
                     policy's own prediction on both sides. Equal numbers, float32.
     ratio_default   our settings, which replay all blocks at once, because their context is the branch's own stored x0.
                     The plain update has our settings too, but still its own context, which is what that schedule does.
-                    (That both give the same numbers is checked with the stored context on both sides.) Where the
-                    processor computes with bfloat16, ours does; by how much that changes loss and gradient is printed.
+                    (That both give the same numbers is checked with the stored context on both sides.) In
+                    bfloat16 where that was faster just before; by how much it changes loss and gradient is printed.
     floor_ratio     our settings against the floor: the network's calls of the same update, the same shapes and batches,
                     one after the other on tensors that lie ready, those without gradient without adapters.
 

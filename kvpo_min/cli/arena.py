@@ -21,9 +21,7 @@ def main(argv: Sequence[str]) -> int:
     if options.plan:
         print(arena.plan(make_pipeline, rewards, options))
         return 0
-    with claimed(
-        Path(f"{options.csv}.inuse")
-    ):  # two at once would compute the same rows, and mend what is half written
+    with claimed(Path(f"{options.csv}.inuse")):  # two at once would compute the same rows
         for row in arena.arena(make_pipeline, rewards, options):
             print(arena.line(row), flush=True)
     print(f"\nall rows are in {options.csv}")

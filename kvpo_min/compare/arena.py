@@ -2,7 +2,8 @@
 
 Cost is counted in forward passes of the generator: one block of one video at one noise level, or its encoding. A hook
 on the backbone counts them while a method trains, and counts apart those that a gradient came back through. A run goes
-on until its budget is spent, so it may exceed it by less than one update. Evaluation is not part of it. What a method
+on until its budget is spent, so it may exceed it by less than one update; where the rate falls, it makes as many
+updates as come nearest to the budget. Evaluation is not part of it. What a method
 computes and does not use counts: the anchor's row, the last step of a Gaussian replay, groups that train nothing.
 
 The modes "settles" and "wanders" are two regimes of one world. Films end with the block in which the event is decided,
@@ -191,12 +192,11 @@ def config_of(method: str, options: ArenaOptions, learning_rate: float, seed: in
     if method not in UNTRAINED:
         given["learning_rate"] = learning_rate
     kinds = typing.get_type_hints(kind)
-    others = {name for other in methods_of(options.methods) for name in known_settings(other)}
     for name, text in changes(options.set).items():
-        if name not in known and name in others:  # it is for those methods that have it
-            continue
         if name not in known:
-            raise ValueError(f"--set {name}: {method} has no such setting{nearest_known(name, known)}")
+            have = [other for other in methods_of(options.methods) if name in known_settings(other)]
+            what_to_do = f"; --methods {','.join(have)} has it" if have else nearest_known(name, known)
+            raise ValueError(f"--set {name}: {method} has no such setting{what_to_do}")
         of = kinds[name]
         try:
             given[name] = {"true": True, "false": False}[text.lower()] if of is bool else of(text)
@@ -435,14 +435,14 @@ def first_update(make_pipeline, method: str, rewards: Mixture, options: ArenaOpt
     tau come before it and are not counted."""
     config = config_of(method, options, 1e-30, options.sweep_seed)  # a rate that moves nothing
     pipeline = make_pipeline()
-    stays = isinstance(config, TrainConfig) and not config.tau
+    sets_tau = isinstance(config, TrainConfig) and not config.tau
     if isinstance(config, TrainConfig):
         config = replace(config, unsafe_scale=1.0)
     scripts, counts = scripts_of(options, config, options.sweep_seed), Counter()
     stream = updates(pipeline, method, scripts, rewards, config, add_policies(pipeline, config))
     with counting(pipeline.backbone, counts):
         log = next(stream)
-        if stays:
+        if sets_tau:
             counts.clear()
             log = next(stream)
     return counts["forward"], log["grad_norm"]
