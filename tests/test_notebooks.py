@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -86,6 +87,9 @@ def test_how_a_notebook_is_built(path):
         assert path == ALONE or '"google.colab" in sys.modules' in codes[0]
         assert path == ALONE or "%cd -q /content/kvpo_min/notebooks" in codes[0]  # where cast, pictures and teach are
         assert 2 <= sum("NBVAL_CHECK_OUTPUT" in source for source in codes) <= 4
+        shown = [c.source for c in notebook.cells if c.cell_type == "code" and "test" not in c.metadata.get("tags", [])]
+        assert median(sum(bool(line.strip()) for line in source.splitlines()) for source in shown) <= 4
+        assert sum(len(c.source.split()) for c in notebook.cells if c.cell_type == "markdown") <= 900
         last = notebook.cells[-1].source
         assert "What you saw" in last and "Where it lives" in last
 
@@ -102,7 +106,6 @@ def test_kvpo_from_nothing_is_short_and_stands_alone():
     assert not any("kvpo_min" in source for source in codes)
     lines = [line for source in codes for line in source.splitlines() if line.strip()]
     assert len(lines) <= 120 and max(map(len, lines)) <= 88
-    assert sum(len(cell.source.split()) for cell in cells if cell.cell_type == "markdown") <= 900
 
 
 def test_the_sheet_names_functions_that_exist():
