@@ -88,7 +88,6 @@ class TrainConfig:
     num_iterations: int = knob(1, "optimizer steps on the groups of an update (TRL's name)", least=1)
     old_policy_every: int = knob(1, "updates between two refreshes of the rollouts' policy", least=1)
     fork: int = knob(0, "ours: the frame at which every group forks; 0: drawn", least=0, multiple=3)
-    at_events: bool = knob(False, "ours: groups fork at an event of their script, where memory decides (pocket model)")
     nearest: int = knob(2, "nearest past frames that every branch keeps; the rest is routed", official=1, least=0)
     perturb_num_blocks: int = knob(5, "routed blocks after the fork", least=1)
     grad_steps: int = knob(4, "denoising steps that carry gradient", official=2, least=1, most=4)
@@ -116,12 +115,10 @@ class TrainConfig:
 
     def __post_init__(self):
         settle(self)
-        if self.compat and (self.fork or self.at_events):
-            raise ValueError(f'no fork and no at_events with compat "official", whose plan draws it, got {self.fork}')
+        if self.compat and self.fork:
+            raise ValueError(f'no fork with compat "official", whose plan draws it, got {self.fork}')
         if not self.local_weight and not self.global_weight:
             raise ValueError("local_weight and global_weight are both 0, so nothing would be learned: raise one")
-        if self.fork and self.at_events:
-            raise ValueError(f"give a fork or at_events, not both, got fork {self.fork}")
 
     @property
     def context(self) -> str:

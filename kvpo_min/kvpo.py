@@ -166,10 +166,6 @@ def draw(
         shuffled = torch.randperm(len(scripts), generator=generator).tolist()
         order[:] = reversed(range(len(scripts))) if config.in_order else shuffled
     index, window = order.pop(), routing.Window()
-    if config.at_events and not plan:
-        events = pipeline.events(scripts[index])
-        k = int(torch.randint(len(events), (), generator=generator))
-        config = replace(config, fork=events[k], at_events=False)
     plan = plan or make_plan(config, step, index, window, generator, pipeline.bank is not None)
     chunk = routing.chunk_of(plan.fork, config.num_frames)
     n_blocks = min(config.num_frames, chunk.stop + config.global_frames) // window.block

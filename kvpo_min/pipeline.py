@@ -35,7 +35,6 @@ class Pipeline:
     read: Callable[[Tensor], object] | None = None  # pixels -> a dataclass of tensors [N, ...]: what the judge sees
     judge: Callable[[object, list[str]], dict[str, float]] | None = None  # of that and the scripts; never trained on
     sample_scripts: Callable[[int, int, int], list[str]] | None = None  # n, segments, seed -> scripts
-    events: Callable[[str], list[int]] | None = None  # script -> frames from which memory decides what happens
     sigmas: Tensor = field(default_factory=schedule)  # [S] noise levels of the sampler
     bank: Bank | None = None  # empty memory bank that every video begins with (MemFlow: bank.py)
     name: str = "model"

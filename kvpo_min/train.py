@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from kvpo_min import kvpo
-from kvpo_min.chr import Window, eligible_forks
 from kvpo_min.config import TrainConfig
 from kvpo_min.kvpo import Group, make_plan, replay_energies
 from kvpo_min.pipeline import Pipeline, evaluate, sample, score
@@ -130,15 +129,6 @@ def check_scripts(pipeline: Pipeline, scripts: Sequence[str], config: TrainConfi
             f"num_frames is {config.num_frames} and segments begin at {[0, *pipeline.switches]}: "
             f"not all of {config.num_segments} segments would be shown"
         )
-    if config.at_events:
-        forks = eligible_forks(config.num_frames, Window(), config.nearest, config.perturb_num_blocks)
-        for script in scripts:
-            events = pipeline.events(script) if pipeline.events else []
-            if not events or not set(events) <= set(forks):
-                raise ValueError(
-                    f"at_events: the events of '{script}' are at {events}, but a group can fork at one of {forks} "
-                    f"alone; with the pocket model every script must settle (event: settles)"
-                )
 
 
 def check_share(config: TrainConfig) -> None:

@@ -69,7 +69,6 @@ CASES = {
         "num_iterations": of("default", num_iterations=2),
         "old_policy_every": of("log", old_policy_every=1),
         "fork": of("log", fork=24),
-        "at_events": of("log", at_events=True),
         "nearest": of("log", nearest=1),
         "perturb_num_blocks": of("log", perturb_num_blocks=3),
         "grad_steps": of("default", grad_steps=2),
@@ -315,7 +314,7 @@ def observe_train(options, make_pipeline, monkeypatch, folder):
         unsafe_scale=1.0,
         learning_rate=5e-3, old_policy_every=2, num_frames=42, adv_clip_max=100.0,
     )  # fmt: skip
-    config, pipeline = TrainConfig(**small | options), dataclasses.replace(make_pipeline(), events=lambda script: [21])
+    config, pipeline = TrainConfig(**small | options), make_pipeline()
     policies, batches = add_policies(pipeline, config), watched(pipeline)
     rewards = Mixture({"it": staged()}, {"it": 1.0})
     log = [timeless(step.log()) for step in train(pipeline, SCRIPTS[config.num_segments], rewards, config, policies)]

@@ -66,7 +66,6 @@ def load_pocket(
         read=world.judge,
         judge=functools.partial(world.correctness, like=like),
         sample_scripts=world.prompt_set,
-        events=world.forks,
         name=f"pocket-{name}",
     )
 

@@ -255,12 +255,6 @@ def settlings(script: str) -> list[int]:
     return [event_frame(k) for k, segment in enumerate(parse(script)) if segment.settles]
 
 
-def forks(script: str) -> list[int]:
-    """Where a group of a script may fork so that its branches settle apart: where the hero settles, but a block earlier
-    in later prompts, since the model often settles that much too early when the words for it come late in a video."""
-    return [frame if frame == EVENT else frame - 3 for frame in settlings(script)]
-
-
 @functools.cache
 def _word_table() -> Tensor:
     table = torch.ones(1, 1, dtype=torch.float32)
