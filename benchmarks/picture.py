@@ -54,13 +54,13 @@ def endings(videos: Tensor, scripts: list[str], reads=None) -> Endings:
 
 
 def unrouted(pipeline, scripts: list[str], seed: int) -> Tensor:
-    """Videos [N, T, 3, H, W] that the policy that acts makes under the ordinary context."""
+    """Videos [N, T, 3, H, W] that the active policy makes under the ordinary context."""
     return torch.cat([pipeline.decode(latents) for latents in sample(pipeline, scripts, LENGTH, seed)])
 
 
 @torch.no_grad()
 def try_fork(pipeline, script: str, seed: int, num_generations: int) -> tuple[Tensor, Tensor, Endings]:
-    """The policy that acts makes a prefix, routed branches and the anchor, from the noise of `seed`.
+    """The active policy makes a prefix, routed branches and the anchor, from the noise of `seed`.
     -> videos [G + 1, T, 3, H, W], the frames that branches read at the fork [G, L], and how they end"""
     generator = torch.Generator().manual_seed(seed)
     noise = draw_noise(LENGTH // WINDOW.block, len(pipeline.sigmas), (WINDOW.block, *pipeline.latent_shape), generator)

@@ -117,7 +117,7 @@ class Bank:
         """Official: what the one pass reads that encodes the frames before `stop` again (DS:193-255): every frame sees
         sink, bank and the last past + block frames. -> its first frame; kv of sink and bank; mask [1, F, past + F] of
         frames for `WanBackbone`, half a GiB at full size while the pass runs."""
-        first = max(0, stop - (window.sink + window.past + window.block))
+        first = max(0, stop - window.attended)
         kv = history.read(torch.arange(min(window.sink, stop)), self.kv)
         n_past = min(window.sink, stop) + (0 if self.kv is None else self.kv.shape[3])
         mask = torch.ones(1, stop - first, n_past + stop - first, dtype=torch.bool)

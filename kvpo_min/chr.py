@@ -34,7 +34,7 @@ class Window:
     """Attention window of one block, in frames. Raises ValueError for sizes that cannot work."""
 
     sink: int = 3  # first frames of the video, always read
-    past: int = 6  # other past frames a block reads; sink 3 + past 6 + current 3 = the 12-frame attention window
+    past: int = 6  # other past frames a block reads
     block: int = 3  # frames denoised together
     history: int = 33  # frames kept resident, sink included; routing cannot reach further back
 
@@ -45,6 +45,11 @@ class Window:
         for name, least in (("sink", 0), ("past", 1), ("block", 1), ("history", self.sink + self.past)):
             if getattr(self, name) < least:
                 raise ValueError(f"Window.{name} must be at least {least} frames, got {getattr(self, name)}")
+
+    @property
+    def attended(self) -> int:
+        """Frames that attention sees at once: sink, past and the block itself."""
+        return self.sink + self.past + self.block
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def eligible_forks(
                 spare = len(slot_pool(fork, window, nearest)) - window.sink
             else:
                 spare = len(pool(fork, window, nearest, perturb_num_blocks, gap))
-            if spare >= window.past - nearest and fork >= window.sink + window.past + window.block:
+            if spare >= window.past - nearest and fork >= window.attended:
                 forks.append(fork)
     return forks
 
@@ -153,7 +158,7 @@ def plan(
     fork: int = 0,
 ) -> Plan:  # fmt: skip
     """The paper's plan: a uniform fork, then uniform routes of past - nearest frames. Arguments as `eligible_forks`.
-    `fork`: where to fork instead, one of those (ours); ValueError if it is not."""
+    `fork` (ours): a fixed fork, one of those, else ValueError; 0: drawn."""
     forks = eligible_forks(num_frames, window, nearest, perturb_num_blocks)
     if fork and fork not in forks:
         raise ValueError(f"fork must be one of {forks}, or 0 to draw it, got {fork}")
@@ -175,7 +180,8 @@ def plan_official(
     their MemFlow (its DS:36-136), whose routes are slots of the rolling cache, as many as the window has past frames
     less `nearest`; the sink keeps no place of its own.
     """
-    seed, gap = seed + 97 * sample_idx + seed_context, window.block
+    seed = seed + 97 * sample_idx + seed_context
+    gap = window.block
     chunks = first_chunks, first, rest
     forks = eligible_forks(num_frames, window, nearest, perturb_num_blocks, *chunks, gap, slots)
     fork = _pick(forks, Generator().manual_seed(seed))
@@ -189,8 +195,8 @@ def plan_official(
 
 
 def slot_pool(fork: int, window: Window, nearest: int) -> range:
-    """Slots that the authors' MemFlow may route to a fork: the resident frames but for the block's own number of them
-    and the `nearest` before those, the sink's slots included (MemFlow's DS:77-84)."""
+    """Slots that the authors' MemFlow may route to a fork: all resident frames, sink included, but the last `nearest` +
+    block (MemFlow's DS:77-84)."""
     return range(max(0, min(fork, window.history) - nearest - window.block))
 
 

@@ -6,16 +6,16 @@ become likelier. Where the ratio is 1 and without KL, the whole method is one fo
 
     dL/dE_g = (A_g - p_g * sum(A)) / (G * tau)
 
-A good branch has its energy lowered, that is, its velocities are copied; a bad one is pushed away. The entries sum to 0
-whenever the p_g do to 1: it is a contrast between branches. So an offset of A, such as the anchor's reward, cancels as
-long as p is uniform; the anchor acts through the clamp, the clip, the safety rule and a p that is not uniform.
+A good branch has its energy lowered, that is, its velocities are copied; a bad one is pushed away. The entries sum to
+0: a contrast between branches. So a constant added to A, such as the anchor's reward, cancels as long as p is uniform;
+the anchor acts through the standard deviation, the clamp, the clip, the safety rule and a p that is not uniform.
 
 Paper / authors' code / this file:
 1. Advantage. Paper: standardised inside the group (wording unclear). Authors and here: relative to the anchor, for each
    reward component, then local and global signal fused and clamped.
 2. Safety. Paper: no update if no branch beats the anchor. Authors' default: a softmax with the anchor whose value is
    always one half, so the loss is halved. Here: a number, 0 (paper) or 0.5 (authors).
-3. KL weight. Paper: 5 is best of {0, 5, 20}. Authors' config: 10. Here: 5 (train.py takes 1 for the pocket model).
+3. KL weight. Paper: 5 is best of {0, 5, 20}. Authors' config: 10. Here: 5 (config.py: 1; with compat 10).
 4. KL. Authors add 1e-10 inside one logarithm. Here: log probabilities throughout, nothing to guard.
 5. Entropy. Authors report that of the halved probabilities when unsafe. Here: always that of pi.
 Symbols: G branches. KV: trainer/kvpo.py of the authors' LongLive variant.

@@ -1,4 +1,4 @@
-"""One KVPO update, from a script to the gradient: `update`, and its six steps, each of which can be called alone.
+"""One KVPO update, from a script to the gradient: `draw`, then `update` with its steps. Each can be called alone.
 
 The paper's algorithm (arXiv 2605.14278, section 3), a line a step (authors: trainer/kvpo.py:985-1582 and 2833-3341):
 
@@ -12,11 +12,12 @@ The paper's algorithm (arXiv 2605.14278, section 3), a line a step (authors: tra
         preserve     ours, not the paper's: the shared prefix stays as the initial policy makes it           kvpo.py
     optimizer step, moving average; every `old_policy_every` updates: old policy <- trained policy           train.py
 
-Symbols: G branches, B blocks from the fork to the end of its chunk, S denoising steps, F frames a block.
+Symbols: G branches, M members that the policy chooses among (the branches, and with `anchor_in_group` the anchor), B
+blocks from the fork to the end of its chunk, S denoising steps, F frames a block.
 
 Memory: with `replay_batch` an update holds no graph larger than that many forwards, and its gradient is the same. The
-loss sees the weights through the energies alone, so energies without graph give dL/dE; then every piece is replayed
-once more, with graph, and sent backward at once, times its dL/dE.
+loss depends on the weights through the energies alone. So they are computed without graph and give dL/dE; then each
+piece is replayed once more, with graph, and dL/dE * E is backpropagated.
 """
 
 from __future__ import annotations
@@ -82,8 +83,7 @@ class Group:
     anchor: dict[str, Tensor]  # name -> ()
     advantages: Tensor  # [G]
     loss: float
-    global_rewards: dict[str, Tensor] | None = None
-    global_anchor: dict[str, Tensor] | None = None
+    after: Signal | None = None  # the global signal, where videos go on after the chunk
     safe: bool = True
     energies: Tensor | None = None  # [G, B, S] of the policy before the update; other methods may have none
     log_p: Tensor | None = None  # [G]
@@ -94,9 +94,11 @@ class Group:
     entropy: float = 0.0
     clip_fraction: float = 0.0
     prefix_drift: float = 0.0  # mean squared difference to the initial policy's velocities on the prefix, if preserved
-    task: Task | None = None  # what `again` needs: this,
-    initial: Tensor | None = None  # the initial policy's energies,
-    kept: Tensor | None = None  # and its velocities on the prefix
+    # for `again`
+    task: Task | None = None
+    A: Tensor | None = None  # [M] advantages
+    initial: Tensor | None = None  # [M, B, S] energies of the initial policy
+    kept: Tensor | None = None  # the initial policy's velocities on the prefix
 
 
 def update(
@@ -117,38 +119,35 @@ def update(
     energies["default"] = energies_of(pipeline, policies, config, rollout, "default", with_graph=scale > 0)
     log_p, loss = send_back(pipeline, config, rollout, energies, advantages, scale, tau)
     drift, kept = preserve(pipeline, policies, config, task, rollout) if config.prefix_coef else (0.0, None)
-    (local, anchor), (after, anchor_after) = *signals, *[(None, None)] * (2 - len(signals))
+    local, anchor = signals[0]
+    after = signals[1] if len(signals) > 1 else None
     g = config.num_generations
     return Group(
         script=task.script, plan=task.plan, rollout=rollout, videos=videos,
-        rewards=local, anchor=anchor, global_rewards=after, global_anchor=anchor_after,
+        rewards=local, anchor=anchor, after=after,
         advantages=advantages[:g], safe=safe, energies=energies["default"].detach()[:g],
         log_p=log_p["default"].detach()[:g], log_p_old=log_p["old"][:g], log_p_init=log_p["initial"][:g],
         ratio=loss.ratio[:g],
         loss=loss.total.item(), kl=loss.kl.item(), entropy=loss.entropy.item(), clip_fraction=loss.clip_fraction.item(),
-        prefix_drift=drift, task=task, initial=energies["initial"], kept=kept,
+        prefix_drift=drift, task=task, A=advantages, initial=energies["initial"], kept=kept,
     )  # fmt: skip
 
 
-def again(pipeline: Pipeline, policies, rewards: Mixture, config: TrainConfig, group: Group, tau: float) -> None:
+def again(pipeline: Pipeline, policies, config: TrainConfig, group: Group, tau: float) -> None:
     """One more gradient from a group that `update` has made, for `num_iterations`: its branches, rewards and initial
-    energies stay, the trained policy's energies are new. The policy as it is now stands for the old one, so the ratio
-    is 1 and the clip does nothing. Raises FloatingPointError like `update`."""
-    signals = [(group.rewards, group.anchor)]
-    if group.global_rewards is not None:
-        signals.append((group.global_rewards, group.global_anchor))
-    advantages, safe = compare(signals, rewards.weights, config)
-    scale = safety_scale(safe, config.unsafe_scale)
+    energies stay, the trained policy's energies are new. Unlike PPO and TRL, the policy as it is now stands for the old
+    one, so the ratio is 1 and the clip does nothing. Raises FloatingPointError like `update`."""
+    scale = safety_scale(group.safe, config.unsafe_scale)
     if scale:
         energies = {"initial": group.initial}
         energies["default"] = energies_of(pipeline, policies, config, group.rollout, "default", with_graph=True)
-        send_back(pipeline, config, group.rollout, energies, advantages, scale, tau)
+        send_back(pipeline, config, group.rollout, energies, group.A, scale, tau)
     if config.prefix_coef:
         preserve(pipeline, policies, config, group.task, group.rollout, group.kept)
 
 
-def spread(pipeline: Pipeline, policies, config: TrainConfig, task: Task) -> Tensor:  # [1, G]
-    """Energies of a group that is not trained on: what tau is set by."""
+def energies_for_tau(pipeline: Pipeline, policies, config: TrainConfig, task: Task) -> Tensor:  # [1, M]
+    """Energies of a group that is not trained on: their spread sets tau."""
     energies = energies_of(pipeline, policies, config, roll_out(pipeline, policies, config, task))
     return trajectory_energy(energies, energy_weights(pipeline.sigmas, config.sigma_floor))[None]
 
@@ -175,7 +174,7 @@ def draw(
 
 @torch.no_grad()
 def roll_out(pipeline: Pipeline, policies, config: TrainConfig, task: Task, prefix: Stream | None = None) -> Rollout:
-    """Prefix, G branches and the anchor, made by the adapter `old`. The keys and values that replays read stay on it.
+    """Prefix, G branches and the anchor, made by the adapter `old`; with the keys and values that replays read.
     `prefix`: one of `make_prefixes` (default: made here, where nothing else holds it, so that it can be freed)."""
     sampler = pipeline.sampler(config.num_segments)
     plan = task.plan
@@ -183,11 +182,11 @@ def roll_out(pipeline: Pipeline, policies, config: TrainConfig, task: Task, pref
     with acting(policies, "old"):
         made = fork(
             pipeline.backbone, texts_of(pipeline, task), noise, plan, task.stop, task.chunk.stop, sampler,
-            config.nearest, config.branch_batch or None, prefix or next(make_prefixes(pipeline, config, [task])),
+            config.nearest, config.branch_batch, prefix or next(make_prefixes(pipeline, config, [task])),
         )  # fmt: skip
+    if config.prefix_coef:  # `preserve` replays the prefix itself
+        return made
     read = {*range(sampler.window.sink), *range(plan.fork - sampler.window.past, plan.fork)}
-    if config.prefix_coef:
-        read = set(made.prefix.history.frames)
     return replace(made, prefix=keep_frames(made.prefix, read))
 
 
@@ -208,7 +207,7 @@ def score_group(
 
 
 def compare(signals: Sequence[Signal], weights: Mapping[str, float], config: TrainConfig) -> tuple[Tensor, bool]:
-    """-> advantages [G] over the anchor, local and global signal in one, and whether any branch beats the anchor."""
+    """-> advantages [M] over the anchor, local and global signal in one, and whether any branch beats the anchor."""
     each = [anchor_advantages(branches, anchor, weights, config.adv_eps) for branches, anchor in signals]
     if config.anchor_in_group:  # 0 over itself
         each = [torch.cat([signal, signal.new_zeros(1)]) for signal in each]
@@ -220,14 +219,14 @@ def compare(signals: Sequence[Signal], weights: Mapping[str, float], config: Tra
 def energies_of(
     pipeline: Pipeline, policies, config: TrainConfig, rollout: Rollout, policy: str = "default",
     with_graph: bool = False,
-) -> Tensor:  # [G, B, S]  # fmt: skip
+) -> Tensor:  # [M, B, S]  # fmt: skip
     """How far a policy ("default", "old", "ema" or "initial") is from each branch's velocities, under the ordinary
-    context. `with_graph`: gradients are to flow; with `replay_batch` they stop here, and `send_back` goes on."""
+    context. `with_graph`: keep the graph; with `replay_batch` a leaf, whose gradient `send_back` takes further."""
     with acting(policies, policy), torch.set_grad_enabled(with_graph and not config.replay_batch):
         if not config.replay_batch:
             steps, sampler = config.grad_steps if with_graph else 0, pipeline.sampler(config.num_segments)
             return replay_energies(pipeline.backbone, rollout, sampler, steps, config.context, members(config))
-        z = rollout.trajectory.z[: members(config)]  # [G, B, S, F, C, H, W]
+        z = rollout.trajectory.z[: members(config)]  # [M, B, S, F, C, H, W]
         energies = z.new_zeros(z.shape[:3], dtype=torch.promote_types(z.dtype, torch.float32))
         for where, part in energies_in_pieces(pipeline, config, rollout):
             energies[where] = part
@@ -239,9 +238,10 @@ def send_back(
     scale: float, tau: float,
 ) -> tuple[dict[str, Tensor], Loss]:  # fmt: skip
     """Loss of one group, and, unless `scale` is 0, its gradient to the weights, divided by `groups_per_update`.
-    energies: [G, B, S] of the policies "default", "initial" and, where it is not the current one, "old".
-    -> log pi [G] of all three, and the loss. Raises FloatingPointError when energies or loss are not finite."""
-    weights, log_p = energy_weights(pipeline.sigmas, config.sigma_floor), {}
+    energies: [M, B, S] of the policies "default", "initial" and, where it is not the current one, "old".
+    -> log pi [M] of all three, and the loss. Raises FloatingPointError when energies or loss are not finite."""
+    weights = energy_weights(pipeline.sigmas, config.sigma_floor)
+    log_p = {}
     for policy, each in energies.items():
         check_finite(f"the energies of the {'trained' if policy == 'default' else policy} policy are", each)
         log_p[policy] = gibbs_log_prob(trajectory_energy(each, weights), tau)
@@ -252,25 +252,26 @@ def send_back(
     check_finite(f"the loss is {loss.total.item()}, that is,", loss.total)
     if scale:
         (loss.total / config.groups_per_update).backward()
-    if scale and config.replay_batch and (slope := energies["default"].grad).any():  # dL/dE [G, B, S]
-        for where, part in energies_in_pieces(pipeline, config, rollout, config.grad_steps):
-            (part * slope[where]).sum().backward()
+        slope = energies["default"].grad if config.replay_batch else None  # dL/dE [M, B, S]
+        if slope is not None and slope.any():
+            for where, part in energies_in_pieces(pipeline, config, rollout, config.grad_steps):
+                (part * slope[where]).sum().backward()
     return log_p, loss
 
 
 def preserve(
     pipeline: Pipeline, policies, config: TrainConfig, task: Task, rollout: Rollout, kept: Tensor | None = None
 ) -> tuple[float, Tensor | None]:
-    """Ours, not the paper's: adds the gradient of `prefix_coef` times the mean squared difference between the trained
-    and the initial policy's velocities on the prefix's own blocks, noised to the first two levels, under the ordinary
-    context. A group compares its branches, so it can neither teach nor protect what they share, while the adapter acts
-    on every block: without this the journey before the fork drifts unseen. -> that mean, before the update, and the
-    initial policy's velocities, which another call for the same group takes as `kept` instead of making them again."""
+    """Ours, not the paper's: adds the gradient of prefix_coef * mean (v_trained - v_initial)^2 on blocks of the prefix,
+    noised to the first two levels, under the ordinary context. A group compares its branches, so it can neither teach
+    nor protect what they share, while the adapter acts on every block: without this the journey before the fork drifts
+    unseen. Left out are blocks made under earlier words, and those whose context is no longer in the history.
+    -> that mean, before the update, and v_initial, which another call for the same group takes as `kept`."""
     backbone, sampler, prefix = pipeline.backbone, pipeline.sampler(config.num_segments), rollout.prefix
     starts = [
         start
         for start in range(0, prefix.frame, sampler.window.block)
-        if segment_at(start, sampler.switches) == prefix.segment  # what was made under other words was encoded anew
+        if segment_at(start, sampler.switches) == prefix.segment
         and set(ordinary_frames(start, sampler.window).tolist()) <= set(prefix.history.frames)
     ]
     if not starts:
@@ -280,17 +281,23 @@ def preserve(
     s = sampler.sigmas[:2, None, None, None, None]
     z = (1 - s) * x0 + s * task.noise[0, blocks, :2].to(x0.device)  # [blocks, 2, F, C, H, W]
     kv, mask = read_together(prefix.history, [ordinary_frames(start, sampler.window) for start in starts], z.shape[2])
-    call = (
-        z.flatten(0, 1), sampler.sigmas[:2].repeat(len(starts)), torch.tensor(starts).repeat_interleave(2),
-        rollout.text, kv.repeat_interleave(2, 2), mask.repeat_interleave(2, 0),
-    )  # fmt: skip
+    z, sigma, first = z.flatten(0, 1), sampler.sigmas[:2].repeat(len(starts)), torch.tensor(starts).repeat_interleave(2)
+    rows = torch.arange(len(z)).split(config.replay_batch or len(z))
+
+    def velocity(row: Tensor) -> Tensor:
+        block = row // 2  # two levels read the same
+        return backbone.velocity(z[row], sigma[row], first[row], rollout.text, kv[:, :, block], mask[block])
+
     if kept is None:
         with torch.no_grad(), acting(policies, "initial"):
-            kept = backbone.velocity(*call)
+            kept = torch.cat([velocity(row) for row in rows])
+    total = 0.0
     with acting(policies, "default"):
-        drift = (backbone.velocity(*call) - kept).square().mean()
-    (config.prefix_coef * drift / config.groups_per_update).backward()
-    return drift.item(), kept
+        for row in rows:  # one graph at a time
+            drift = (velocity(row) - kept[row]).square().sum() / z.numel()
+            (config.prefix_coef * drift / config.groups_per_update).backward()
+            total += drift.item()
+    return total, kept
 
 
 # ----------------------------------------------------------------------------------------------------- what they share
@@ -300,7 +307,7 @@ def make_plan(
     config: TrainConfig, step: int, index: int, window: routing.Window, generator: torch.Generator, bank: bool = False
 ):  # fmt: skip
     """Where to fork and what each branch reads: the paper's plan, or the authors' with compat="official", which with a
-    memory bank is MemFlow's: slots instead of frames, and none kept near the block (their m of 3 counts it)."""
+    memory bank is MemFlow's: slots instead of frames, and no nearest ones (their m = 3 is the block itself)."""
     slots = bool(config.compat and bank)
     nearest = 0 if slots else config.nearest
     sizes = (config.num_frames, window, nearest, config.perturb_num_blocks, config.num_generations)
@@ -311,16 +318,17 @@ def make_plan(
 
 @torch.no_grad()
 def make_prefixes(pipeline: Pipeline, config: TrainConfig, tasks: Sequence[Task]) -> Iterator[Stream]:
-    """The videos up to their forks, by the policy that acts, with the keys and values that branches and replays read.
-    Those that follow each other and fork alike are made in one batch, when the first of them is asked for."""
+    """The videos up to their forks, by the active policy, with the keys and values that branches and replays read.
+    Consecutive tasks with the same fork are generated in one batch, when the first of them is asked for."""
     sampler, bank = pipeline.sampler(config.num_segments), pipeline.bank
     if bank is not None:
         check_bank(config)
         bank = replace(bank, compat=config.compat or bank.compat)
-    for start, alike in itertools.groupby(tasks, lambda task: task.plan.fork):
-        batch = list(alike)
+    for start, same_fork in itertools.groupby(tasks, lambda task: task.plan.fork):
+        batch = list(same_fork)
         noise = torch.cat([task.noise for task in batch]).to(pipeline.backbone.device)
-        texts = [pipeline.embed(list(t)) for t in zip(*(pipeline.segments(k.script) for k in batch), strict=True)]
+        scripts = [pipeline.segments(task.script) for task in batch]
+        texts = [pipeline.embed(list(segment)) for segment in zip(*scripts, strict=True)]
         made = generate(pipeline.backbone, Stream(bank=bank), texts, noise, start, sampler)
         near = range(start - switch_reach(sampler.window), start)
         for k, task in enumerate(batch):
@@ -337,7 +345,7 @@ def texts_of(pipeline: Pipeline, task: Task) -> list[Tensor]:
 def replay_energies(
     backbone, rollout: Rollout, sampler: Sampler, grad_steps: int = 0, context: str = "stored", branches: int = 0
 ) -> Tensor:  # [G, B, S]
-    """How far the policy that acts is from each branch's velocities; the first `grad_steps` steps carry gradient.
+    """How far the active policy is from each branch's velocities; the first `grad_steps` steps carry gradient.
     `branches`: how many (default: all but the anchor)."""
     v = replay(backbone, rollout, sampler, grad_steps, context=context, branches=branches or len(rollout.plan.routes))
     return step_energies(v, rollout.trajectory.velocity[: len(v)])

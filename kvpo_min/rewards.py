@@ -55,7 +55,7 @@ def check_videos(videos: Tensor, prompts: list[str], least: int = 1) -> Tensor:
     if videos.min() < -0.5 or videos.max() > 1.5:  # bytes, or -1 to 1; a little over the edge is a decoder's
         raise ValueError(f"a reward takes videos in [0, 1], got {videos.min():.3g} to {videos.max():.3g}: rescale them")
     if videos.shape[1] < least:
-        raise ValueError(f"motion is seen in at least {least} frames, got {videos.shape[1]}")
+        raise ValueError(f"this reward needs at least {least} frames, got {videos.shape[1]}")
     return videos.to(torch.promote_types(videos.dtype, torch.float32))
 
 

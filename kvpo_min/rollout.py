@@ -32,17 +32,17 @@ from kvpo_min.tve import Trajectory
 if TYPE_CHECKING:
     from kvpo_min.bank import Bank
 
-# Velocities that a replay without graph asks a CPU for at once: more fall out of its caches and take longer each. With
-# graph the gradient would be summed in another order, and recorded runs would no longer repeat to the last digit.
+# Batch size of a replay without graph on a CPU: larger ones overflow its caches. With graph it would change the order
+# of summation, and recorded runs would no longer repeat to the last digit.
 AT_ONCE = 48
 
 
 class Backbone(Protocol):
     """All that sampling, forking and replay ask of a model (`wan/backbone.py` is one). `start` is the block's first
-    absolute frame, an int or [B]. `text` [b, L, D] and `kv` serve the whole batch with b = 1.
+    absolute frame, an int or [B]. `text` [b, L, D] and `kv` are broadcast if b = 1.
 
-    Training also moves tensors to `device` and, where it is not given `policies`, puts LoRA on the linear layers
-    of `transformer` that `policies.LORA_TARGETS` names, which are diffusers' names."""
+    Training also moves tensors to `device` and, unless `train` is given `policies`, puts LoRA on the linear layers of
+    `transformer` that have the (diffusers) names in `policies.LORA_TARGETS`."""
 
     device: torch.device
 
@@ -195,13 +195,13 @@ def segment_at(frame: int, switches: Sequence[int]) -> int:
 
 def stale_from(frame: int, window: Window) -> int:
     """The first frame that a prompt switch at `frame` encodes again; its old keys are replaced before they are read."""
-    first = max(window.sink, frame - (window.sink + window.past + window.block))
+    first = max(window.sink, frame - window.attended)
     return -(-first // window.block) * window.block
 
 
 def switch_reach(window: Window) -> int:
     """How many frames before a prompt switch are encoded again, or read for that."""
-    return window.sink + window.past + window.block + window.past
+    return window.attended + window.past
 
 
 def gather(history: KVHistory, frames: Tensor, bank: Bank | None) -> Tensor | None:
@@ -237,7 +237,7 @@ def generate(
     record: Callable[[int, Tensor, Tensor], None] | None = None,
     routed_end: int | None = None,
 ) -> Stream:
-    """Continues a video up to frame `stop`. Memory does not grow with the video's keys and values.
+    """Continues a video up to frame `stop`. Memory for keys and values does not grow with the video's length.
 
     texts: one [B or 1, L, D] a segment; noise [B or 1, blocks of the whole video, S, F, C, H, W]; `reads(start)`
     gives the frames a block reads (default `ordinary_frames`); `record(start, z, x0)` sees every block's
@@ -285,7 +285,7 @@ def generate(
 
 @dataclass(frozen=True)
 class Rollout:
-    """One group: G branches and, last in the batch, the anchor. (`pieces` makes smaller ones, without the anchor.)"""
+    """One group: G branches and, last in the batch, the anchor. (`pieces` makes smaller ones.)"""
 
     prefix: Stream  # up to the fork, B = 1; every replay starts from its keys and values, the old policy's
     videos: Tensor  # [G + 1, T, C, H, W] latents up to the last scored frame
@@ -369,8 +369,8 @@ def replay(
     -> [G, B, S, F, C, H, W]; the first `grad_steps` steps carry gradient. `branches`: how many (default: all but the
     anchor). context="stored": between blocks the branch's own x0 is encoded, so blocks are independent and run in one
     batch. context="own": the replaying policy's own last prediction is encoded, block after block (authors:
-    kvpo.py:2370-2388). No gradient flows through what is read. `replay_batch`: velocities at once; it bounds neither
-    contexts nor graph, as `pieces` does for training.
+    kvpo.py:2370-2388). No gradient flows through what is read. `replay_batch`: forwards at once; memory of contexts
+    and graph is not bounded by it (`pieces` bounds both).
     """
     window = sampler.window
     start = rollout.prefix.frame
@@ -434,19 +434,22 @@ def pieces(
     backbone: Backbone, rollout: Rollout, sampler: Sampler, replay_batch: int, n_steps: int = 0,
     context: str = "stored", branches: int = 0,
 ) -> Iterator[tuple[tuple[slice, slice, slice], Rollout, Sampler]]:  # fmt: skip
-    """Cuts a replay of the first `n_steps` steps (0: all) into rollouts of one block, its steps and a few branches, at
-    most `replay_batch` forwards each: the steps first, because they share what they read. Between blocks the same x0
-    are encoded as in `replay`; with context="own" by the policy that acts, which costs one more forward a block.
+    """Splits a replay of the first `n_steps` steps (0: all) into rollouts of one block and at most `replay_batch`
+    forwards: first the steps of a branch, which share a context, then several branches. Between blocks x0 is encoded
+    as in `replay`; context="own" costs one extra forward a block.
     `branches`: how many (default: all but the anchor). Yields where the piece belongs in [G, B, S], its rollout, its
     sampler."""
     window = sampler.window
     trajectory = rollout.trajectory
-    routes = rollout.plan.routes
-    (n_blocks, every), branches = trajectory.z.shape[1:3], branches or len(routes)
-    if replay_batch < 1 or not 0 <= n_steps <= every:
-        raise ValueError(f"replay_batch must be at least 1 and n_steps 0..{every}, got {replay_batch} and {n_steps}")
-    n_steps = n_steps or every
-    at_once, together = min(replay_batch, n_steps), max(1, replay_batch // n_steps)
+    n_blocks, all_steps = trajectory.z.shape[1:3]
+    if replay_batch < 1 or not 0 <= n_steps <= all_steps:
+        raise ValueError(
+            f"replay_batch must be at least 1 and n_steps 0..{all_steps}, got {replay_batch} and {n_steps}"
+        )
+    n_steps = n_steps or all_steps
+    branches = branches or len(rollout.plan.routes)
+    at_once = min(replay_batch, n_steps)
+    together = max(1, replay_batch // n_steps)
     for first in range(0, branches, together):
         members = slice(first, min(first + together, branches))
         history, bank = rollout.prefix.history, rollout.prefix.bank
@@ -459,7 +462,6 @@ def pieces(
                     rollout,
                     prefix=Stream((), history, here, bank=bank),
                     trajectory=Trajectory(trajectory.z[where], trajectory.x0[where], sigmas),
-                    plan=replace(rollout.plan, routes=routes[members]),
                 )
                 yield where, part, replace(sampler, sigmas=sigmas)
             if b + 1 < n_blocks:

@@ -1,4 +1,4 @@
-"""The record of one update."""
+"""What an update leaves in the log."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Step:
     skipped: str = ""  # why there was no update: the reward model's error, or what was not finite
 
     def log(self) -> dict[str, float]:
-        """Keys as TRL users know them, and the method's own; of a skipped update only its own numbers."""
+        """Keys as TRL users know them, and the method's own. A skipped update has only its number, tau, norm, rate and
+        time."""
         out = {"step": self.step, "tau": self.tau, "grad_norm": self.grad_norm}
         out |= {"learning_rate": self.learning_rate, "step_time": self.step_time}
         if self.skipped:

@@ -30,6 +30,11 @@ except ImportError:  # Windows
 # ------------------------------------------------------------------------------------------------------------ processes
 
 
+def writes() -> bool:
+    """Whether this process is to write files: the first one, also before the processes have met."""
+    return number_in_environment("WORLD_SIZE", 1) == 1 or number_in_environment("RANK") == 0
+
+
 def join_processes() -> None:
     """Under torchrun or `share_work`: joins the other processes and takes the GPU that is this one's. Otherwise
     nothing."""

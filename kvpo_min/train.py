@@ -4,7 +4,7 @@ What one update does is in kvpo.py; here are the order of the scripts, the optim
 Everything random comes from one generator, and a checkpoint (resume.py) holds all of it.
 
 Several processes (torchrun): each works on its share of an update's groups. All draw the plans and noise of all groups,
-so that their generators, and with them order and checkpoints, are those of one process.
+so that random state, order of scripts and checkpoints are those of a run in one process.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ def train(
     save_when_stopped: bool = False, method=kvpo,
 ) -> Iterator[Step]:  # fmt: skip
     """Trains in place and yields one `Step` an update. `policies`: from `add_policies` (made here if not given).
-    `method`: what has kvpo.py's `update`, `again` and `spread`, such as one of compare/baselines.py.
+    `method`: what has kvpo.py's `update`, `again` and `energies_for_tau`, such as one of compare/baselines.py.
 
     Raises ValueError before the first update when the scripts do not fit the mode. When a reward model fails
     (RewardError), or a reward, video, energy, loss or gradient is not finite (FloatingPointError), the update is
     skipped: weights, optimizer and moving average stay as they are. After the third in a row that error is raised.
+    In an update's further iterations (`repeat`) it ends the update instead.
 
     Whatever ends the run early, Ctrl-C included, a checkpoint of the last whole update is written on the way out, if
     there are checkpoints at all or with `save_when_stopped`. A caller who takes no more updates (`break`) gets none."""
@@ -94,9 +95,10 @@ def train(
                 random, whole = (generator.get_state(), list(state["order"])), None
                 if grad_norm:  # all groups unsafe: no update, not even a step of the optimizer's momentum
                     optimizer.step()
-                    repeat(pipeline, policies, rewards, config, groups, state["tau"], optimizer, step, method)
+                    repeat(pipeline, policies, config, groups, state["tau"], optimizer, step, method)
                     copy_adapter(policies, "default", "ema", 1 - config.ema_decay)
-                state["step"], state["skips"] = step + 1, state["skips"] + 1 if failure else 0
+                state["step"] = step + 1
+                state["skips"] = state["skips"] + 1 if failure else 0
                 stop = state["skips"] == SKIPS
                 state["skips"] %= SKIPS  # a run that is resumed counts from 0
                 seconds = time.perf_counter() - begun
@@ -146,7 +148,7 @@ def find_tau(
     for k in range(config.tau_groups):
         task = kvpo.draw(pipeline, scripts, state["order"], config, state["step"], generator)
         if k % world == rank:
-            own[k] = method.spread(pipeline, policies, config, task)
+            own[k] = method.energies_for_tau(pipeline, policies, config, task)
     rows = {k: energies for theirs in gather(own) for k, energies in theirs.items()}
     return calibrate_tau(torch.cat([rows[k] for k in sorted(rows)]), config.tau_target)
 
@@ -177,18 +179,18 @@ def own_groups(
 
 
 def rate(config: TrainConfig, step: int, iteration: int = 0) -> float:
-    """Learning rate of an optimizer step: up over `lr_warmup_steps` updates, then level, or down in a line to 0 at the
-    end of the run, where the wish and what holds it back have to settle."""
+    """Learning rate of an optimizer step: up over `lr_warmup_steps` updates, times a factor: 1, or with "linear" one
+    that falls from 1 at the first step to 0 at the end of the run."""
     left = 1 - (step + iteration / config.num_iterations) / config.max_train_steps
     falling = left if config.lr_scheduler == "linear" else 1.0
     return config.learning_rate * falling * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
 
 
 def repeat(
-    pipeline, policies, rewards, config: TrainConfig, groups: list[Group], tau: float, optimizer, step: int, method=kvpo
+    pipeline, policies, config: TrainConfig, groups: list[Group], tau: float, optimizer, step: int, method=kvpo
 ) -> None:
-    """The further optimizer steps on an update's groups (`num_iterations`). It ends early where something is not
-    finite, with a warning: what was learned until then stays."""
+    """The further optimizer steps on an update's groups (`num_iterations`). Where something is not finite it ends
+    early, with a warning: what was learned until then stays."""
     weights = adapter_weights(policies, "default").values()
     for done in range(1, config.num_iterations):
         optimizer.zero_grad()
@@ -196,7 +198,7 @@ def repeat(
         failure = ""
         try:
             for group in groups:
-                method.again(pipeline, policies, rewards, config, group, tau)
+                method.again(pipeline, policies, config, group, tau)
         except FloatingPointError as error:
             failure = str(error)
         failure = next(filter(None, gather(failure)), "")
@@ -211,7 +213,7 @@ def repeat(
 
 
 def save_whole(config, policies, optimizer, generator: torch.Generator, state: dict, whole: tuple) -> None:
-    """Saves the last whole update, as if nothing had been drawn since. whole: generator and order at its end."""
+    """Saves the state after the last complete update. whole: random state and order of scripts then."""
     generator.set_state(whole[0])
     state["order"] = list(whole[1])
     save_checkpoint(config, policies, optimizer, generator, state)

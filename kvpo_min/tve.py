@@ -1,8 +1,8 @@
 """Trajectory velocity energy (TVE) and the Gibbs policy over branches. KVPO, arXiv 2605.14278, energy section.
 
-Branches of a group share their noise and differ in the past they read, so no draw of the sampler tells how likely one
-was. KVPO scores a branch by how well the policy explains it: its stored noisy inputs z are replayed under the ordinary,
-unrouted history, and the policy's velocity is compared with the one the branch was made with:
+Branches of a group share their noise and differ in the past they read, so the sampler's noise gives a branch no
+likelihood. KVPO scores a branch by how well the policy explains it: its stored noisy inputs z are replayed under the
+ordinary, unrouted history, and the policy's velocity is compared with the one the branch was made with:
 
     E_g = sum over blocks b and steps s of  w_s * mean over (F, C, H, W) of (v_theta - v_branch)^2
     pi(g) = exp(-E_g / tau) / sum over h of exp(-E_h / tau)

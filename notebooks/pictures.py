@@ -36,7 +36,7 @@ def overlap_matrices(panels: Mapping[str, Tensor]):
         g = len(matrix)
         mean = (matrix.sum() - matrix.trace()) / (g * (g - 1))
         axes.imshow(matrix.numpy(), cmap="Greys", vmin=0, vmax=1)
-        axes.set_title(f"{title}\nmean overlap {mean:.2f}", fontsize=10)
+        axes.set_title(f"{title}\nmean overlap {mean:.2f} (low: unlike)", fontsize=10)
         axes.set(xlabel="branch", ylabel="branch", xticks=range(g), yticks=range(g))
         for y in range(g):
             for x in range(g):
@@ -60,7 +60,7 @@ def exploration_plot(ways: Mapping[str, tuple[Sequence[float], Sequence[float]]]
                       markeredgecolor="#555555", markersize=13, capsize=2, label=name)  # fmt: skip
     axes.axvline(1, color=ANCHOR, linestyle="--", linewidth=1, label="anchor")
     axes.set_ylim(-0.05, 1.05)
-    _plain(axes, "", "distance from clean frames, over the anchor's", "branches in another scene")
+    _plain(axes, "", "distance from clean frames, over the anchor's (right: less clean)", "branches in another scene")
     axes.legend(frameon=False, fontsize=11, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
@@ -73,13 +73,13 @@ def energy_map(energies: Tensor, sigma: Tensor, start: int = 0, block: int = 3, 
     g, n_blocks, n_steps = energies.shape
     if sigma.shape != (n_steps,):
         raise ValueError(f"expected sigma [{n_steps}], one a step, got {list(sigma.shape)}")
-    figure = _figure(max(5.0, 0.36 * n_blocks * n_steps + 1.5), 0.32 * g + 1.7)
+    figure = _figure(max(5.0, 0.36 * n_blocks * n_steps + 1.5), 0.32 * g + 2.0)
     axes = figure.add_subplot()
     image = axes.imshow(energies.flatten(1).numpy(), cmap="Greys", vmin=0, aspect="auto")
     for b in range(1, n_blocks):
         axes.axvline(b * n_steps - 0.5, color="white", linewidth=4)
     steps = [f"{s:.2f}".lstrip("0") for s in sigma.tolist()]
-    axes.set_xticks(range(n_blocks * n_steps), steps * n_blocks, fontsize=7)
+    axes.set_xticks(range(n_blocks * n_steps), steps * n_blocks, fontsize=10, rotation=60)
     names = names or [branch_letter(k) for k in range(g)]
     axes.set_yticks(range(g), names, color="white", fontsize=10)
     for label, k, name in zip(axes.get_yticklabels(), range(g), names, strict=True):
@@ -111,9 +111,13 @@ def branch_bars(panels: Mapping[str, Tensor], ylabel: str = "", line: float | No
     g = sizes.pop()
     figure = _figure(max(4.0, (0.28 * g + 0.9) * len(panels)), 2.9)
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    least = 0.005 * max(values.abs().max().item() for values in panels.values())  # what is less cannot be seen
     for axes, (title, values) in zip(grid, panels.items(), strict=True):
         colours = [_tag_colour(k) for k in range(g)]
-        axes.bar([branch_letter(k) for k in range(g)], values.tolist(), color=colours, edgecolor="#555555")
+        bars = axes.bar([branch_letter(k) for k in range(g)], values.tolist(), color=colours, edgecolor="#555555")
+        if g <= 6:  # else there is no room
+            axes.bar_label(bars, fmt=lambda x: f"{x:.2g}" if abs(x) > least else "0", fontsize=10, padding=2)
+            axes.margins(y=0.16)
         if line is not None:
             axes.axhline(line, color=ANCHOR, linestyle="--", linewidth=1)
         _plain(axes, title, xlabel)
@@ -138,10 +142,10 @@ def branch_lines(values: Tensor, ylabel: str = "", xlabel: str = "update"):
 ROADMAP = {  # what is drawn: box -> what stands in it; the numbers are the notebooks'
     "model": "one block\nat a time\n(01, 02, 03)",
     "routes": "each branch\nreads another\npast (04)",
-    "rewards": "rewards\nof the videos\n(06)",
     "energy": "energies:\nhow likely was\neach (05)",
+    "rewards": "rewards\nof the videos\n(06)",
     "update": "one update\nof the weights\n(07)",
-    "train": "again and\nagain (08, 09)",
+    "train": "again and\nagain\n(08, 09, 10)",
 }
 
 
@@ -149,14 +153,14 @@ def roadmap(lit: Sequence[str] = ()):
     """KVPO from left to right, one box a step (keys of `ROADMAP`); the `lit` ones are this notebook's. -> Figure"""
     if unknown := set(lit) - set(ROADMAP):
         raise ValueError(f"expected boxes among {list(ROADMAP)}, got {sorted(unknown)}")
-    figure = _figure(9, 1.3)
+    figure = _figure(10, 1.5)
     axes = figure.add_subplot()
     for x, (name, text) in enumerate(ROADMAP.items()):
         if name in lit:
-            axes.text(x, -1.3, "this notebook", ha="center", va="center", fontsize=9, color=BRANCHES[4])
+            axes.text(x, -1.3, "this notebook", ha="center", va="center", fontsize=10, color=BRANCHES[4])
         face = BRANCHES[1] if name in lit else "white"
         box = dict(boxstyle="round,pad=0.5", facecolor=face, edgecolor=ANCHOR)
-        axes.text(x, 0, text, ha="center", va="center", fontsize=9, bbox=box)
+        axes.text(x, 0, text, ha="center", va="center", fontsize=10, bbox=box)
         if x:
             axes.annotate("", (x - 0.38, 0), (x - 0.62, 0), arrowprops=dict(arrowstyle="->", color=ANCHOR))
     axes.set(xlim=(-0.5, len(ROADMAP) - 0.5), ylim=(-1.5, 1))
@@ -182,14 +186,16 @@ def images(pixels: Tensor, titles: Sequence[str], columns: int = 0, inches: floa
 
 def probability_change(before: Tensor, after: Tensor, names: Sequence[str] = ("before", "after")):
     """Probabilities [G] of the branches, pale before and full after an update. -> Figure"""
-    figure = _figure(4.5, 2.6)
+    figure = _figure(5.5, 2.8)
     axes = figure.add_subplot()
     colours = [_tag_colour(g) for g in range(len(before))]
     for values, offset, alpha, name in ((before, -0.2, 0.4, names[0]), (after, 0.2, 1.0, names[1])):
         places = [g + offset for g in range(len(values))]
-        axes.bar(places, values.tolist(), 0.38, color=colours, alpha=alpha, edgecolor="#555555", label=name)
+        bars = axes.bar(places, values.tolist(), 0.38, color=colours, alpha=alpha, edgecolor="#555555", label=name)
+        axes.bar_label(bars, fmt=lambda x: f"{x:.3f}".lstrip("0"), fontsize=10, padding=2)
+    axes.margins(y=0.14)
     axes.set_xticks(range(len(before)), [branch_letter(g) for g in range(len(before))])
-    _plain(axes, f"Gibbs probability: {names[0]} (pale) and {names[1]}", "branch", "probability")
+    _plain(axes, f"probability: {names[0]} (pale) and {names[1]}", "branch", "probability")
     axes.title.set_fontsize(10)
     return figure
 
@@ -203,7 +209,7 @@ def scatter_panels(panels: Mapping[str, Tensor], data: Tensor):
         axes.scatter(*points.detach().T.tolist(), s=3, color=BRANCHES[4], alpha=0.5, linewidth=0)
         axes.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
         _plain(axes, name)
-        axes.title.set_fontsize(9)
+        axes.title.set_fontsize(10)
     return figure
 
 
@@ -215,10 +221,10 @@ def lines(curves: Mapping[str, Tensor], title: str, xlabel: str, ylabel: str, ma
         axes.plot(range(len(values)), torch.as_tensor(values).tolist(), color=BRANCHES[(4, 5, 2, 0)[k % 4]], label=name)
     for place, text in (marks or {}).items():
         axes.axvline(place, color=ANCHOR, linestyle=":", linewidth=1)
-        axes.text(place, axes.get_ylim()[1], f" {text}", fontsize=7, va="top", color=ANCHOR)
+        axes.text(place, axes.get_ylim()[1], f" {text}", fontsize=10, va="top", color="#555555")
     _plain(axes, title, xlabel, ylabel)
-    axes.title.set_fontsize(10)
-    axes.legend(frameon=False, fontsize=8)
+    axes.title.set_fontsize(11)
+    axes.legend(frameon=False, fontsize=10, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -264,16 +270,19 @@ def kv_map(starts: Sequence[int], window: Window, resident: Mapping[int, Sequenc
         if start == lit:
             whole = (0, y), start + window.block, 1
             axes.add_patch(Rectangle(*whole, facecolor="none", edgecolor="black", linewidth=2, zorder=3))
+            axes.text(start + window.block + 1, y + 0.5, f"the block at {start}", va="center", fontsize=10)
+    if len(starts) * window.block > 2 * window.history:  # there is something to say it of
+        axes.text(window.sink + 2, len(starts) - 2, "evicted", va="center", fontsize=10)
     axes.set(xlim=(0, starts[-1] + window.block), ylim=(len(starts), 0), xlabel="frame", ylabel="block (first frame)")
     rows = range(0, len(starts), max(1, len(starts) // 10))
-    axes.set_yticks([y + 0.5 for y in rows], [str(starts[y]) for y in rows], fontsize=7)
+    axes.set_yticks([y + 0.5 for y in rows], [str(starts[y]) for y in rows], fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     kinds = {"sink": ("#bbbbbb", SINK), "nearest": (ANCHOR, NEAREST), "kept, not read": ("#eeeeee", DROPPED)}
     handles = [
         Patch(facecolor=f, hatch=HATCHES.get(k, ""), edgecolor="white", label=name) for name, (f, k) in kinds.items()
     ]
     handles.append(Patch(facecolor=BRANCHES[4], label="the block that is made"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=10)
     return figure
 
 
@@ -283,11 +292,11 @@ def bank_map(frames: Tensor, stop: int, total: int):
     counts = torch.zeros(len(frames), total).scatter_add(1, frames.cpu(), torch.ones(frames.shape))
     figure = _figure(8, 2.2)
     axes = figure.add_subplot()
-    axes.imshow(counts.tolist(), cmap="Blues", vmin=0, vmax=3, aspect="auto", interpolation="nearest")
+    axes.imshow(counts.tolist(), cmap="Blues", vmin=0, vmax=1.5, aspect="auto", interpolation="nearest")
     axes.axvspan(stop - 0.5, total - 0.5, color=ANCHOR, alpha=0.15, lw=0)
     axes.set_yticks(range(len(frames)), range(1, len(frames) + 1), fontsize=10)
     axes.set_xticks(sorted({*frames.flatten().tolist(), total - 1}))
-    axes.set(xlabel="frame of the film (grey: not made yet)", ylabel="layer")
+    axes.set(xlabel="frame of the film" + (" (grey: not made yet)" if stop < total else ""), ylabel="layer")
     axes.set_title(f"what each layer's bank holds before frame {stop}", fontsize=12)
     return figure
 
@@ -359,7 +368,7 @@ def objective_figure(log_p: Tensor, log_p_old: Tensor, log_p_init: Tensor, A: Te
     n, ratio = len(A), (log_p - log_p_old).exp().detach()
     width = max(0.5, 1.3 * (ratio - 1).abs().max().item())
     rho = torch.linspace(max(0.0, 1 - width), 1 + width, 201)
-    figure = _figure(8.5, 2.7 * len(settings))
+    figure = _figure(9.5, 3.2 * len(settings))
     for (left, right), (low, high, kl_coef) in zip(figure.subplots(len(settings), 2, squeeze=False), settings,
                                                      strict=True):  # fmt: skip
         left.axvspan(1 - low, 1 + high, color="#eeeeee", linewidth=0)
@@ -369,11 +378,11 @@ def objective_figure(log_p: Tensor, log_p_old: Tensor, log_p_init: Tensor, A: Te
                 return -torch.minimum(r * a, r.clamp(1 - low, 1 + high) * a)
 
             moves = bool((A[g] > 0 and ratio[g] <= 1 + high) or (A[g] < 0 and ratio[g] >= 1 - low))
-            left.plot(rho, term(rho), color=_tag_colour(g), label=f"{branch_letter(g)}, A = {A[g].item():+.2f}")
+            left.plot(rho, term(rho), color=_tag_colour(g), label=f"{branch_letter(g)}: advantage {A[g].item():+.2f}")
             left.plot(ratio[g], term(ratio[g]), "o", color=_tag_colour(g), markeredgecolor="#555555",
                       markerfacecolor=_tag_colour(g) if moves else "white", markersize=8)  # fmt: skip
         _plain(left, f"clip {1 - low:g} to {1 + high:g}", "ratio", "loss of the branch")
-        left.legend(frameon=False, fontsize=7)
+        left.legend(frameon=False, fontsize=10)
         pulls = []
         for loss in (lambda s: clipped_objective(s, log_p_old, A, low, high)[0],  # noqa: B023
                      lambda s: kl_coef * branch_kl(s, log_p_init)):  # noqa: B023  # fmt: skip
@@ -385,8 +394,8 @@ def objective_figure(log_p: Tensor, log_p_old: Tensor, log_p_init: Tensor, A: Te
             right.bar(places, pull, 0.36, edgecolor="#555555", linewidth=0.5, color=colours, hatch=hatch, label=name)
         right.axhline(0, color="#555555", linewidth=0.8)
         right.set_xticks(range(n), [branch_letter(g) for g in range(n)])
-        _plain(right, "what moves the branch's score (up: likelier)", "", "-dL / dl")
-        right.legend(frameon=False, fontsize=7)
+        _plain(right, "what moves the branch (up: likelier)", "", "-dL / d log p")
+        right.legend(frameon=False, fontsize=10)
     return figure
 
 
@@ -398,7 +407,7 @@ def push_pull(v: Tensor, u: Tensor, slope: Tensor):
     asked = slope[:, None] * (u - v)  # [G, 2]
     total = asked.sum(0)
     scale = 0.8 * (u - v).norm(dim=1).max() / torch.cat([asked, total[None]]).norm(dim=1).max().clamp(min=1e-12)
-    figure = _figure(5.5, 4.5)
+    figure = _figure(8, 3)
     axes = figure.add_subplot()
     for g in range(len(u)):
         axes.plot(*u[g].tolist(), "o", color=_tag_colour(g), markersize=11, markeredgecolor="#555555",
@@ -410,8 +419,9 @@ def push_pull(v: Tensor, u: Tensor, slope: Tensor):
     axes.scatter(*(v + scale * asked).T.tolist(), alpha=0)  # arrows alone would not widen the axes
     axes.plot(*v.tolist(), "s", color="white", markeredgecolor="black", markersize=9, label="the policy's velocity")
     axes.margins(0.25)
+    axes.set_aspect("equal")
     _plain(axes, "Who pulls, who pushes (dashed: all together)", "first number of the velocity", "second number")
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(frameon=False, fontsize=10, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -438,10 +448,10 @@ def training_board(logs: Sequence[Mapping], step=None, frames: int = 6):
     _plain(over, "reward minus anchor", "update")
     entropy.plot(at, _column(logs, "entropy"), color=BRANCHES[6], marker="o", markersize=3)
     if step is not None:
-        most = math.log(len(step.groups[0].advantages))
+        most = math.log(len(step.groups[0].A))  # the branches, and the anchor where it is one of the choices
         entropy.axhline(most, color="#555555", linestyle="--", linewidth=1)
         entropy.set_ylim(0, 1.1 * most)
-    _plain(entropy, "entropy (dashed: log G)", "update")
+    _plain(entropy, "entropy (dashed: the most)", "update")
     clip.plot(at, _column(logs, "clip_ratio/region_mean"), color=BRANCHES[7], marker="o", markersize=3, label="clipped")
     clip.plot(at, _column(logs, "kl"), color=BRANCHES[2], marker="s", markersize=3, label="KL (nats)")
     clip.set_ylim(bottom=0)
@@ -450,6 +460,7 @@ def training_board(logs: Sequence[Mapping], step=None, frames: int = 6):
     for axes in (held, over, entropy, clip):
         axes.title.set_fontsize(11)
         axes.tick_params(labelsize=10)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if step is not None:
         group = step.groups[0]
         worst, *_, best = group.advantages.argsort().tolist()
@@ -505,26 +516,27 @@ def memory_bars(plans: Mapping[str, Mapping[str, float]], limits: Sequence[float
     unknown = sorted({part for plan in plans.values() for part in plan} - set(PARTS))
     if unknown:
         raise ValueError(f"expected parts {list(PARTS)}, got {unknown} too")
-    figure = _figure(9, 0.55 * len(plans) + 1.9)
+    figure = _figure(9, 0.55 * len(plans) + 2.2)
     axes = figure.add_subplot()
     begin = [0.0] * len(plans)
     for part, (colour, hatch) in PARTS.items():
         size = [plan.get(part, 0.0) for plan in plans.values()]
-        if part == "bank" and not any(size):
+        if not any(round(gib, 2) for gib in size):  # too little to be seen
             continue
         axes.barh(range(len(plans)), size, left=begin, color=colour, hatch=hatch, edgecolor="white", label=part)
         begin = [b + s for b, s in zip(begin, size, strict=True)]
     for y, total in enumerate(begin):
-        axes.text(total, y, f" {total:.1f}", va="center", fontsize=8)
+        axes.text(total, y, f" {total:.1f}", va="center", fontsize=10, backgroundcolor="white")
     most = max(begin)
     for limit in limits:
         if limit < 1.6 * most:
             axes.axvline(limit, color="#555555", linestyle="--", linewidth=1)
-            axes.text(limit, -0.6, f"{limit:g} GiB", ha="center", va="bottom", fontsize=8)
+            axes.text(limit, -0.6, f"{limit:g} GiB", ha="center", va="bottom", fontsize=10, backgroundcolor="white")
     axes.set_yticks(range(len(plans)), list(plans))
     axes.set_ylim(len(plans) - 0.5, -0.9)
+    axes.set_xlim(0, 1.1 * most)
     _plain(axes, "", "GiB at the largest moment of one update")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=10)
     return figure
 
 
@@ -644,9 +656,12 @@ def run_curves(runs: Mapping[str, Sequence[Mapping]], rows: Mapping[str, Sequenc
         for axes, (label, names) in zip(grid[:, c], rows.items(), strict=True):
             for k, name in enumerate(names):
                 at, values = run_column(logs, name)
-                axes.plot(at, values, color=BRANCHES[(4, 5, 2)[k % 3]], marker="." if len(at) < 30 else "", label=name)
+                style = ("-", "--", ":")[k % 3]  # where lines lie on each other
+                axes.plot(at, values, style, color=BRANCHES[(4, 5, 2)[k % 3]], lw=2,
+                          marker="." if len(at) < 30 else "", label=name)  # fmt: skip
             if len(names) > 1 and c == 0:
                 axes.legend(frameon=False, fontsize=10)
+            axes.xaxis.get_major_locator().set_params(integer=True)
             _plain(axes, title if axes is grid[0, c] else "", "updates" if axes is grid[-1, c] else "")
             if c == 0:
                 axes.set_ylabel(label, fontsize=10)

@@ -411,17 +411,15 @@ def check_03_ends(answer, teacher: float = 2.0, student: float = 0.0) -> Verdict
     return Verdict(False, "At sigma 0 the input is the sample; at sigma 1 it says nothing, and each gives its mean.")
 
 
-def check_03_order(answer, distances) -> Verdict:
-    """answer: the names, from the cleanest frames to the worst. distances: name -> distance from clean frames."""
-    names = list(distances)
+def check_03_order(answer, valid) -> Verdict:
+    """answer: the names, from most valid frames to fewest. valid: name -> share of valid frames."""
+    names = list(valid)
     if not isinstance(answer, (list, tuple)) or sorted(map(str, answer)) != sorted(names):
-        return Verdict(_wrong(answer), f"Give a list of these names, the cleanest first: {names}.")
-    best = sorted(names, key=distances.get)
-    says = ", ".join(f"{name} {distances[name]:.2f}" for name in best)
-    slack = all(distances[a] <= distances[b] + 0.02 for a, b in zip(answer, answer[1:], strict=False))
-    if slack:
-        return Verdict(True, f"Distances from clean frames: {says}.")
-    return Verdict(False, f"The cleanest is {best[0]!r}, the worst {best[-1]!r}.")
+        return Verdict(_wrong(answer), f"Give a list of these names, the one with most valid frames first: {names}.")
+    best = sorted(names, key=valid.get, reverse=True)
+    if all(valid[a] >= valid[b] - 0.005 for a, b in zip(answer, answer[1:], strict=False)):
+        return Verdict(True, "Valid frames: " + ", ".join(f"{name} {valid[name]:.2f}" for name in best) + ".")
+    return Verdict(False, f"The first is {best[0]!r}, the last {best[-1]!r}.")
 
 
 # ---------------------------------------------------------------------------------------- 04 routes that overlap less
@@ -1078,27 +1076,27 @@ def check_08_diagnose(answer, runs: dict, num_generations: int) -> Verdict:
 
 
 def check_08_alarm(answer) -> Verdict:
-    """answer: (rewards, coherent), the held-out curves so far, one point every few updates -> bool: is the reward being
+    """answer: (rewards, journeys), the held-out curves so far, one point every few updates -> bool: is the reward being
     hacked?"""
     if answer is None:
-        return Verdict(None, "Write a function (rewards, coherent) -> bool.")
-    runs = {  # name: (reward from, to; coherent from, to; whether it should ring)
+        return Verdict(None, "Write a function (rewards, journeys) -> bool.")
+    runs = {  # name: (reward from, to; journeys from, to; whether it should ring)
         "healthy": ((1.6, 1.9), (0.95, 0.95), False),
         "hacked": ((1.6, 1.9), (0.95, 0.4), True),
         "unlucky": ((1.6, 1.4), (0.95, 0.5), False),
         "weak from the start": ((1.6, 1.9), (0.6, 0.62), False),
     }
     why = {
-        "healthy": "coherent only trembles there",
+        "healthy": "journeys only tremble there",
         "unlucky": "there the reward falls as well: bad luck or a bad rate, but no hack",
-        "weak from the start": "coherent is low there, but it does not fall: compare with the first point",
+        "weak from the start": "journeys are poor there, but they do not fall: compare with the first point",
     }
     for seed in range(5):
         noise = torch.randn(2, 12, generator=torch.Generator().manual_seed(seed)).mul(0.015)
         noise[:, [0, -1]] = 0
-        for name, (reward, coherent, due) in runs.items():
+        for name, (reward, journeys, due) in runs.items():
             way = torch.linspace(0, 1, 12)
-            curves = [(a + (b - a) * way + e).tolist() for (a, b), e in zip((reward, coherent), noise, strict=True)]
+            curves = [(a + (b - a) * way + e).tolist() for (a, b), e in zip((reward, journeys), noise, strict=True)]
             try:
                 rang = [answer(*(curve[: t + 1] for curve in curves)) for t in range(12)]
             except Exception as error:  # an answer may be anything
@@ -1106,10 +1104,10 @@ def check_08_alarm(answer) -> Verdict:
             if all(ring is None for ring in rang) and due:
                 return Verdict(None, "The function returns nothing yet, or never rings: return True for a hack.")
             if due and not any(rang):
-                return Verdict(False, "It does not ring in a run whose reward rises by .3 while coherent falls to .4.")
+                return Verdict(False, "It does not ring in a run whose reward rises by .3 while journeys fall to .4.")
             if not due and any(rang):
                 return Verdict(False, f"It rings in the run {name!r}: {why[name]}.")
-    return Verdict(True, "It rings where the reward rises and coherent falls, and nowhere else.")
+    return Verdict(True, "It rings where the reward rises and journeys fall, and nowhere else.")
 
 
 def entropy_curves(num_generations: int, seed: int = 0) -> dict[str, list[float]]:

@@ -210,13 +210,14 @@ def test_03_ends():
 
 
 def test_03_order():
-    distances = {"a": 0.2, "b": 0.6, "c": 0.3}
-    assert check_03_order(["a", "c", "b"], distances)
+    valid = {"a": 0.9, "b": 0.5, "c": 0.8}
+    assert check_03_order(["a", "c", "b"], valid)
     for wrong in (["b", "c", "a"], ["a", "b", "c"], ["c", "a", "b"]):
-        assert "cleanest is 'a'" in repr(check_03_order(wrong, distances))
+        assert "first is 'a'" in repr(check_03_order(wrong, valid))
     for other in (None, "acb", ["a"], ["a", "a", "b"], [1, 2, 3]):
-        assert "Give" in repr(check_03_order(other, distances))
-    assert check_03_order(["b", "a"], {"a": 0.20, "b": 0.21})  # as good as equal
+        assert "Give" in repr(check_03_order(other, valid))
+    assert check_03_order(["b", "a"], {"a": 0.904, "b": 0.900})  # as good as equal
+    assert not check_03_order(["b", "a"], {"a": 0.91, "b": 0.90})
 
 
 def test_03():

@@ -169,7 +169,7 @@ def test_what_a_group_reports_is_what_happened(plain):
     for name, reward in plain.rewards.rewards.items():
         everyone = reward(group.videos, [])
         assert torch.equal(group.rewards[name], everyone[:3]) and torch.equal(group.anchor[name], everyone[3])
-    assert group.global_rewards is None and group.global_anchor is None
+    assert group.after is None
     blocks = (39 - group.plan.fork) // 3
     assert group.energies.shape == (3, blocks, 4) and group.energies.min() > 0
     assert_close(group.log_p_init, plain.log_p(group, "initial"), atol=1e-4, rtol=0)
@@ -739,15 +739,15 @@ def test_long_mode_scores_the_chunk_of_the_fork_and_what_follows(make_pipeline):
             assert calls.pop(0) == (18, {words[0]})
             assert calls.pop(0) == (18, {words[1]})
             rest = contrast(run.pipeline.decode(group.rollout.videos[:, 39:]), [])
-            assert_close(torch.cat([group.global_rewards["it"], group.global_anchor["it"][None]]), rest)
+            assert_close(torch.cat([group.after[0]["it"], group.after[1]["it"][None]]), rest)
             ours = group.rewards["it"] - group.anchor["it"]
-            theirs = group.global_rewards["it"] - group.global_anchor["it"]
+            theirs = group.after[0]["it"] - group.after[1]["it"]
             A = ours / ours.std(correction=0) + 0.5 * theirs / theirs.std(correction=0)
             assert_close(group.advantages, A.clamp(-2.5, 2.5), atol=1e-3, rtol=0)
             assert group.safe == bool((ours > 0).any() or (theirs > 0).any())
         else:
             assert calls.pop(0) == (18, {words[1]})
-            assert group.global_rewards is None
+            assert group.after is None
         segment = int(group.plan.fork >= 39)
         assert group.rollout.prefix.segment == segment
         assert torch.equal(group.rollout.text, run.pipeline.embed([run.pipeline.segments(group.script)[segment]]))

@@ -26,7 +26,7 @@ def frames(*routes, nearest=1):
 def test_overlap_matrices_name_the_mean_over_pairs():
     matrix = overlap(torch.tensor([[1, 2], [1, 3], [4, 5]]))  # 1 / 3 for the first two, else 0
     axes = pictures.overlap_matrices({"drawn": matrix}).axes[0]
-    assert axes.get_title() == "drawn\nmean overlap 0.11"  # (2 / 3) / 6
+    assert axes.get_title() == "drawn\nmean overlap 0.11 (low: unlike)"  # (2 / 3) / 6
     assert_close(torch.tensor(axes.images[0].get_array()), matrix)
     assert [t.get_text() for t in axes.texts] == [f"{v:.1f}" for v in matrix.flatten().tolist()]
 

@@ -149,7 +149,7 @@ def update(pipeline, policies, rewards, config, task, meter, context="own"):
     safe = any(branch_is_safe(b, a, rewards.weights) for b, a in zip(branches, anchors, strict=True))
 
     def energy(trail):
-        """E () of one branch under the policy that acts, and the ordinary history."""
+        """E () of one branch under the active policy and the ordinary history."""
         video, total = prefix.copy(), 0.0
         for start, z, x0 in trail:
             frames, text = ordinary_frames(start, WINDOW), texts[prefix.segment]

@@ -8,7 +8,7 @@ from pathlib import Path
 from kvpo_min.cli.folders import check_folder
 from kvpo_min.cli.options import parse_options
 from kvpo_min.pocket import distill
-from kvpo_min.system import claimed, finite, number_in_environment, write_json
+from kvpo_min.system import claimed, finite, write_json, writes
 
 OPTIONS = (distill.DistillConfig,)
 
@@ -17,8 +17,7 @@ def main(argv: Sequence[str]) -> int:
     """Stages resume by themselves, so a folder that holds stages is resumed; a folder with anything else is refused."""
     (config,) = parse_options("distill", OPTIONS, argv)
     folder = Path(config.output_dir)
-    first = number_in_environment("WORLD_SIZE", 1) == 1 or number_in_environment("RANK") == 0
-    with claimed(folder) if first else contextlib.nullcontext():
+    with claimed(folder) if writes() else contextlib.nullcontext():
         return make(config, folder)
 
 

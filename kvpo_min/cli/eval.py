@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvpo_min import pipeline as generator
 from kvpo_min import pocket
 from kvpo_min import policies as adapters
 from kvpo_min.cli.folders import check_file
 from kvpo_min.cli.models import load_real, real_options, run_rewards
 from kvpo_min.cli.options import EvalOptions, all_options, parse_options
+from kvpo_min.pipeline import check_positions, evaluate, table
 from kvpo_min.pocket.prompts import count_segments, video_length
 from kvpo_min.pocket.world import read_prompts as read_scripts
 from kvpo_min.system import write_json
@@ -31,15 +31,15 @@ def main(argv: Sequence[str]) -> int:
         if wan
         else pocket.load_model(options.model, options.like)
     )
-    generator.check_positions(pipeline, num_frames)
+    check_positions(pipeline, num_frames)
     if options.adapter:
         adapters.load_adapter(pipeline, options.adapter)
-    result = generator.evaluate(pipeline, scripts, rewards, num_frames, options.seed, 1 if wan else 32, bar=True)
+    result = evaluate(pipeline, scripts, rewards, num_frames, options.seed, 1 if wan else 32, bar=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     about = {"n": len(scripts), "num_frames": num_frames, "seed": options.seed, "prompts": options.prompts}
     about |= {} if wan else {"like": options.like}
     about |= {"model": options.model or pipeline.name, "adapter": options.adapter or None} | all_options(wan)
     write_json(out, result | about | {"weights": dict(rewards.weights)})
-    print(generator.table({options.adapter or pipeline.name: result}))
+    print(table({options.adapter or pipeline.name: result}))
     print(f"\nwritten to {out}")
     return 0

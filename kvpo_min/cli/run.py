@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from kvpo_min import pipeline as generator
 from kvpo_min import pocket
 from kvpo_min import policies as adapters
 from kvpo_min import train as loop
 from kvpo_min.cli import folders, models
 from kvpo_min.cli.options import RunOptions
 from kvpo_min.kvpo import check_bank
-from kvpo_min.pipeline import held_out_curve
+from kvpo_min.pipeline import CURVE, check_positions, evaluate, held_out_curve, table
 from kvpo_min.pocket.prompts import check_geometry, run_prompts
 from kvpo_min.resume import checkpoints, find_checkpoint, read_state
 from kvpo_min.rewards import RewardError
@@ -29,7 +28,6 @@ from kvpo_min.system import (
     claimed,
     gather,
     join_processes,
-    number_in_environment,
     processes,
     processes_for,
     read_text,
@@ -38,6 +36,7 @@ from kvpo_min.system import (
     uninterrupted,
     write_json,
     write_text,
+    writes,
     writing,
 )
 from kvpo_min.viz import report
@@ -54,8 +53,7 @@ def in_its_folder(run: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(run)
     def held(config, *more, **named) -> int:
-        first = number_in_environment("WORLD_SIZE", 1) == 1 or number_in_environment("RANK") == 0
-        with claimed(Path(config.output_dir)) if first else contextlib.nullcontext():
+        with claimed(Path(config.output_dir)) if writes() else contextlib.nullcontext():
             return run(config, *more, **named)
 
     return held
@@ -86,10 +84,9 @@ def run(config, options: RunOptions, wan=None, command: Sequence[str] = ()) -> i
         else run_prompts(config, options.prompts, options.event, options.eval_prompts)
     )  # fmt: skip
     check_geometry(config, bool(wan and wan.bank_size))
-    first = number_in_environment("WORLD_SIZE", 1) == 1 or number_in_environment("RANK") == 0
-    if first:
+    if writes():
         folders.check_output(config, options, wan, scripts)
-    try_pictures = functools.partial(picture, report.try_pictures) if first else lambda: None
+    try_pictures = functools.partial(picture, report.try_pictures) if writes() else lambda: None
     with share_work(processes_for(options.processes, config.groups_per_update), command, try_pictures):
         join_processes()
         return work(config, options, wan, scripts, held_out)
@@ -111,7 +108,7 @@ def work(config, options: RunOptions, wan, scripts: list[str], held_out: list[st
         pipeline = models.load_real(options.model, scripts + held_out, options.prompts, wan)
     else:
         pipeline = pocket.load_model(options.model, options.like)
-    generator.check_positions(pipeline, config.num_frames)
+    check_positions(pipeline, config.num_frames)
     batch, fps = (1, REAL_FPS) if wan else (32, 8)
     curve = held_out_curve(pipeline, held_out, rewards, config, options.eval_every, batch)
     if rank:  # as the first process does below
@@ -177,14 +174,14 @@ def work(config, options: RunOptions, wan, scripts: list[str], held_out: list[st
     )
     write_json(folder / "summary.json", result)  # last: whoever has it has all (`is_complete`)
     if result["after"]:
-        print(generator.table({"before": before, "after": result["after"]}))
+        print(table({"before": before, "after": result["after"]}))
         print(report.in_words(before, result["after"], held_out, config.num_frames))
     print(f"\n{folder}/ holds the adapter, metrics.jsonl, summary.json and a model card (README.md);")
     print(f"videos are in {folder}/videos, curves in {folder}/figures.")
     return code
 
 
-def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, report, curve=None, begin=None):
+def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, log_to, curve=None, begin=None):
     """Runs the updates under a progress bar and appends each to metrics.jsonl. `curve`: from `held_out_curve`; what it
     measures stands in the line of the update that it follows, and what was so before the first one (`begin`) in that.
     The point after the last update is left to the measurement that ends a run.
@@ -225,8 +222,8 @@ def train_loop(pipeline, scripts, rewards, config, policies, folder: Path, repor
                     logs.append(line)
                     with writing(path), path.open("a") as file:
                         file.write(json.dumps(line) + "\n")
-                    if report:
-                        report(line)
+                    if log_to:
+                        log_to(line)
                     shown(line)
             except BaseException as error:  # it may have come between two updates, where only we see it
                 updates.throw(error)
@@ -303,9 +300,9 @@ def measure(pipeline, scripts: list[str], rewards, num_frames: int, batch: int =
         shown.extend(pixels[: max(0, SHOWN - len(shown))])
         return pixels
 
-    result = generator.evaluate(
+    result = evaluate(
         dataclasses.replace(pipeline, decode=decode), scripts, rewards, num_frames, batch=batch, bar=True,
-        head=generator.CURVE,
+        head=CURVE,
     )  # fmt: skip
     return result, torch.stack(shown)
 

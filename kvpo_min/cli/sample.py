@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvpo_min import pipeline as generator
 from kvpo_min import pocket, viz
 from kvpo_min import policies as adapters
 from kvpo_min.cli.folders import check_folder
 from kvpo_min.cli.models import load_real, real_options
 from kvpo_min.cli.options import SampleOptions, parse_options
 from kvpo_min.cli.run import REAL_FPS
+from kvpo_min.pipeline import check_positions, sample
 from kvpo_min.pocket.prompts import count_segments, video_length
 from kvpo_min.pocket.world import read_prompts as read_scripts
 from kvpo_min.prompts import read_script
@@ -41,7 +41,7 @@ def make(options, wan, scripts: list[str], counts: list[int], lengths: dict[int,
         pipeline = load_real(options.model, scripts, options.prompts or folder / "script", wan)
     else:
         pipeline = pocket.load_model(options.model)
-    generator.check_positions(pipeline, max(lengths.values()))
+    check_positions(pipeline, max(lengths.values()))
     if options.adapter:
         adapters.load_adapter(pipeline, options.adapter)
     for kind in ("mp4", "png"):
@@ -51,7 +51,7 @@ def make(options, wan, scripts: list[str], counts: list[int], lengths: dict[int,
     for n, length in lengths.items():  # one batch holds scripts of the same number of segments
         index = iter([k for k, count in enumerate(counts) if count == n])
         part = [script for script, count in zip(scripts, counts, strict=True) if count == n]
-        for latents in generator.sample(pipeline, part, length, options.seed, batch, bar=True):
+        for latents in sample(pipeline, part, length, options.seed, batch, bar=True):
             for pixels in pipeline.decode(latents):
                 check_finite("the pixels of the video are", pixels)
                 k = next(index)

@@ -16,8 +16,10 @@ seed with its script, fork and noise, the preservation, and the evaluation promp
 holds the prefix has one weight, so a method's loss is scaled until its first gradient is as large as KVPO's (Adam sees
 no other difference). Not the same:
 - "kvpo" is kvpo.py, with anchor, safety rule, KL and, where films go on after the fork's chunk, the global reward.
-- "astrolabe" is `astrolabe.train`, at a level rate: its active window stands for the fork, its weight decay is its
+- "astrolabe" is `astrolabe.train`, at a constant rate: its active window stands for the fork, its weight decay is its
   paper's 1e-4, and nothing preserves the prefix. "fresh+nft" is its bare objective in the common loop.
+- an update's further steps: "kvpo" takes the policy as it is now for the old one, so that its ratio is 1; the others
+  keep that of the rollouts, so that their clips act.
 - all others and the cells of the grid ("exploration+policy") are a `baselines.Method`. "routing+energy" is KVPO without
   anchor, safety rule and KL, "routing+distance" the same with a latent distance.
 - "best_of_n" (whole video) and "best_of_n_chunks" train nothing; what they cost is `passes_per_video`.
@@ -144,7 +146,7 @@ def methods_of(text: str) -> list[str]:
 
 
 def cell_of(method: str) -> Method | None:
-    """The cell of the grid that `baselines.update` trains; None for a method with a loop of its own, or without any."""
+    """The cell of the grid that is trained; None for a method with a loop of its own, or without any."""
     if method in ("kvpo", "astrolabe", *UNTRAINED):
         return None
     return METHODS[method] if method in METHODS else Method(*method.split("+"))

@@ -181,7 +181,7 @@ class StreamedNoise:
 
 def forget(stream: Stream, window: Window) -> Stream:
     """The same stream without the latents that nothing will ask for again; a prompt switch reads the last 12 frames."""
-    keep = -(-(window.sink + window.past + window.block) // window.block)
+    keep = -(-window.attended // window.block)
     old = len(stream.x0) - keep
     return replace(stream, x0=tuple(x[:, :0].clone() if i < old else x for i, x in enumerate(stream.x0)))
 
@@ -230,8 +230,7 @@ def noisy_velocities(backbone, rollout: Rollout, sampler: Sampler, eps: Tensor, 
     x = torch.cat([(1 - sigma) * x0[:, :shared] + sigma * before, rollout.trajectory.z.flatten(1, 3)], 1)
     frames = torch.arange(stop - x.shape[1], stop)
     end = (frames // window.block + 1) * window.block
-    size = window.sink + window.past + window.block
-    mask = (frames[None] < end[:, None]) & (frames[None] >= end[:, None] - size)  # [query, key]
+    mask = (frames[None] < end[:, None]) & (frames[None] >= end[:, None] - window.attended)  # [query, key]
     mask = mask.to(x.device).expand(len(x), -1, -1)
     v = backbone(x, sigma.expand(len(x)), frames, rollout.text, None, mask)
     return v[:, shared:].unflatten(1, (eps.shape[1], 1, window.block))
@@ -330,7 +329,7 @@ def group_loss(policies, backbone, rollout: Rollout, r: Tensor, mask: Tensor, sa
         with acting(policies, name), torch.set_grad_enabled(grad):
             if config.context == "noisy":
                 return noisy_velocities(backbone, at, level, eps, generator)
-            return replay(backbone, at, level, int(grad), config.replay_batch or None, branches=len(eps))
+            return replay(backbone, at, level, int(grad), config.replay_batch, branches=len(eps))
 
     v_old, v = velocities("old", False), velocities("default", True)
     weight = sigma.square() if config.space == "x0" else 1.0
@@ -384,7 +383,7 @@ def train(pipeline, scripts: Sequence[str], rewards: Mixture, config: AstrolabeC
             noise = StreamedNoise(seed, stop // window.block, shape, torch.arange(G), device)
             texts = [pipeline.embed([text]) for text in pipeline.segments(script)]
             with torch.no_grad(), acting(policies, "old"):
-                made = sample_group(pipeline.backbone, texts, noise, start, stop, sampler, config.branch_batch or None)
+                made = sample_group(pipeline.backbone, texts, noise, start, stop, sampler, config.branch_batch)
             clips = pipeline.decode(made.videos[:, -config.window_frames :])
             scores.append(score(pipeline, rewards, clips, [script] * G, start))
             groups.append(made)

@@ -337,7 +337,7 @@ class Method:
             drift, kept = kvpo.preserve(pipeline, policies, config, task, made)
         return replace(group, loss=loss, prefix_drift=drift, kept=kept)
 
-    def again(self, pipeline, policies, rewards: Mixture, config: TrainConfig, group: Branches, tau: float) -> None:
+    def again(self, pipeline, policies, config: TrainConfig, group: Branches, tau: float) -> None:
         """One more gradient from the same branches, against the velocities of the policy that made them."""
         self.send_back(pipeline, policies, config, group, tau)
         if config.prefix_coef:
@@ -357,7 +357,7 @@ class Method:
         return loss.item()
 
     @torch.no_grad()
-    def spread(self, pipeline, policies, config: TrainConfig, task: kvpo.Task) -> Tensor:
+    def energies_for_tau(self, pipeline, policies, config: TrainConfig, task: kvpo.Task) -> Tensor:
         """Energies or distances of a group that is not trained on, one row for each softmax; those of steps before the
         branches part say nothing."""
         made, at, rows, _ = explored(self, pipeline, policies, config, task)
@@ -371,16 +371,16 @@ class Method:
 class Branches(kvpo.Group):
     """A group, and what the next gradient from it needs."""
 
-    at: Rollout | None = None  # where the policy is asked for velocities,
-    rows: int = 0  # for how many rows,
-    steps: list[int] | None = None  # which steps the loss sees, if not all,
-    v_old: Tensor | None = None  # and the velocities there of the policy that made the branches
+    at: Rollout | None = None  # where the policy is asked for velocities
+    rows: int = 0  # for how many rows of it
+    steps: list[int] | None = None  # those that the loss sees; None: all
+    v_old: Tensor | None = None  # velocities at `at` of the policy that made the branches
 
 
 # The papers' numbers, but without a KL term; clips act from an update's second iteration on. Neighbor GRPO has one
 # anchor, the unperturbed video, not several that are candidates too; AR-CoPO no replay adapter; DiffusionNFT no old
 # policy that lags (at first its own hardly does), so that beta cancels in its gradient. "kvpo" and "astrolabe" are the
-# bare cells, for the grid: the methods with their anchor, safety rule, KL and reference are kvpo.py and astrolabe.py.
+# bare cells, for comparison: with their anchor, safety rule, KL and reference they are kvpo.py and astrolabe.py.
 METHODS = {
     "kvpo": Method("routing", "energy"),
     "cm_grpo": Method("consistency", "gaussian", strength=1.0, regression=True),
@@ -415,7 +415,7 @@ def explored(
         prefix = prefix or next(kvpo.make_prefixes(pipeline, config, [task]))
         made = fork(
             backbone, kvpo.texts_of(pipeline, task), noise.to(backbone.device), plan, stop, recorded,
-            replace(sampler, kernel=method.kernel), config.nearest, config.branch_batch or None, prefix,
+            replace(sampler, kernel=method.kernel), config.nearest, config.branch_batch, prefix,
         )  # fmt: skip
     steps = None
     if method.step_share < 1:
@@ -426,7 +426,7 @@ def explored(
 
 def replay_points(method: Method, rollout: Rollout, generator: torch.Generator) -> tuple[Rollout, int]:
     """Where the policy is asked for velocities -> a Rollout for `replay`, and how many rows.
-    gaussian, energy: the branches' own steps; distance: the anchor's; nft: the branches' clean ends, noised anew to
+    gaussian, energy: the branches' own steps; distance: the anchor's; nft: the branches' clean ends, re-noised to
     every level (DiffusionNFT's trainer too goes through all timesteps before a step of the optimizer).
     """
     trajectory, G = rollout.trajectory, len(rollout.trajectory.z) - 1

@@ -3,14 +3,14 @@ rollouts.
 
 1. `train_autoencoder`: diffusers `AutoencoderTiny`, 64x64 RGB -> latents [8, 8, 8], trained on clean frames of the
    world.
-2. `train_teacher`: flow matching by teacher forcing (a clean and a noisy copy of a clip in one sequence under a block
-   mask), with more of the kinds of block that are rare in clips: the first of a video, the first under new words, and
-   one whose past goes another way than the words say.
+2. `train_teacher`: flow matching by teacher forcing (a clip is encoded block by block, and noisy blocks are denoised
+   against what was encoded before them), with more of the kinds of block that are rare in clips: the first of a video,
+   the first under new words, and one whose past goes another way than the words say.
 3. `train_student`: distribution matching (DMD) on the student's own rollouts: real score = teacher, guided by the
    words; fake score = a copy that is trained on the student's samples (Self-Forcing, arXiv 2506.08009; DMD2, arXiv
    2405.14867).
 
-History dropout, in the teacher's masks and in the student's rollouts: in a part of the blocks the visible past is the
+History dropout, in the teacher's clips and in the student's rollouts: in a part of the blocks the visible past is the
 sink, the nearest frame or two, and a random choice of older frames. A routed history (CHR) is then one the model has
 met.
 
