@@ -20,6 +20,7 @@ Symbols: G branches, L frames read. DS, KV, CM: pipeline/diversity_sampling.py, 
 wan/modules/causal_model.py of the authors' LongLive variant.
 """
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,8 +75,9 @@ def chunk_of(frame: int, num_frames: int) -> range:
     """The frames of the chunk that holds `frame`. From a fork to the end of its chunk the authors replay and score."""
     if not 0 <= frame < num_frames:
         raise ValueError(f"frame must be one of the video, 0..{num_frames - 1}, got {frame}")
-    starts = chunk_starts(num_frames)
-    return range(max(s for s in starts if s <= frame), min([s for s in starts if s > frame] + [num_frames]))
+    starts = [*chunk_starts(num_frames), num_frames]
+    k = bisect.bisect(starts, frame)
+    return range(starts[k - 1], starts[k])
 
 
 def ordinary_frames(start: int, window: Window) -> Tensor:

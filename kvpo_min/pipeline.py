@@ -166,8 +166,8 @@ def held_out_curve(
     pipeline, scripts: list[str], rewards, config, every: int, batch: int = 32
 ) -> Callable[[int], dict] | None:
     """-> a function of the number of updates done that measures, every so many of them, the active policy on the
-    first held-out prompts, always with the same noise: {"eval/reward": ..., "eval/seconds": ...}, else {}. Where
-    `evaluate` found them (its "head") that is a point without further cost, whenever it is given."""
+    first held-out prompts, always with the same noise: {"eval/reward": ..., "eval/seconds": ...}, else {}. `found`:
+    numbers that `evaluate` has measured already (its "head"), which make a point at any update."""
     if not every:
         return None
 

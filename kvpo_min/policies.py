@@ -1,5 +1,5 @@
-"""Policies are adapters on one base model: `default` (trained), `old` (makes the rollouts), `ema` (moving average).
-The initial policy is the base with its adapters switched off."""
+"""Policies are adapters on one base model: `default` (trained), `old` (makes the rollouts), `ema` (moving average, to
+be measured or exported; no update reads it). The initial policy is the base with its adapters switched off."""
 
 from __future__ import annotations
 

@@ -333,7 +333,7 @@ def fork(
     for members in torch.arange(num_generations + 1).split(branch_batch or num_generations + 1):
         trail: list[tuple[Tensor, Tensor]] = []
 
-        def reads(start: int, members=members) -> Tensor:
+        def reads(start: int, members=members) -> Tensor:  # a default binds this round's
             rows = ordinary_frames(start, window).expand(len(members), -1)
             if start >= routed_end:
                 return rows

@@ -162,8 +162,8 @@ ENDING = [getattr(signal, f"SIG{name}") for name in ("INT", "TERM", "HUP", "QUIT
 
 @contextlib.contextmanager
 def handling(handler, *kinds) -> Iterator[None]:
-    """Gives the ending signals whose handler is one of these kinds (none: any but "ignore", which nohup sets, and those
-    that are not Python's) another one, for the block. They come to the main thread alone."""
+    """Installs `handler`, for the block, for the ending signals whose handler is one of `kinds` (none given: any but
+    "ignore", which nohup sets, and those that are not Python's). In the main thread only, where signals come."""
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.getsignal(number) for number in ENDING}

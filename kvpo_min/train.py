@@ -92,7 +92,7 @@ def train(
                 if not math.isfinite(grad_norm):  # the sum's, so all processes skip alike
                     failure, grad_norm = FloatingPointError(f"the gradient's norm is {grad_norm}, not finite"), 0.0
             with uninterrupted():
-                random, whole = (generator.get_state(), list(state["order"])), None
+                drawn, whole = (generator.get_state(), list(state["order"])), None  # None while half is done
                 if grad_norm:  # all groups unsafe: no update, not even a step of the optimizer's momentum
                     optimizer.step()
                     repeat(pipeline, policies, config, groups, state["tau"], optimizer, step, method)
@@ -105,7 +105,7 @@ def train(
                 record = Step(step, [] if failure else groups, state["tau"], grad_norm, learning_rate, seconds,
                               dict(rewards.weights), [] if failure else elsewhere, str(failure or ""))  # fmt: skip
                 state["logs"].append(record.log())
-                whole = random
+                whole = drawn
             due = state["step"] == config.max_train_steps or state["step"] % max(1, config.checkpointing_steps) == 0
             if rank == 0 and config.checkpointing_steps and due:
                 save_whole(config, policies, optimizer, generator, state, whole)

@@ -262,12 +262,14 @@ class Progress:
     on; `begin`: what was measured before the first update of another."""
 
     def __init__(self, total: int, logs: Sequence[dict], begin: dict):
-        first, done = begin or (logs[0] if logs else {}), len(logs)
+        first = begin or (logs[0] if logs else {})
         self.key = next((key for key in ("liked", "reward") if f"eval0/{key}" in first), "")
         self.before = first.get(f"eval0/{self.key}")
         self.now = next((line[key] for line in reversed(logs) if (key := f"eval/{self.key}") in line), self.before)
-        self.bar = tqdm(total=total, initial=done, desc="train", unit="update", disable=not sys.stderr.isatty())
-        self.begun, self.done, self.start, self.total = time.perf_counter(), done, done, total
+        self.bar = tqdm(total=total, initial=len(logs), desc="train", unit="update", disable=not sys.stderr.isatty())
+        self.done = self.start = len(logs)
+        self.total = total
+        self.begun = time.perf_counter()
 
     def __enter__(self) -> Progress:
         return self

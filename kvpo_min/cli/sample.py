@@ -44,9 +44,8 @@ def make(options, wan, scripts: list[str], counts: list[int], lengths: dict[int,
     check_positions(pipeline, max(lengths.values()))
     if options.adapter:
         adapters.load_adapter(pipeline, options.adapter)
-    for kind in ("mp4", "png"):
-        for earlier in folder.glob(f"[0-9][0-9][0-9]_*.{kind}"):  # there are some with --overwrite_output_dir alone
-            earlier.unlink()
+    for earlier in (*folder.glob("[0-9][0-9][0-9]_*.mp4"), *folder.glob("[0-9][0-9][0-9]_*.png")):
+        earlier.unlink()  # there are some with --overwrite_output_dir alone
     batch, fps = (1, REAL_FPS) if wan else (32, 8)
     for n, length in lengths.items():  # one batch holds scripts of the same number of segments
         index = iter([k for k, count in enumerate(counts) if count == n])

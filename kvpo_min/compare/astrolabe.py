@@ -119,7 +119,11 @@ class Risk:
         """rho grows by a tenth when rewards disagree more than in any update seen, shrinks when less, in [.02, .2].
         The paper leaves the rule open (UpdateRiskRatio in its algorithm 1); this is the released code's."""
         mean = delta[delta >= 0].mean().item()
-        factor = 1.0 if not self.seen else 1.1 if mean > max(self.seen) else 0.9 if mean < min(self.seen) else 1.0
+        factor = 1.0
+        if self.seen and mean > max(self.seen):
+            factor = 1.1
+        elif self.seen and mean < min(self.seen):
+            factor = 0.9
         return Risk(min(max(self.rho * factor, 0.02), 0.2), (*self.seen, mean)[-20:])
 
     def mask(self, delta: Tensor) -> Tensor:
@@ -414,11 +418,13 @@ def train(pipeline, scripts: Sequence[str], rewards: Mixture, config: AstrolabeC
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"update {step}: the gradient's norm is {grad_norm}; lower learning_rate")
         optimizer.step()
-        kl, age = sum(kls) / max(1, len(kls)), age + 1
+        kl = sum(kls) / max(1, len(kls))
+        age += 1
         refreshed = refresh_due(kl, age, tau_kl, config.k_max)
         if refreshed:
             copy_adapter(policies, "default", "ref")
-            tau_kl, age = next_tau_kl(config, tau_kl, age), 0
+            tau_kl = next_tau_kl(config, tau_kl, age)
+            age = 0
         copy_adapter(policies, "default", "old", 1 - old_policy_decay(config, step))
         copy_adapter(policies, "default", "ema", 1 - config.ema_decay)
         total = rewards.total(each)

@@ -365,9 +365,10 @@ def simulate(
     states = []
     for t in range(n_frames):
         k = segment_at(t, len(segments))
-        segment, begins = segments[k], t == (0, *SWITCHES)[k]
-        if begins:
-            travels, settles_at = travels or segment.travels, event_frame(k) if segment.settles else None
+        segment = segments[k]
+        if t == (0, *SWITCHES)[k]:  # it begins
+            travels = travels or segment.travels
+            settles_at = event_frame(k) if segment.settles else None
             wanders = segment.motion == "wanders" or (wanders and segment.motion is None)
             if segment.motion in DIRECTIONS:
                 heading = list(DIRECTIONS).index(segment.motion)
