@@ -155,7 +155,7 @@ def draw_bank(path: Path, folder: Path) -> None:
     axes.set_xticks(range(len(shown)), list(shown), fontsize=11)
     axes.set(ylim=(0, 1.25), yticks=[])
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_title("A bank weakens the route and nothing else", fontsize=12, loc="left")
+    axes.set_title("A bank weakens the route", fontsize=12, loc="left")
     axes.legend(frameon=False, fontsize=11, ncols=2, loc="upper right")
     figure.savefig(path, dpi=150)
 
