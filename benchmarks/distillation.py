@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="folder with autoencoder/, teacher/, student/; default: embedded")
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--modes", default="short,long")
+    parser.add_argument("--models", default="student,undistilled,teacher", help="which rows, by their first word")
     parser.add_argument("--json", required=True)
     args = parser.parse_args()
     path = Path(args.json)
@@ -39,6 +40,8 @@ def main() -> None:
         scripts = world.prompt_set(args.prompts, how["n_segments"], how["seed"])
         for label, model in MODELS.items():
             key = f"{mode}: {label}"
+            if label.split(",")[0].split()[0] not in args.models.split(","):
+                continue
             if key not in rows:
                 begun, model = time.time(), dict(model)
                 pipeline = load_pocket(model.pop("name"), args.model)
