@@ -69,6 +69,21 @@ def test_it_is_the_mean_over_blocks_and_levels(make_pipeline):
     assert expected > 1e-6
 
 
+@pytest.mark.parametrize("replay_batch", [1, 3, 100])
+def test_pieces_give_the_same(make_pipeline, replay_batch):
+    pipeline = make_pipeline()
+    policies, task, rollout = rolled_out(pipeline)
+    moved(policies)
+    weights, gradients = adapter_weights(policies, "default").values(), []
+    for config in (CONFIG, replace(CONFIG, replay_batch=replay_batch)):
+        drift, kept = kvpo.preserve(pipeline, policies, config, task, rollout)
+        gradients.append((drift, kept, *(weight.grad.clone() for weight in weights)))
+        for weight in weights:
+            weight.grad = None
+    for whole, pieces in zip(*gradients, strict=True):
+        torch.testing.assert_close(torch.as_tensor(pieces), torch.as_tensor(whole), rtol=1e-3, atol=1e-5)
+
+
 def test_its_gradient_by_finite_differences(make_pipeline):
     pipeline = make_pipeline()
     pipeline.backbone.double()

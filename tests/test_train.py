@@ -504,13 +504,14 @@ def test_the_gradient_piece_by_piece_is_the_gradient(context, make_pipeline, mon
     assert max(largest.values()) < 1e-6, largest
 
 
-def test_no_more_forwards_at_once_than_replay_batch(make_pipeline, monkeypatch):
+@pytest.mark.parametrize("prefix_coef", [0.0, 3.0])
+def test_no_more_forwards_at_once_than_replay_batch(make_pipeline, monkeypatch, prefix_coef):
     """In the replays, those with gradient too; and every piece is sent backward before the next one is made."""
     pipeline, sizes, alive = make_pipeline(), [], []
     plain = pipeline.backbone.velocity
 
-    def watched(x, sigma, start, text, kv):
-        out = plain(x, sigma, start, text, kv)
+    def watched(x, sigma, start, text, kv, *mask):
+        out = plain(x, sigma, start, text, kv, *mask)
         sizes.append(len(x))
         if out.requires_grad:
             alive[:] = [ref for ref in alive if ref() is not None]
@@ -519,7 +520,7 @@ def test_no_more_forwards_at_once_than_replay_batch(make_pipeline, monkeypatch):
         return out
 
     monkeypatch.setattr(pipeline.backbone, "velocity", watched)
-    next(Run(pipeline, replay_batch=2, branch_batch=1))
+    next(Run(pipeline, replay_batch=2, branch_batch=1, prefix_coef=prefix_coef))
     assert max(sizes) == 2 and alive
 
 
