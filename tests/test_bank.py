@@ -365,7 +365,7 @@ def test_pieces_are_the_replay(make_backbone, backbone, noise, compat, context):
     whole = step_energies(replay(other, made, SAMPLER, context=context), made.trajectory.velocity[:2])
     parts = torch.zeros_like(whole)
     for where, part, sampler in pieces(other, made, SAMPLER, 2, context=context):
-        v = replay(other, part, sampler, context=context, branches=len(part.plan.routes))
+        v = replay(other, part, sampler, context=context, branches=len(part.trajectory.z))
         parts[where] = step_energies(v, part.trajectory.velocity)
     assert_close(parts, whole, atol=1e-6, rtol=1e-5)
 

@@ -399,7 +399,7 @@ def observe_sample(options, make_pipeline, monkeypatch, folder):
         seen["sampled"] = scripts, length, seed
         yield torch.zeros(len(scripts), 3, *pipeline.latent_shape)
 
-    monkeypatch.setattr("kvpo_min.pipeline.sample", sample)
+    monkeypatch.setattr("kvpo_min.cli.sample.sample", sample)
     done = command("sample", {"script": "a disc", "output_dir": "a"} | options, "script")
     return seen | done | {"files": sorted(files(folder))}
 
@@ -412,7 +412,7 @@ def observe_eval(options, make_pipeline, monkeypatch, folder):
         seen["taste"] = rewards.rewards["vq"].like
         return {"vq": 0.5}
 
-    monkeypatch.setattr("kvpo_min.pipeline.evaluate", evaluate)
+    monkeypatch.setattr("kvpo_min.cli.eval.evaluate", evaluate)
     (folder / "one.txt").write_text("a disc\n")
     done = command("eval", {"prompts": "one.txt", "json": "a.json"} | options)
     return seen | done | {"files": sorted(files(folder))}

@@ -160,7 +160,7 @@ def test_every_row_is_there_and_names_a_test(page):
 def tree_of(page):
     """The files that a page lists: indented names under the folder that stands before them."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    block = re.search(r"^#+ (?:Files|Every file)\n\n```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE).group(1)
+    block = re.search(r"^#+ (?:Files|The files)\n\n```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE).group(1)
     folder, listed = "", {}
     for line in block.splitlines():
         name, _, comment = line.strip().partition(" ")

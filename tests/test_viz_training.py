@@ -75,7 +75,8 @@ def logs():
 def step():
     plan_ = plan(39, Window(), 1, 5, 3, torch.Generator().manual_seed(0))
     videos = torch.stack([torch.full((18, 3, 8, 8), value) for value in (0.1, 0.2, 0.3, 0.4)])
-    group = SimpleNamespace(plan=plan_, videos=videos, advantages=torch.tensor([-1.0, 2.0, 0.5]), script="a disc")
+    A = torch.tensor([-1.0, 2.0, 0.5, 0.0])  # the anchor is one of the choices
+    group = SimpleNamespace(plan=plan_, videos=videos, advantages=A[:3], A=A, script="a disc")
     return SimpleNamespace(step=4, groups=[group], skipped="")
 
 
@@ -88,7 +89,7 @@ def test_training_board_shows_the_logs_and_the_best_and_worst_branch(logs, step)
     assert len(entropy.get_lines()[0].get_xdata()) == 5
     assert clip.get_lines()[1].get_ydata()[-1] == pytest.approx(logs[-1]["kl"])
     full = png(pictures.training_board(logs, step))
-    assert full.axes[2].get_lines()[1].get_ydata()[0] == pytest.approx(math.log(3))
+    assert full.axes[2].get_lines()[1].get_ydata()[0] == pytest.approx(math.log(4))
     films = [axes for axes in full.axes if axes.get_images()]
     assert [axes.get_title(loc="left") for axes in films] == [
         "best: branch B, advantage +2.00", "worst: branch A, advantage -1.00", "anchor"]  # fmt: skip
