@@ -23,6 +23,7 @@ from kvpo_min import pipeline as generator
 from kvpo_min import policies as adapters
 from kvpo_min.checks import doctor
 from kvpo_min.chr import Plan
+from kvpo_min.cli import eval as cli_eval
 from kvpo_min.cli import models as cli_models
 from kvpo_min.cli import options as cli_options
 from kvpo_min.cli import run as cli_run
@@ -282,7 +283,7 @@ OUTPUTS = {
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_a_result_that_cannot_be_printed_is_saved_and_no_failure(output, make_pipeline, tmp_path, monkeypatch):
     result = {"vq": 0.5, "mq": 0.5, "ta": 0.5, "reward": 1.5, "reward_sem": 0.25, "judge": {"all": 1.0}}
-    monkeypatch.setattr(generator, "evaluate", lambda *args, **kwargs: result)
+    monkeypatch.setattr(cli_eval, "evaluate", lambda *args, **kwargs: result)
     monkeypatch.setattr(pocket, "load_model", lambda *args: make_pipeline())
     (tmp_path / "p.txt").write_text("a disc\n")
     streams = [OUTPUTS[output](), OUTPUTS[output]()]
