@@ -85,7 +85,7 @@ class TrainConfig:
     num_generations: int = knob(8, "branches G", least=2)
     groups_per_update: int = knob(1, "scripts whose gradients are averaged in one update", least=1)
     in_order: bool = knob(False, "scripts in their own order, not reshuffled every time round")
-    num_iterations: int = knob(1, "optimizer steps on the groups of an update", least=1)
+    num_iterations: int = knob(1, "optimizer steps on an update's groups; energies without gradient stay", least=1)
     old_policy_every: int = knob(1, "updates between two refreshes of the rollouts' policy", least=1)
     fork: int = knob(0, "ours: the frame at which every group forks; 0: drawn", least=0, multiple=3)
     nearest: int = knob(2, "nearest past frames that every branch keeps; the rest is routed", official=1, least=0)

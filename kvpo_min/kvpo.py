@@ -98,6 +98,7 @@ class Group:
     task: Task | None = None
     A: Tensor | None = None  # [M] advantages
     initial: Tensor | None = None  # [M, B, S] energies of the initial policy
+    first: Tensor | None = None  # [M, B, S] those of the trained one, before the update
     kept: Tensor | None = None  # the initial policy's velocities on the prefix
 
 
@@ -129,21 +130,24 @@ def update(
         log_p=log_p["default"].detach()[:g], log_p_old=log_p["old"][:g], log_p_init=log_p["initial"][:g],
         ratio=loss.ratio[:g],
         loss=loss.total.item(), kl=loss.kl.item(), entropy=loss.entropy.item(), clip_fraction=loss.clip_fraction.item(),
-        prefix_drift=drift, task=task, A=advantages, initial=energies["initial"], kept=kept,
+        prefix_drift=drift, task=task, A=advantages, initial=energies["initial"],
+        first=energies["default"].detach(), kept=kept,
     )  # fmt: skip
 
 
-def again(pipeline: Pipeline, policies, config: TrainConfig, group: Group, tau: float) -> None:
-    """One more gradient from a group that `update` has made, for `num_iterations`: its branches, rewards and initial
-    energies stay, the trained policy's energies are new. Unlike PPO and TRL, the policy as it is now stands for the old
-    one, so the ratio is 1 and the clip does nothing. Raises FloatingPointError like `update`."""
+def again(pipeline: Pipeline, policies, config: TrainConfig, group: Group, tau: float, done: int = 1) -> None:
+    """Gradient number `done` + 1 from a group that `update` has made, for `num_iterations`: its branches and rewards
+    stay, and so do all energies but those of the trained policy's steps that carry gradient. Unlike PPO and TRL, the
+    policy as it is now stands for the old one, so the ratio is 1 and the clip does nothing. Raises FloatingPointError
+    like `update`."""
     scale = safety_scale(group.safe, config.unsafe_scale)
     if scale:
         energies = {"initial": group.initial}
-        energies["default"] = energies_of(pipeline, policies, config, group.rollout, "default", with_graph=True)
+        more = (True, group.first if config.context == "stored" else None)
+        energies["default"] = energies_of(pipeline, policies, config, group.rollout, "default", *more)
         send_back(pipeline, config, group.rollout, energies, group.A, scale, tau)
     if config.prefix_coef:
-        preserve(pipeline, policies, config, group.task, group.rollout, group.kept)
+        preserve(pipeline, policies, config, group.task, group.rollout, group.kept, done)
 
 
 def energies_for_tau(pipeline: Pipeline, policies, config: TrainConfig, task: Task) -> Tensor:  # [1, M]
@@ -218,17 +222,23 @@ def compare(signals: Sequence[Signal], weights: Mapping[str, float], config: Tra
 
 def energies_of(
     pipeline: Pipeline, policies, config: TrainConfig, rollout: Rollout, policy: str = "default",
-    with_graph: bool = False,
+    with_graph: bool = False, known: Tensor | None = None,
 ) -> Tensor:  # [M, B, S]  # fmt: skip
     """How far a policy ("default", "old", "ema" or "initial") is from each branch's velocities, under the ordinary
-    context. `with_graph`: keep the graph; with `replay_batch` a leaf, whose gradient `send_back` takes further."""
+    context. `with_graph`: keep the graph; with `replay_batch` a leaf, whose gradient `send_back` takes further.
+    `known`: energies, from which those of the steps that carry no gradient are taken."""
+    n_steps = 0 if known is None else config.grad_steps  # that are replayed; 0: all
     with acting(policies, policy), torch.set_grad_enabled(with_graph and not config.replay_batch):
         if not config.replay_batch:
             steps, sampler = config.grad_steps if with_graph else 0, pipeline.sampler(config.num_segments)
-            return replay_energies(pipeline.backbone, rollout, sampler, steps, config.context, members(config))
+            more = (steps, config.context, members(config), n_steps)
+            new = replay_energies(pipeline.backbone, rollout, sampler, *more)
+            return new if known is None else torch.cat([new, known[:, :, n_steps:]], 2)
         z = rollout.trajectory.z[: members(config)]  # [M, B, S, F, C, H, W]
         energies = z.new_zeros(z.shape[:3], dtype=torch.promote_types(z.dtype, torch.float32))
-        for where, part in energies_in_pieces(pipeline, config, rollout):
+        if known is not None:
+            energies.copy_(known)
+        for where, part in energies_in_pieces(pipeline, config, rollout, n_steps):
             energies[where] = part
     return energies.requires_grad_(with_graph)
 
@@ -260,12 +270,14 @@ def send_back(
 
 
 def preserve(
-    pipeline: Pipeline, policies, config: TrainConfig, task: Task, rollout: Rollout, kept: Tensor | None = None
-) -> tuple[float, Tensor | None]:
+    pipeline: Pipeline, policies, config: TrainConfig, task: Task, rollout: Rollout, kept: Tensor | None = None,
+    done: int = 0,
+) -> tuple[float, Tensor | None]:  # fmt: skip
     """Ours, not the paper's: adds the gradient of prefix_coef * mean (v_trained - v_initial)^2 on blocks of the prefix,
-    noised to the first two levels, under the ordinary context. A group compares its branches, so it can neither teach
-    nor protect what they share, while the adapter acts on every block: without this the journey before the fork drifts
-    unseen. Left out are blocks made under earlier words, and those whose context is no longer in the history.
+    noised to the first two levels (with `num_iterations` to one of them, by turns), under the ordinary context. A group
+    compares its branches, so it can neither teach nor protect what they share, while the adapter acts on every block:
+    without this the journey before the fork drifts unseen. Left out are blocks made under earlier words, and those
+    whose context is no longer in the history.
     -> that mean, before the update, and v_initial, which another call for the same group takes as `kept`."""
     backbone, sampler, prefix = pipeline.backbone, pipeline.sampler(config.num_segments), rollout.prefix
     starts = [
@@ -282,7 +294,7 @@ def preserve(
     z = (1 - s) * x0 + s * task.noise[0, blocks, :2].to(x0.device)  # [blocks, 2, F, C, H, W]
     kv, mask = read_together(prefix.history, [ordinary_frames(start, sampler.window) for start in starts], z.shape[2])
     z, sigma, first = z.flatten(0, 1), sampler.sigmas[:2].repeat(len(starts)), torch.tensor(starts).repeat_interleave(2)
-    rows = torch.arange(len(z)).split(config.replay_batch or len(z))
+    rows, at_once = torch.arange(len(z)), config.replay_batch or len(z)
 
     def velocity(row: Tensor) -> Tensor:
         block = row // 2  # two levels read the same
@@ -290,11 +302,13 @@ def preserve(
 
     if kept is None:
         with torch.no_grad(), acting(policies, "initial"):
-            kept = torch.cat([velocity(row) for row in rows])
+            kept = torch.cat([velocity(row) for row in rows.split(at_once)])
+    if config.num_iterations > 1:  # one of the two levels of each block, by turns
+        rows = rows[(rows // 2 + rows + done) % 2 == 0]
     total = 0.0
     with acting(policies, "default"):
-        for row in rows:  # one graph at a time
-            drift = (velocity(row) - kept[row]).square().sum() / z.numel()
+        for row in rows.split(at_once):  # one graph at a time
+            drift = (velocity(row) - kept[row]).square().sum() / z[rows].numel()
             (config.prefix_coef * drift / config.groups_per_update).backward()
             total += drift.item()
     return total, kept
@@ -343,12 +357,14 @@ def texts_of(pipeline: Pipeline, task: Task) -> list[Tensor]:
 
 
 def replay_energies(
-    backbone, rollout: Rollout, sampler: Sampler, grad_steps: int = 0, context: str = "stored", branches: int = 0
-) -> Tensor:  # [G, B, S]
+    backbone, rollout: Rollout, sampler: Sampler, grad_steps: int = 0, context: str = "stored", branches: int = 0,
+    n_steps: int = 0,
+) -> Tensor:  # [G, B, S]  # fmt: skip
     """How far the active policy is from each branch's velocities; the first `grad_steps` steps carry gradient.
-    `branches`: how many (default: all but the anchor)."""
-    v = replay(backbone, rollout, sampler, grad_steps, context=context, branches=branches or len(rollout.plan.routes))
-    return step_energies(v, rollout.trajectory.velocity[: len(v)])
+    `branches`: how many (default: all but the anchor). `n_steps`: how many (default: all)."""
+    branches = branches or len(rollout.plan.routes)
+    v = replay(backbone, rollout, sampler, grad_steps, context=context, branches=branches, n_steps=n_steps)
+    return step_energies(v, rollout.trajectory.velocity[: len(v), :, : v.shape[2]])
 
 
 def energies_in_pieces(

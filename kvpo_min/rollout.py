@@ -362,6 +362,7 @@ def replay(
     replay_batch: int | None = None,
     context: str = "stored",
     branches: int | None = None,
+    n_steps: int = 0,
 ) -> Tensor:
     """Velocities of the active policy at a rollout's noisy inputs, under the ordinary context (paper: u against
     v_theta).
@@ -370,13 +371,19 @@ def replay(
     anchor). context="stored": between blocks the branch's own x0 is encoded, so blocks are independent and run in one
     batch. context="own": the replaying policy's own last prediction is encoded, block after block (authors:
     kvpo.py:2370-2388). No gradient flows through what is read. `replay_batch`: forwards at once; memory of contexts
-    and graph is not bounded by it (`pieces` bounds both).
+    and graph is not bounded by it (`pieces` bounds both). `n_steps`: only the first steps (0: all), with context
+    "stored".
     """
     window = sampler.window
     start = rollout.prefix.frame
     trajectory = rollout.trajectory
     g = len(trajectory.z) - 1 if branches is None else branches
-    z, stored = trajectory.z[:g], trajectory.x0[:g]  # [G, B, S, F, C, H, W]
+    if n_steps and (context != "stored" or not grad_steps <= n_steps <= len(sampler.sigmas)):
+        raise ValueError(
+            f'n_steps must be 0 or, with context "stored", grad_steps..{len(sampler.sigmas)}, got {n_steps} with '
+            f"{context!r}"
+        )
+    z, stored = trajectory.z[:g, :, : n_steps or None], trajectory.x0[:g]  # [G, B, S, F, C, H, W]
     n_blocks, n_steps = z.shape[1:3]
     if context not in ("stored", "own") or not 0 <= grad_steps <= n_steps or not 0 < g <= len(trajectory.z):
         raise ValueError(

@@ -198,7 +198,7 @@ def repeat(
         failure = ""
         try:
             for group in groups:
-                method.again(pipeline, policies, config, group, tau)
+                method.again(pipeline, policies, config, group, tau, done)
         except FloatingPointError as error:
             failure = str(error)
         failure = next(filter(None, gather(failure)), "")

@@ -39,7 +39,7 @@ from kvpo_min.compare.baselines import (
 )
 from kvpo_min.config import TrainConfig
 from kvpo_min.pocket import world
-from kvpo_min.policies import adapter_weights, add_policies
+from kvpo_min.policies import acting, adapter_weights, add_policies
 from kvpo_min.rewards import Mixture
 from kvpo_min.rollout import Sampler, Stream, draw_noise, fork, generate, replay
 from kvpo_min.train import train
@@ -553,6 +553,31 @@ def test_more_iterations_keep_the_first_velocities(make_pipeline, monkeypatch):
     monkeypatch.setattr(baselines, "policy_loss", loss_of)
     run(make_pipeline, METHODS["cm_grpo"], num_iterations=3, max_grad_norm=1e9)
     assert len(ratios) == 3 and ratios[0] < 1e-5 < ratios[1] < ratios[2]
+
+
+@pytest.mark.parametrize("name", ["cm_grpo", "diffusion_nft", "ar_copo", "kvpo"])
+def test_more_iterations_replay_the_steps_with_gradient_only(make_pipeline, monkeypatch, name):
+    """The others keep their first velocities: the loss is that of a whole replay with these put in."""
+    seen, loss = [], baselines.policy_loss
+
+    def loss_of(method, rollout, at, v, v_old, A, tau, steps):
+        pipeline, policies = used
+        with torch.no_grad(), acting(policies, "default"):
+            whole = replay(pipeline.backbone, at, pipeline.sampler(1), branches=len(v))
+        assert_close(v[:, :, :2], whole[:, :, :2], **CLOSE)
+        seen.append((v.detach(), whole))
+        return loss(method, rollout, at, v, v_old, A, tau, steps)
+
+    more = dict(max_train_steps=1, learning_rate=1e-2, num_iterations=3, grad_steps=2, tau=0.01, max_grad_norm=1e9)
+    pipeline, config = make_pipeline(), TrainConfig(**SMALL | more)
+    used = pipeline, add_policies(pipeline, config)
+    monkeypatch.setattr(baselines, "policy_loss", loss_of)
+    scripts = world.prompt_set(1, 1, seed=7)
+    list(train(pipeline, scripts, REWARDS, config, used[1], method=METHODS[name]))
+    (first, whole), *later = seen
+    assert_close(first, whole, **CLOSE)
+    for v, whole in later:
+        assert torch.equal(v[:, :, 2:], first[:, :, 2:]) and not torch.allclose(v, whole, **CLOSE)
 
 
 def test_the_energy_cell_is_kvpo_without_its_anchor(make_pipeline):

@@ -15,7 +15,7 @@ from kvpo_min.train import TrainConfig, adapter_weights, add_policies, copy_adap
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = TrainConfig(
     max_train_steps=2, num_generations=2, tau=1.0, rank=2, lora_alpha=2, prefix_coef=3.0, num_iterations=3,
-    learning_rate=1e-2, unsafe_scale=0.5,
+    learning_rate=1e-2, unsafe_scale=0.5, grad_steps=2,
 )  # fmt: skip
 SCRIPTS = ["a red disc moves left", "a blue cross rests"]
 
@@ -28,7 +28,8 @@ REWARDS = Mixture({"brightness": brightness}, {"brightness": 1.0})
 
 
 def by_hand(pipeline, config):
-    """Rollouts and rewards once an update; energies, loss and a step of the optimizer `num_iterations` times."""
+    """Rollouts and rewards once an update; energies, loss and a step of the optimizer `num_iterations` times. Energies
+    of steps without gradient stay those of the first time."""
     policies = add_policies(pipeline, config)
     weights = list(adapter_weights(policies, "default").values())
     optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0)
@@ -41,12 +42,15 @@ def by_hand(pipeline, config):
         _, signals = kvpo.score_group(pipeline, REWARDS, task, rollout)
         A, safe = kvpo.compare(signals, REWARDS.weights, config)
         initial = kvpo.energies_of(pipeline, policies, config, rollout, "initial")
-        for _ in range(config.num_iterations):
+        for done in range(config.num_iterations):
             optimizer.zero_grad()
             energies = kvpo.energies_of(pipeline, policies, config, rollout, "default", with_graph=True)
+            if not done:
+                first = energies.detach()
+            energies = torch.cat([energies[:, :, : config.grad_steps], first[:, :, config.grad_steps :]], 2)
             both = {"initial": initial, "default": energies}
             kvpo.send_back(pipeline, config, rollout, both, A, 1.0 if safe else 0.5, config.tau)
-            kvpo.preserve(pipeline, policies, config, task, rollout)
+            kvpo.preserve(pipeline, policies, config, task, rollout, done=done)
             torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
             optimizer.step()
     return adapter_weights(policies, "default")
@@ -60,6 +64,26 @@ def test_iterations_are_further_steps_on_the_same_branches(make_pipeline):
     theirs, ours = by_hand(make_pipeline(), CONFIG), adapter_weights(policies, "default")
     for name, weight in theirs.items():
         assert_close(ours[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_pieces_give_the_same_gradient_again(make_pipeline):
+    gradients = []
+    for replay_batch in (0, 3):
+        pipeline, config = make_pipeline(), replace(CONFIG, replay_batch=replay_batch)
+        policies = add_policies(pipeline, config)
+        task = kvpo.draw(pipeline, SCRIPTS, [], config, 0, torch.Generator().manual_seed(0))
+        group = kvpo.update(pipeline, policies, REWARDS, config, task, config.tau)
+        weights = adapter_weights(policies, "default").values()
+        with torch.no_grad():
+            for k, weight in enumerate(weights):
+                weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(k)))
+        for weight in weights:
+            weight.grad = None
+        kvpo.again(pipeline, policies, config, group, config.tau)
+        gradients.append([weight.grad for weight in weights])
+    for whole, pieces in zip(*gradients, strict=True):
+        assert_close(pieces, whole, rtol=1e-3, atol=1e-5)
+    assert any(gradient.abs().max() > 1e-3 for gradient in gradients[0])
 
 
 def test_one_iteration_is_not_three(make_pipeline):

@@ -31,8 +31,9 @@ def moved(policies, size=0.1):
                 weight.copy_(size * torch.randn(weight.shape, generator=generator))
 
 
-def naive(pipeline, policies, config, task, rollout):
-    """One block and one level at a time, from the prefix encoded anew by the policy that made it."""
+def naive(pipeline, policies, config, task, rollout, done=0):
+    """One block and one level at a time, from the prefix encoded anew by the policy that made it. With several
+    iterations the two levels take turns, from block to block and from one iteration to the next."""
     sampler, backbone, text = pipeline.sampler(1), pipeline.backbone, rollout.text
     history, drifts = KVHistory(), []
     for b, x0 in enumerate(rollout.prefix.x0):
@@ -41,6 +42,8 @@ def naive(pipeline, policies, config, task, rollout):
             kv = history.read(ordinary_frames(start, sampler.window))
             history = history.append(start, backbone.encode(x0, start, text, kv))
         for s in range(2):
+            if config.num_iterations > 1 and (b + s + done) % 2:
+                continue
             sigma = sampler.sigmas[s]
             z = (1 - sigma) * x0 + sigma * task.noise[:, b, s]
             v = {}
@@ -58,24 +61,33 @@ def test_equal_weights_have_drifted_nowhere(make_pipeline):
     assert all(weight.grad is None or not weight.grad.any() for weight in adapter_weights(policies, "default").values())
 
 
-def test_it_is_the_mean_over_blocks_and_levels(make_pipeline):
-    pipeline = make_pipeline()
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_it_is_the_mean_over_blocks_and_levels(make_pipeline, num_iterations):
+    pipeline, config = make_pipeline(), replace(CONFIG, num_iterations=num_iterations)
     policies, task, rollout = rolled_out(pipeline)
     moved(policies)
-    expected = naive(pipeline, policies, CONFIG, task, rollout)
-    drift, kept = kvpo.preserve(pipeline, policies, CONFIG, task, rollout)
-    assert drift == pytest.approx(expected.item(), rel=1e-4)
-    assert kvpo.preserve(pipeline, policies, CONFIG, task, rollout, kept)[0] == drift
-    assert expected > 1e-6
+    kept, drifts = None, []
+    for done in range(num_iterations):
+        expected = naive(pipeline, policies, config, task, rollout, done)
+        drift, kept = kvpo.preserve(pipeline, policies, config, task, rollout, kept, done)
+        assert drift == pytest.approx(expected.item(), rel=1e-4)
+        assert expected > 1e-6
+        drifts.append(drift)
+    assert kvpo.preserve(pipeline, policies, config, task, rollout, kept, num_iterations)[0] == drifts[0]
+    assert len({*drifts}) == num_iterations
+    if num_iterations > 1:  # together they see what one iteration sees
+        whole = kvpo.preserve(pipeline, policies, CONFIG, task, rollout)[0]
+        assert sum(drifts) / 2 == pytest.approx(whole, rel=1e-4)
 
 
-@pytest.mark.parametrize("replay_batch", [1, 3, 100])
-def test_pieces_give_the_same(make_pipeline, replay_batch):
+@pytest.mark.parametrize("replay_batch, num_iterations", [(1, 1), (3, 1), (3, 2), (100, 1)])
+def test_pieces_give_the_same(make_pipeline, replay_batch, num_iterations):
     pipeline = make_pipeline()
     policies, task, rollout = rolled_out(pipeline)
     moved(policies)
     weights, gradients = adapter_weights(policies, "default").values(), []
-    for config in (CONFIG, replace(CONFIG, replay_batch=replay_batch)):
+    whole = replace(CONFIG, num_iterations=num_iterations)
+    for config in (whole, replace(whole, replay_batch=replay_batch)):
         drift, kept = kvpo.preserve(pipeline, policies, config, task, rollout)
         gradients.append((drift, kept, *(weight.grad.clone() for weight in weights)))
         for weight in weights:

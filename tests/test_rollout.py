@@ -479,6 +479,16 @@ def test_replay_batch_changes_no_number(other, group, context, replay_batch):
     assert_close(small, replay(other, group, PLAIN, 2, context=context), **CLOSE)
 
 
+def test_a_replay_of_the_first_steps_is_the_first_part_of_all(other, group):
+    for n_steps in (2, 3):
+        assert_close(replay(other, group, PLAIN, 2, n_steps=n_steps), replay(other, group, PLAIN, 2)[:, :, :n_steps])
+    with pytest.raises(ValueError, match="n_steps"):  # the next block would be encoded from another x0
+        replay(other, group, PLAIN, 2, context="own", n_steps=2)
+    for n_steps in (1, 5):
+        with pytest.raises(ValueError, match=str(n_steps)):
+            replay(other, group, PLAIN, 2, n_steps=n_steps)
+
+
 def test_replay_leaves_the_rollout_alone(other, group):
     z, x0, held = group.trajectory.z.clone(), group.trajectory.x0.clone(), dict(group.prefix.history.frames)
     copies = {f: kv.clone() for f, kv in held.items()}

@@ -324,37 +324,42 @@ class Method:
         videos, ((each, anchor),) = kvpo.score_group(pipeline, rewards, task, made)
         A = group_advantages(rewards.total(each), config.adv_eps).to(pipeline.backbone.device)
         v_old = None
-        if not (old_is_current and config.num_iterations == 1):
+        if not old_is_current:
             with torch.no_grad(), acting(policies, "old"):
                 v_old = replay(pipeline.backbone, at, pipeline.sampler(config.num_segments), branches=rows)
         group = Branches(
             script=task.script, plan=task.plan, rollout=made, videos=videos, rewards=each, anchor=anchor, advantages=A,
             loss=0.0, task=task, at=at, rows=rows, steps=steps, v_old=v_old,
         )  # fmt: skip
-        loss = self.send_back(pipeline, policies, config, group, tau)
+        loss, v = self.send_back(pipeline, policies, config, group, tau)
         drift, kept = 0.0, None
         if config.prefix_coef:
             drift, kept = kvpo.preserve(pipeline, policies, config, task, made)
-        return replace(group, loss=loss, prefix_drift=drift, kept=kept)
+        v_old = v if v_old is None else v_old
+        return replace(group, loss=loss, v_first=v, v_old=v_old, prefix_drift=drift, kept=kept)
 
-    def again(self, pipeline, policies, config: TrainConfig, group: Branches, tau: float) -> None:
-        """One more gradient from the same branches, against the velocities of the policy that made them."""
+    def again(self, pipeline, policies, config: TrainConfig, group: Branches, tau: float, done: int = 1) -> None:
+        """One more gradient from the same branches, against the velocities of the policy that made them. As in
+        `kvpo.again`, only the steps that carry gradient are replayed anew."""
         self.send_back(pipeline, policies, config, group, tau)
         if config.prefix_coef:
-            kvpo.preserve(pipeline, policies, config, group.task, group.rollout, group.kept)
+            kvpo.preserve(pipeline, policies, config, group.task, group.rollout, group.kept, done)
 
-    def send_back(self, pipeline, policies, config: TrainConfig, group: Branches, tau: float) -> float:
-        """Adds the gradient of the loss, divided by `groups_per_update`; -> the loss."""
+    def send_back(self, pipeline, policies, config: TrainConfig, group: Branches, tau: float) -> tuple[float, Tensor]:
+        """Adds the gradient of the loss, divided by `groups_per_update`; -> the loss, and the velocities."""
         n_steps = len(pipeline.sigmas)
         grad_steps = min(config.grad_steps, n_steps - 1 if self.policy == "gaussian" else n_steps)
         sampler = pipeline.sampler(config.num_segments)
         with acting(policies, "default"):
-            v = replay(pipeline.backbone, group.at, sampler, grad_steps, branches=group.rows)
+            only = 0 if group.v_first is None else grad_steps
+            v = replay(pipeline.backbone, group.at, sampler, grad_steps, branches=group.rows, n_steps=only)
+        if only:
+            v = torch.cat([v, group.v_first[:, :, only:]], 2)
         v_old = v.detach() if group.v_old is None else group.v_old
         loss = policy_loss(self, group.rollout, group.at, v, v_old, group.advantages, tau, group.steps)
         check_finite(f"the loss is {loss.item()}, that is,", loss)
         (self.scale * loss / config.groups_per_update).backward()
-        return loss.item()
+        return loss.item(), v.detach()
 
     @torch.no_grad()
     def energies_for_tau(self, pipeline, policies, config: TrainConfig, task: kvpo.Task) -> Tensor:
@@ -375,6 +380,7 @@ class Branches(kvpo.Group):
     rows: int = 0  # for how many rows of it
     steps: list[int] | None = None  # those that the loss sees; None: all
     v_old: Tensor | None = None  # velocities at `at` of the policy that made the branches
+    v_first: Tensor | None = None  # those of the trained one, before the update
 
 
 # The papers' numbers, but without a KL term; clips act from an update's second iteration on. Neighbor GRPO has one
