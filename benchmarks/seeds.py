@@ -6,7 +6,8 @@
         --json benchmarks/data/seeds_long.json
 
 Runs the demo as a user would, once for each seed, instruction set (what ATEN_CPU_CAPABILITY says; "native": unset) and
-number of threads. Kept are its summary and how long it took, start to end. A run that is in the file is not made again.
+number of threads. Kept are its summary, how long it took, start to end, and
+how long until `liked` of the curve had risen by .2. A run that is in the file is not made again.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 KEPT = ("liked", "liked anew", "coherent", "journey", "valid", "remembered")
+RISE = 0.2  # of `liked`, on the films of the curve: the seconds until then are kept
 
 
 def run(command: list[str], seed: int, capability: str, threads: int, options: list[str]) -> dict:
@@ -29,16 +31,25 @@ def run(command: list[str], seed: int, capability: str, threads: int, options: l
         environment["ATEN_CPU_CAPABILITY"] = capability
     with tempfile.TemporaryDirectory() as folder:
         more = ["--seed", str(seed), "--output_dir", f"{folder}/run", *options]
-        begun = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "kvpo_min.cli", *command, *more],
-            env=environment,
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        begun, seconds_to_rise = time.perf_counter(), None
+        program = [sys.executable, "-m", "kvpo_min.cli", *command, *more]
+        with subprocess.Popen(program, env=environment, stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None:
+                time.sleep(0.2)
+                if not seconds_to_rise and rise(Path(folder, "run", "metrics.jsonl")) >= RISE:
+                    seconds_to_rise = round(time.perf_counter() - begun, 1)
         seconds = time.perf_counter() - begun
+        if process.returncode:
+            raise SystemExit(f"{' '.join(program)} ended with exit code {process.returncode}")
         summary = json.loads(Path(folder, "run", "summary.json").read_text())
-    return kept(summary, seconds)
+    return kept(summary, seconds) | {"seconds to rise": seconds_to_rise}
+
+
+def rise(metrics: Path) -> float:
+    """By how much the latest `liked` of the curve of held-out films is above its first."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    shares = [line["eval/liked"] for line in lines if "eval/liked" in line]
+    return shares[-1] - lines[0]["eval0/liked"] if shares else 0.0
 
 
 def kept(summary: dict, seconds: float | None) -> dict:
