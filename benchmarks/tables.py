@@ -61,18 +61,23 @@ def who_decides() -> str:
 
 
 def seeds(found: Mapping) -> str:
-    """One row a run, then the mean over them with its standard error; shares of no films are left out."""
+    """One row a run; of three seeds or more the mean with its standard error; shares of no films are left out."""
     runs, rows = list(found.values()), []
-    for name, run in found.items():
+    rise = [f"{run['seconds to rise']:.0f} s" for run in runs if run.get("seconds to rise")]
+    rises = rise if len(rise) == len(runs) else []  # older files do not say
+    for k, (name, run) in enumerate(found.items()):
         changes = [f"{share(run['before'][key])} to {share(run['after'][key])}" for key in LEARNED]
-        rows.append([name, *changes, time_of([run])])
+        rows.append([name, *changes, time_of([run]), *rises[k : k + 1]])
+    head = ["run", *LEARNED, "time", *["liked +.2 after" for _ in rises[:1]]]
+    if len({name.rsplit(", ", 1)[1] for name in found}) < 3:
+        return table(head, rows)
     means = []
     for key in LEARNED:
         gains = [run["after"][key] - run["before"][key] for run in runs if run["after"][key] is not None]
         error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
         means.append(f"{statistics.fmean(gains):+.2f} ± {error:.2f}")
-    rows.append(["mean change", *means, time_of(runs)])
-    return table(["run", *LEARNED, "time"], rows)
+    rows.append(["mean change", *means, time_of(runs), *["" for _ in rises[:1]]])
+    return table(head, rows)
 
 
 def time_of(runs: Sequence[Mapping]) -> str:
