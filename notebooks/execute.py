@@ -72,7 +72,10 @@ def execute(path: Path) -> float:
 
     Nothing is written when a cell raises, or when a cell that nbval compares writes standard error (ValueError)."""
     from nbclient import NotebookClient
+    from nbclient.output_widget import OutputWidget
 
+    # Else it answers the kernel on the channel that it waits on, and may then wait for ever (nbclient #312)
+    OutputWidget.send = lambda *_, **__: None
     notebook = nbformat.read(path, as_version=4)
     begun = time.perf_counter()
     resources = {"metadata": {"path": str(path.parent)}}

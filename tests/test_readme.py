@@ -62,7 +62,7 @@ def test_the_snapshot_pins_every_requirement_within_its_bounds():
 def test_bounds_are_lower_ones():
     for requirement in requirements():
         operators = {s.operator for s in requirement.specifier}
-        allowed = {">=", "<"} if requirement.name in ("imageio-ffmpeg", "ipykernel") else {">="}
+        allowed = {">=", "<"} if requirement.name == "imageio-ffmpeg" else {">="}
         assert operators == allowed, f"{requirement}"
 
 
