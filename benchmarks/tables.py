@@ -91,7 +91,7 @@ def arena(rows: Sequence[Mapping[str, str]]) -> str:
     where there are none yet, the best learning rate of the sweep, one seed. Shares of no films are left out."""
     rows = [row for row in rows if not row["note"] and row["budget"] in (row["asked"], "0")]
     names = ("liked", "liked_anew", "coherent", "journey", "valid")
-    lines, before = [], rows[0]
+    lines, before = [], next((row for row in rows if row["purpose"] == "result"), rows[0])
     for method, changed in dict.fromkeys((row["method"], row["set"]) for row in rows):
         own = [row for row in rows if (row["method"], row["set"]) == (method, changed)]
         ran = [row for row in own if row["purpose"] == "result"]
