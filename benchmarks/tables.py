@@ -88,15 +88,14 @@ def time_of(runs: Sequence[Mapping]) -> str:
 
 def arena(rows: Sequence[Mapping[str, str]]) -> str:
     """One row a method, best first, at its whole budget: mean over the seeds that are reported with its standard error;
-    where there are none yet, the best learning rate of the sweep, one seed. Shares of no films are left out."""
+    where no method has one yet, the best learning rate of the sweep, one seed. Shares of no films are left out."""
     rows = [row for row in rows if not row["note"] and row["budget"] in (row["asked"], "0")]
+    rows = [row for row in rows if row["purpose"] == "result"] or rows
     names = ("liked", "liked_anew", "coherent", "journey", "valid")
-    lines, before = [], next((row for row in rows if row["purpose"] == "result"), rows[0])
+    lines, before = [], rows[0]
     for method, changed in dict.fromkeys((row["method"], row["set"]) for row in rows):
         own = [row for row in rows if (row["method"], row["set"]) == (method, changed)]
-        ran = [row for row in own if row["purpose"] == "result"]
-        if not ran:
-            ran = [max(own, key=lambda row: float(row["reward_after"]))]
+        ran = own if own[0]["purpose"] == "result" else [max(own, key=lambda row: float(row["reward_after"]))]
         gains = [float(row["reward_after"]) - float(row["reward_before"]) for row in ran]
         cells = [spread([float(row[f"judge_{name}_after"]) for row in ran]) for name in names]
         rate = "-" if float(ran[0]["learning_rate"]) == 0 else ran[0]["learning_rate"]
@@ -105,7 +104,14 @@ def arena(rows: Sequence[Mapping[str, str]]) -> str:
         label = f"{method} {changed}".strip()
         lines.append((statistics.fmean(gains), [label, rate, seeds, passes, *cells, spread(gains, "+")]))
     lines.sort(key=lambda line: -line[0])
-    first = ["before training", "-", "-", "-", *(share(float(before[f"judge_{name}_before"])) for name in names), "-"]
+    first = [
+        "before training",
+        "-",
+        "-",
+        "-",
+        *(spread([float(before[f"judge_{name}_before"])]) for name in names),
+        "-",
+    ]
     head = ["method", "rate", "seeds", "thousand passes", *(name.replace("_", " ") for name in names), "reward"]
     return table(head, [first, *(line for _, line in lines)])
 
