@@ -6,8 +6,8 @@
         --json benchmarks/data/seeds_long.json
 
 Runs the demo as a user would, once for each seed, instruction set (what ATEN_CPU_CAPABILITY says; "native": unset) and
-number of threads. Kept are its summary, how long it took, start to end, and
-how long until `liked` of the curve had risen by .2. A run that is in the file is not made again.
+number of threads. Kept are its summary, how long it took, start to end, and how long until `liked` of the curve had
+risen by .2. A run that is in the file is not made again.
 """
 
 import argparse
@@ -47,7 +47,8 @@ def run(command: list[str], seed: int, capability: str, threads: int, options: l
 
 def rise(metrics: Path) -> float:
     """By how much the latest `liked` of the curve of held-out films is above its first."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    whole = metrics.read_text().rpartition("\n")[0] if metrics.exists() else ""  # the last line may be half written
+    lines = [json.loads(line) for line in whole.splitlines()]
     shares = [line["eval/liked"] for line in lines if "eval/liked" in line]
     return shares[-1] - lines[0]["eval0/liked"] if shares else 0.0
 

@@ -104,14 +104,8 @@ def arena(rows: Sequence[Mapping[str, str]]) -> str:
         label = f"{method} {changed}".strip()
         lines.append((statistics.fmean(gains), [label, rate, seeds, passes, *cells, spread(gains, "+")]))
     lines.sort(key=lambda line: -line[0])
-    first = [
-        "before training",
-        "-",
-        "-",
-        "-",
-        *(spread([float(before[f"judge_{name}_before"])]) for name in names),
-        "-",
-    ]
+    begin = [spread([float(before[f"judge_{name}_before"])]) for name in names]
+    first = ["before training", "-", "-", "-", *begin, "-"]
     head = ["method", "rate", "seeds", "thousand passes", *(name.replace("_", " ") for name in names), "reward"]
     return table(head, [first, *(line for _, line in lines)])
 

@@ -137,15 +137,15 @@ def update(
 
 def again(pipeline: Pipeline, policies, config: TrainConfig, group: Group, tau: float, done: int = 1) -> None:
     """Gradient number `done` + 1 from a group that `update` has made, for `num_iterations`: its branches and rewards
-    stay, and so do all energies but those of the trained policy's steps that carry gradient. Unlike PPO and TRL, the
-    policy as it is now stands for the old one, so the ratio is 1 and the clip does nothing. Raises FloatingPointError
-    like `update`."""
+    stay, and so do all energies but those of the trained policy's steps that carry gradient (with `compat` all of its
+    steps are replayed). Unlike PPO and TRL, the policy as it is now stands for the old one, so the ratio is 1 and the
+    clip does nothing. Raises FloatingPointError like `update`."""
     scale = safety_scale(group.safe, config.unsafe_scale)
     if scale:
-        energies = {"initial": group.initial}
-        more = (True, group.first if config.context == "stored" else None)
-        energies["default"] = energies_of(pipeline, policies, config, group.rollout, "default", *more)
-        send_back(pipeline, config, group.rollout, energies, group.A, scale, tau)
+        known = group.first if config.context == "stored" else None  # "own": a block follows from all steps of the last
+        energies = energies_of(pipeline, policies, config, group.rollout, with_graph=True, known=known)
+        both = {"initial": group.initial, "default": energies}
+        send_back(pipeline, config, group.rollout, both, group.A, scale, tau)
     if config.prefix_coef:
         preserve(pipeline, policies, config, group.task, group.rollout, group.kept, done)
 

@@ -66,10 +66,11 @@ def test_iterations_are_further_steps_on_the_same_branches(make_pipeline):
         assert_close(ours[name], weight, rtol=1e-4, atol=1e-6)
 
 
-def test_pieces_give_the_same_gradient_again(make_pipeline):
+@pytest.mark.parametrize("compat", ["", "official"])  # official: all steps are replayed again
+def test_pieces_give_the_same_gradient_again(make_pipeline, compat):
     gradients = []
     for replay_batch in (0, 3):
-        pipeline, config = make_pipeline(), replace(CONFIG, replay_batch=replay_batch)
+        pipeline, config = make_pipeline(), replace(CONFIG, replay_batch=replay_batch, compat=compat)
         policies = add_policies(pipeline, config)
         task = kvpo.draw(pipeline, SCRIPTS, [], config, 0, torch.Generator().manual_seed(0))
         group = kvpo.update(pipeline, policies, REWARDS, config, task, config.tau)
