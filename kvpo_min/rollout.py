@@ -32,8 +32,7 @@ from kvpo_min.tve import Trajectory
 if TYPE_CHECKING:
     from kvpo_min.bank import Bank
 
-# Batch size of a replay without graph on a CPU: larger ones overflow its caches. With graph it would change the order
-# of summation, and recorded runs would no longer repeat to the last digit.
+# Batch size of a replay on a CPU: larger ones overflow its caches.
 AT_ONCE = 48
 
 
@@ -426,8 +425,7 @@ def _velocities(backbone, z, sampler, start, text, contexts, grad_steps, replay_
         index = torch.cartesian_prod(torch.arange(g), torch.arange(n_blocks), s)  # [G * B * S', 3]
         out = []
         with torch.set_grad_enabled(with_grad and torch.is_grad_enabled()):
-            small = z.device.type == "cpu" and not torch.is_grad_enabled()
-            for i in index.split(replay_batch or (AT_ONCE if small else len(index))):
+            for i in index.split(replay_batch or (AT_ONCE if z.device.type == "cpu" else len(index))):
                 x, sigma = z[i[:, 0], i[:, 1], i[:, 2]], sampler.sigmas[i[:, 2]]
                 read = [contexts[b][:, :, g] for g, b in i[:, :2].tolist()]
                 one = (i[:, :2] == i[:1, :2]).all()  # steps of one branch and block share their context

@@ -78,12 +78,14 @@ def share_work(n: int, command: Sequence[str], meanwhile: Callable[[], None]) ->
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     malloc = {"MALLOC_TRIM_THRESHOLD_": "16000000000", "MALLOC_MMAP_THRESHOLD_": "8000000000"}  # memory is kept
+    # glibc's lists of small free blocks hold the edges of freed tensors, which then cannot be used for tensors again
+    malloc |= {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"}
     code = "import sys; from kvpo_min.cli import main, run; print(flush=True); sys.exit(main(sys.argv[1:]))"
     before, threads, helpers = dict(os.environ), torch.get_num_threads(), []
     try:
         for rank in range(1, n):
             threads_of = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # MKL's own would win over OpenMP's
-            mine = before | malloc | shared | threads_of | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            mine = malloc | before | shared | threads_of | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             helpers.append(subprocess.Popen([sys.executable, "-c", code, *command], env=mine, stdin=subprocess.DEVNULL,
                                             stdout=subprocess.PIPE, start_new_session=True))  # fmt: skip
         meanwhile()

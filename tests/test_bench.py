@@ -319,6 +319,14 @@ def test_replays_in_small_batches_are_one_batch(make_pipeline):
     rollout = fork(pipeline.backbone, [pipeline.embed(["a disc"])], noise, plan, 39, 39, sampler, 2)
     whole = replay(pipeline.backbone, rollout, sampler, replay_batch=1000)
     torch.testing.assert_close(replay(pipeline.backbone, rollout, sampler), whole, atol=1e-6, rtol=1e-6)
+    weights = list(pipeline.backbone.requires_grad_().parameters())
+    slopes = []
+    for replay_batch in (None, 1000):
+        v = replay(pipeline.backbone, rollout, sampler, S, replay_batch)
+        slopes.append(torch.autograd.grad(v.square().sum(), weights, allow_unused=True))
+    for small, large in zip(*slopes, strict=True):
+        if large is not None:
+            torch.testing.assert_close(small, large, atol=1e-5 * large.abs().max().item(), rtol=1e-4)
 
 
 def test_rewards_of_a_batch_are_those_of_single_videos():
