@@ -2,8 +2,10 @@
 
     python benchmarks/arena_tables.py --csv benchmarks/data/arena_settles.csv --output arena.md --figures arena
     python benchmarks/arena_tables.py --regimes figures/arena.png
+    python benchmarks/arena_tables.py --hacking figures/hacking.png
 
-The second draws what the comparison is for: what is learned where memory decides, and where noise does. Files of
+The second draws what the comparison is for: what is learned where memory decides, and where noise does. The third: what
+the reward gains, and what the story loses, when the taste alone is rewarded. Files of
 several machines can be given together. Changes are after - before on the evaluation prompts, with their standard error
 over seeds; one seed has none. "over prompts" is the standard error of the paired change, mean over seeds. The learning
 rate of a method was chosen on a seed and on evaluation prompts that are in the table of the sweep alone. A run that
@@ -262,16 +264,53 @@ def regimes(rows: list[dict]):
     return figure
 
 
+def how_held(row: dict[str, str]) -> str:
+    """In words: what is rewarded, and what keeps the model from leaving its stories."""
+    weights = dict(pair.split("=") for pair in row["weights"].split())
+    changed = dict(pair.split("=") for pair in row["set"].split(",") if pair)
+    kl = f", KL {changed['kl_coef']}" if float(changed.get("kl_coef", 0)) else ""
+    held = ", past held" if float(changed.get("prefix_coef", 1)) else ""
+    return ("taste and words" if float(weights["ta"]) else "taste alone") + kl + held
+
+
+def hacking(rows: list[dict]):
+    """A line a way of training, in the order of its evaluations: share of films whose story is in its order, against
+    the gain of the reward for taste, both on held-out films; means over seeds. -> Figure"""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    ways: dict[str, list[dict]] = {}
+    for row in rows:
+        ways.setdefault(how_held(row), []).append(row)
+    for colour, (way, own) in zip(BRANCHES, ways.items(), strict=False):
+        points = [(0.0, statistics.fmean(float(row["judge_journey_before"]) for row in own))]
+        for _, then in sorted(by(own, "budget").items(), key=lambda item: int(item[0][0])):
+            points.append((statistics.fmean(change(row, "vq") for row in then),
+                           statistics.fmean(float(row["judge_journey_after"]) for row in then)))  # fmt: skip
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, color=colour, marker="o", ms=4, lw=3 if way == "taste and words, past held" else 1.5)
+        axes.annotate(way, points[-1], xytext=(6, 0), textcoords="offset points", color=colour, va="center")
+    axes.set(xlabel="gain of the reward for taste (VQ)", ylabel="stories in their order (judge)", ylim=(-0.05, 1.08))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.35)
+    return figure
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", nargs="+", default=["benchmarks/data/arena_settles.csv"])
     parser.add_argument("--output", default="arena.md", help="file of the tables")
     parser.add_argument("--figures", default="arena", help="folder of the figures")
     parser.add_argument("--regimes", metavar="FILE", help="instead: the one picture of both regimes")
+    parser.add_argument("--hacking", metavar="FILE", help="instead: reward against judge, from arena_hacking.csv")
     args = parser.parse_args(argv)
     if args.regimes:
         files = [Path(f"benchmarks/data/arena_{mode}.csv") for mode in REGIMES]
         regimes([row for path in files for row in read_rows(path)]).savefig(args.regimes, dpi=150)
+        return
+    if args.hacking:
+        hacking(read_rows(Path("benchmarks/data/arena_hacking.csv"))).savefig(args.hacking, dpi=150)
         return
     output, out = Path(args.output), ["Made by `python benchmarks/arena_tables.py`."]
     rows = [row for path in args.csv for row in read_rows(Path(path))]
