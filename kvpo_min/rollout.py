@@ -396,7 +396,7 @@ def replay(
     for b in range(n_blocks):
         here = start + b * window.block
         bank = bank and bank.merge(partial(backbone.text_keys, rollout.text))
-        kv = gather(history, ordinary_frames(here, window), bank).expand(-1, -1, g, -1, -1, -1)
+        kv = gather(history, ordinary_frames(here, window), bank)  # [layers, 2, G, ...], or 1 for the first block
         if context == "own":
             one = _velocities(backbone, z[:, b : b + 1], sampler, here, rollout.text, [kv], grad_steps, replay_batch)
             predicted.append(one)
@@ -413,25 +413,30 @@ def replay(
 
 
 def _velocities(backbone, z, sampler, start, text, contexts, grad_steps, replay_batch) -> Tensor:
-    """z [G, B, S, F, C, H, W], contexts: kv of each block -> velocities like z; one batch with and one without
-    gradient."""
+    """z [G, B, S, F, C, H, W], contexts: kv of each block, [layers, 2, G or 1, ...] -> velocities like z; one batch
+    with and one without gradient. What branches share, the first step after the fork, is replayed once."""
     g, n_blocks, n_steps = z.shape[:3]
     starts = start + sampler.window.block * torch.arange(n_blocks)
+    begin_alike = contexts[0].shape[2] == 1 and bool((z[:, 0, 0] == z[0, 0, 0]).all())  # one past, one noise
+    contexts = [kv.expand(-1, -1, g, -1, -1, -1) for kv in contexts]
     parts = []
     for steps, with_grad in ((range(grad_steps), True), (range(grad_steps, n_steps), False)):
         if not len(steps):
             continue
         s = torch.tensor(steps)
         index = torch.cartesian_prod(torch.arange(g), torch.arange(n_blocks), s)  # [G * B * S', 3]
+        again = (index[:, 0] > 0) & (index[:, 1:] == 0).all(1) & begin_alike  # what row 0 is already
         out = []
         with torch.set_grad_enabled(with_grad and torch.is_grad_enabled()):
-            for i in index.split(replay_batch or (AT_ONCE if z.device.type == "cpu" else len(index))):
+            rows = index[~again]
+            for i in rows.split(replay_batch or (AT_ONCE if z.device.type == "cpu" else len(rows))):
                 x, sigma = z[i[:, 0], i[:, 1], i[:, 2]], sampler.sigmas[i[:, 2]]
                 read = [contexts[b][:, :, g] for g, b in i[:, :2].tolist()]
                 one = (i[:, :2] == i[:1, :2]).all()  # steps of one branch and block share their context
                 kv = read[0][:, :, None] if one else torch.stack(read, 2)
                 out.append(backbone.velocity(x, sigma, starts[i[:, 1]], text, kv))
-        parts.append(torch.cat(out).unflatten(0, (g, n_blocks, len(s))))
+            row_of = ((~again).cumsum(0) - 1).masked_fill(again, 0)
+            parts.append(torch.cat(out)[row_of].unflatten(0, (g, n_blocks, len(s))))
     return torch.cat(parts, 2)
 
 

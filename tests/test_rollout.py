@@ -1,5 +1,7 @@
 """Streaming, forking and replay against naive loops that keep everything, and the sampler against diffusers'."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -470,6 +472,21 @@ def test_replay_is_the_naive_loop(other, group, context):
     swapped = naive_replay(other, group, {"stored": "own", "own": "stored"}[context])
     assert torch.equal(swapped[:, 0], want[:, 0])  # the first block has the same context
     assert (swapped - want)[:, 1:].abs().max() > 1e-3
+
+
+def test_the_first_step_is_replayed_once_if_branches_share_it(other, group, monkeypatch):
+    """With one noise for all it is: 3 * 6 * 4 inputs, of which two are copies. With noise of their own none is."""
+    rows, velocity = [], other.velocity
+    monkeypatch.setattr(other, "velocity", lambda x, *more: rows.append(len(x)) or velocity(x, *more))
+    replay(other, group, PLAIN)
+    assert sum(rows) == 3 * 6 * 4 - 2
+    rows.clear()
+    z = group.trajectory.z.clone()
+    z[1, 0, 0] += 0.1
+    moved = replace(group, trajectory=replace(group.trajectory, z=z))
+    got = replay(other, moved, PLAIN)
+    assert sum(rows) == 3 * 6 * 4
+    assert_close(got, naive_replay(other, moved, "stored"), **CLOSE)
 
 
 @pytest.mark.parametrize("context", ["stored", "own"])
