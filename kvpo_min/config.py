@@ -90,6 +90,7 @@ class TrainConfig:
     fork: int = knob(0, "ours: the frame at which every group forks; 0: drawn", least=0, multiple=3)
     nearest: int = knob(2, "nearest past frames that every branch keeps; the rest is routed", official=1, least=0)
     perturb_num_blocks: int = knob(5, "routed blocks after the fork", least=1)
+    local_frames: int = knob(0, "ours: replayed and scored frames after the fork; 0: its chunk's", least=0, multiple=3)
     grad_steps: int = knob(4, "denoising steps that carry gradient", official=2, least=1, most=4)
     tau: float = knob(0.0, "temperature; 0: set by the first groups' energies", official=2.0, least=0)
     tau_groups: int = knob(8, "groups that set tau", least=1)
@@ -117,6 +118,13 @@ class TrainConfig:
         settle(self)
         if self.compat and self.fork:
             raise ValueError(f'no fork with compat "official", whose plan draws it, got {self.fork}')
+        if self.compat and self.local_frames:
+            raise ValueError(f'no local_frames with compat "official", got {self.local_frames}')
+        if 0 < self.local_frames < 3 * self.perturb_num_blocks:
+            raise ValueError(
+                f"local_frames must hold the {self.perturb_num_blocks} routed blocks of 3 frames, got "
+                f"{self.local_frames}"
+            )
         if not self.local_weight and not self.global_weight:
             raise ValueError("local_weight and global_weight are both 0, so nothing would be learned: raise one")
 

@@ -63,7 +63,7 @@ class Task:
     script: str
     plan: routing.Plan
     noise: Tensor  # [1, blocks, S, F, C, H, W]; its blocks end where the last scored frame does
-    chunk: range  # frames of the fork's chunk: from the fork to its end they are replayed, and all of it is scored
+    chunk: range  # frames of the fork's chunk, to its end or less (`local_frames`): scored, and replayed from the fork
 
     @property
     def stop(self) -> int:
@@ -171,6 +171,8 @@ def draw(
     index, window = order.pop(), routing.Window()
     plan = plan or make_plan(config, step, index, window, generator, pipeline.bank is not None)
     chunk = routing.chunk_of(plan.fork, config.num_frames)
+    if config.local_frames:
+        chunk = range(chunk.start, min(chunk.stop, plan.fork + config.local_frames))
     n_blocks = min(config.num_frames, chunk.stop + config.global_frames) // window.block
     noise = draw_noise(n_blocks, len(pipeline.sigmas), (window.block, *pipeline.latent_shape), generator)
     return Task(scripts[index], plan, noise, chunk)

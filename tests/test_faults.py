@@ -126,6 +126,9 @@ def test_options_that_would_do_nothing_are_refused(make_transformer, tmp_path):
         load_transformer(tmp_path, which="nonsense")
     with pytest.raises(ValueError, match="local_weight"):
         TrainConfig(local_weight=0.0, global_weight=0.0)
+    for more in ({"local_frames": 3, "perturb_num_blocks": 2}, {"local_frames": 6, "compat": "official"}):
+        with pytest.raises(ValueError, match="local_frames"):
+            TrainConfig(**more)
     with pytest.raises(ValueError, match="rank"):
         TrainConfig(rank=2_000_000_000)
 

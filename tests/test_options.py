@@ -71,6 +71,7 @@ CASES = {
         "fork": of("log", fork=24),
         "nearest": of("log", nearest=1),
         "perturb_num_blocks": of("log", perturb_num_blocks=3),
+        "local_frames": of("log", {"perturb_num_blocks": 1, "num_frames": 39}, local_frames=3),
         "grad_steps": of("default", grad_steps=2),
         "tau": of("log", tau=2e-3),
         "tau_groups": of("log", {"tau": 0.0}, tau_groups=1),

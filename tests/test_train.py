@@ -764,6 +764,18 @@ def test_global_frames_end_the_video_early(make_pipeline):
     assert group.rollout.videos.shape[1] == min(93, chunk_end + 6)
 
 
+def test_local_frames_end_what_is_replayed_and_scored(make_pipeline):
+    """Of the chunk 21..38 the frames up to the fork's block, as if the chunk, or the film, ended there."""
+    short = {"fork": 27, "perturb_num_blocks": 1, "global_frames": 0, "max_train_steps": 1}
+    film, part = (next(Run(make_pipeline(), **short, **more)).groups[0]
+                  for more in ({"num_frames": 30}, {"num_frames": 39, "local_frames": 3}))  # fmt: skip
+    assert part.videos.shape[1] == 9 and part.rollout.videos.shape[1] == 30 and part.energies.shape[1] == 1
+    for ours, theirs in ((part.videos, film.videos), (part.energies, film.energies), (part.log_p, film.log_p)):
+        torch.testing.assert_close(ours, theirs)
+    more = next(Run(make_pipeline(), **short | {"global_frames": 6}, num_frames=39, local_frames=3)).groups[0]
+    assert more.rollout.videos.shape[1] == 36 and more.after is not None
+
+
 def test_segments_are_scored_with_their_own_words(make_pipeline):
     """Lengths of clips and words as numbers, worked out by hand."""
     rewards = Mixture(
