@@ -33,6 +33,7 @@ SHOWN = {"reward": "reward", "vq": "VQ", "mq": "MQ", "ta": "TA", "judge_all": "j
          "motion_energy": "motion energy", "diversity": "diversity"}  # fmt: skip
 SMALL = ("sharpness", "motion_energy")  # whose changes need more digits
 REGIMES = {"settles": "where memory decides", "wanders": "where noise decides"}
+LOOSE = "prefix_coef=1.5"  # a tenth of what holds the past elsewhere: drawn dotted
 SEEDS = 5  # of other settings that are drawn beside the methods as they are
 COLOURS = dict(zip((*METHODS, *UNTRAINED), (*BRANCHES, "black", ANCHOR, "black"), strict=True))  # in every figure
 STYLES = ("-", ":", "-.")  # of a method's further settings and rates
@@ -225,6 +226,21 @@ def curves(rows: list[dict]):
     return figure
 
 
+def apart(marks: list[tuple[float, tuple]], step: float) -> list[tuple[float, tuple]]:
+    """Marks at levels, moved where they would lie on each other: a pile is spread around its middle."""
+    piles: list[list[tuple[float, tuple]]] = []
+    for mark in sorted(marks):
+        piles.append([mark])
+        while len(piles) > 1 and bottom(piles[-1], step) < bottom(piles[-2], step) + step * len(piles[-2]):
+            piles[-2:] = [piles[-2] + piles[-1]]
+    return [(bottom(pile, step) + step * k, what) for pile in piles for k, (_, what) in enumerate(pile)]
+
+
+def bottom(pile: list[tuple[float, tuple]], step: float) -> float:
+    """Where the lowest of a pile of marks comes to lie."""
+    return statistics.fmean(level for level, _ in pile) - step * (len(pile) - 1) / 2
+
+
 def regimes(rows: list[dict]):
     """Share of films that end as is liked against forward passes, a panel a regime: means over seeds, bands one
     standard error, each line named at its end; Best-of-N is a level. -> Figure"""
@@ -232,11 +248,12 @@ def regimes(rows: list[dict]):
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     for axes, (mode, title) in zip(figure.subplots(1, 2, sharey=True), REGIMES.items(), strict=True):
-        own = [row for row in rows if row["mode"] == mode and row["purpose"] == "result" and not row["set"]]
+        own = [row for row in rows if row["mode"] == mode and row["purpose"] == "result" and row["set"] in ("", LOOSE)]
         own = [row for row in own if "+" not in row["method"] and not row["note"]]
         ends = []
-        for (method,), ran in by(own, "method").items():
-            colour, width = COLOURS[method], 3 if method == "kvpo" else 1.5
+        for (method, setting), ran in by(own, "method", "set").items():
+            colour, width, style = COLOURS[method], 3 if method == "kvpo" else 1.5, STYLES[bool(setting)]
+            name = f"{method}, past held less" if setting else method
             points = {0.0: [float(row["judge_liked_before"]) for row in ran]}
             for (budget,), then in by(ran, "budget").items():
                 if budget != "0":
@@ -245,19 +262,17 @@ def regimes(rows: list[dict]):
             if method in UNTRAINED:
                 level = statistics.fmean(float(row["judge_liked_after"]) for row in ran)
                 axes.axhline(level, color=colour, ls="--", lw=1)
-                ends.append((level, method, colour))
+                ends.append((level, (name, colour)))
                 continue
             x = sorted(points)
             mean, error = zip(*(mean_error(points[k]) for k in x), strict=True)
             error = [0.0 if math.isnan(e) else e for e in error]
-            axes.plot([k / 1000 for k in x], mean, color=colour, lw=width, marker="o", ms=4)
+            axes.plot([k / 1000 for k in x], mean, style, color=colour, lw=width, marker="o", ms=4)
             low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
             axes.fill_between([k / 1000 for k in x], low, high, color=colour, alpha=0.15, lw=0)
-            ends.append((mean[-1], method, colour))
-        place = -math.inf
-        for level, method, colour in sorted(ends):  # names that would lie on each other move up
-            place = max(level, place + 0.045)
-            axes.annotate(method, (1.01, place), xycoords=("axes fraction", "data"), color=colour, va="center")
+            ends.append((mean[-1], (name, colour)))
+        for level, (text, colour) in apart(ends, 0.045):
+            axes.annotate(text, (1.01, level), xycoords=("axes fraction", "data"), color=colour, va="center")
         axes.set(title=title, xlabel="thousand forward passes of training", ylim=(0, 1))
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("films that end as is liked (held out)")

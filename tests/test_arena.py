@@ -531,11 +531,19 @@ def test_the_picture_of_both_regimes():
                  for k in (45, 90)]  # fmt: skip
         rows += [fake(options, "best_of_n", 0.0, 0, -0.3), fake(options, "rwr", 1e-2, 100, 0.4, "sweep")]
         rows += [fake(options, "routing+nft", 1e-2, 0, 0.4), fake(replace(options, set="rank=4"), "rwr", 1e-2, 0, 0.4)]
+    rows.append(fake(replace(options, set=arena_tables.LOOSE), "rwr", 1e-2, 0, 0.2))
     left, right = arena_tables.regimes(rows).axes
     for axes, end in ((left, 0.7), (right, 0.55)):
         (line,) = [line for line in axes.lines if len(line.get_xdata()) == 3]
         assert line.get_ydata()[0] == 1 and line.get_ydata()[-1] == pytest.approx(end)
-        assert {text.get_text() for text in axes.texts} == {"kvpo", "best_of_n"}
+        assert {text.get_text() for text in axes.texts} - {"rwr, past held less"} == {"kvpo", "best_of_n"}
+    assert "rwr, past held less" in [text.get_text() for text in right.texts]
+
+
+def test_names_that_would_lie_on_each_other_are_spread():
+    marks = [(0.9, ("a",)), (0.2, ("b",)), (0.21, ("c",)), (0.29, ("d",))]
+    got = {what[0]: level for level, what in arena_tables.apart(marks, 0.05)}
+    assert got == pytest.approx({"a": 0.9, "b": 0.18, "c": 0.23, "d": 0.29})
 
 
 def test_the_picture_of_hacking():
