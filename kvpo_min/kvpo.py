@@ -13,7 +13,7 @@ The paper's algorithm (arXiv 2605.14278, section 3), a line a step (authors: tra
     optimizer step, moving average; every `old_policy_every` updates: old policy <- trained policy           train.py
 
 Symbols: G branches, M members that the policy chooses among (the branches, and with `anchor_in_group` the anchor), B
-blocks from the fork to the end of its chunk, S denoising steps, F frames a block.
+blocks from the fork to the end of its chunk (or of `local_frames`), S denoising steps, F frames a block.
 
 Memory: with `replay_batch` an update holds no graph larger than that many forwards, and its gradient is the same. The
 loss depends on the weights through the energies alone. So they are computed without graph and give dL/dE; then each
