@@ -296,6 +296,7 @@ def hacking(rows: list[dict]):
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
     ways: dict[str, list[dict]] = {}
+    ends = []
     for row in rows:
         ways.setdefault(how_held(row), []).append(row)
     for colour, (way, own) in zip(BRANCHES, ways.items(), strict=False):
@@ -305,10 +306,11 @@ def hacking(rows: list[dict]):
                            statistics.fmean(float(row["judge_journey_after"]) for row in then)))  # fmt: skip
         x, y = zip(*points, strict=True)
         axes.plot(x, y, color=colour, marker="o", ms=4, lw=3 if way == "taste and words, past held" else 1.5)
-        axes.annotate(way, points[-1], xytext=(6, 0), textcoords="offset points", color=colour, va="center")
-    axes.set(xlabel="gain of the reward for taste (VQ)", ylabel="stories in their order (judge)", ylim=(-0.05, 1.08))
+        ends.append((points[-1][1], (way, colour)))
+    for level, (text, colour) in apart(ends, 0.06):
+        axes.annotate(text, (1.01, level), xycoords=("axes fraction", "data"), color=colour, va="center")
+    axes.set(xlabel="gain of the reward for taste (VQ)", ylabel="stories in their order (judge)", ylim=(-0.08, 1.08))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.35)
     return figure
 
 

@@ -557,7 +557,7 @@ def test_the_picture_of_hacking():
                 more = {"vq_before": "1", "vq_after": f"{1 + budget / 100 + seed}", "judge_journey_after": f"{journey}"}
                 rows.append(row | {"weights": weights, "judge_journey_before": "1"} | more)
     (axes,) = arena_tables.hacking(rows).axes
-    assert [text.get_text() for text in axes.texts] == ["taste alone, KL 20", "taste and words, past held"]
+    assert {text.get_text() for text in axes.texts} == {"taste alone, KL 20", "taste and words, past held"}
     for line, journeys in zip(axes.lines, ((1, 0.5, 0.1), (1, 0.9, 0.8)), strict=True):
         assert list(line.get_xdata()) == pytest.approx([0, 0.95, 1.4])
         assert list(line.get_ydata()) == pytest.approx(journeys)
