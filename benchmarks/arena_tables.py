@@ -290,28 +290,36 @@ def how_held(row: dict[str, str]) -> str:
 
 def hacking(rows: list[dict]):
     """A line a way of training, in the order of its evaluations: share of films whose story is in its order, against
-    the gain of the reward for taste, both on held-out films; means over seeds. -> Figure"""
+    the gain of the reward for taste (left) and against the share that ends as is liked (right), on held-out films;
+    means over seeds. -> Figure"""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
-    axes = figure.subplots()
-    ways: dict[str, list[dict]] = {}
-    ends = []
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    ways, ends = {}, []
     for row in rows:
         ways.setdefault(how_held(row), []).append(row)
-    for colour, (way, own) in zip(BRANCHES, ways.items(), strict=False):
-        points = [(0.0, statistics.fmean(float(row["judge_journey_before"]) for row in own))]
+    readable = [colour for colour in BRANCHES if colour != "#F0E442"]  # yellow on white is not
+    for colour, (way, own) in zip(readable, ways.items(), strict=False):
+        points = [(0.0, mean_of("judge_liked_before", own), mean_of("judge_journey_before", own))]
         for _, then in sorted(by(own, "budget").items(), key=lambda item: int(item[0][0])):
             points.append((statistics.fmean(change(row, "vq") for row in then),
-                           statistics.fmean(float(row["judge_journey_after"]) for row in then)))  # fmt: skip
-        x, y = zip(*points, strict=True)
-        axes.plot(x, y, color=colour, marker="o", ms=4, lw=3 if way == "taste and words, past held" else 1.5)
-        ends.append((points[-1][1], (way, colour)))
+                           mean_of("judge_liked_after", then), mean_of("judge_journey_after", then)))  # fmt: skip
+        gain, liked, journeys = zip(*points, strict=True)
+        for axes, x in ((left, gain), (right, liked)):
+            axes.plot(x, journeys, color=colour, marker="o", ms=4, lw=3 if way.endswith("past held") else 1.5)
+        ends.append((journeys[-1], (way, colour)))
     for level, (text, colour) in apart(ends, 0.06):
-        axes.annotate(text, (1.01, level), xycoords=("axes fraction", "data"), color=colour, va="center")
-    axes.set(xlabel="gain of the reward for taste (VQ)", ylabel="stories in their order (judge)", ylim=(-0.08, 1.08))
-    axes.spines[["top", "right"]].set_visible(False)
+        right.annotate(text, (1.01, level), xycoords=("axes fraction", "data"), color=colour, va="center")
+    left.set(xlabel="gain of the reward for taste (VQ)", ylabel="stories in their order (judge)", ylim=(-0.08, 1.08))
+    right.set(xlabel="films that end as is liked (judge)")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def mean_of(name: str, rows: list[dict]) -> float:
+    return statistics.fmean(float(row[name]) for row in rows)
 
 
 def main(argv: list[str] | None = None) -> None:

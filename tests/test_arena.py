@@ -554,13 +554,20 @@ def test_the_picture_of_hacking():
         for seed in (0, 1):
             for budget, journey in zip((45, 90), journeys, strict=True):
                 row = fake(options_for("a.csv", forwards=90, set=settings), "kvpo", 1e-2, seed, 0.1, budget=budget)
-                more = {"vq_before": "1", "vq_after": f"{1 + budget / 100 + seed}", "judge_journey_after": f"{journey}"}
+                more = {
+                    "vq_before": "1",
+                    "judge_liked_before": "0.4",
+                    "judge_liked_after": "0.7",
+                    "vq_after": f"{1 + budget / 100 + seed}",
+                    "judge_journey_after": f"{journey}",
+                }
                 rows.append(row | {"weights": weights, "judge_journey_before": "1"} | more)
-    (axes,) = arena_tables.hacking(rows).axes
-    assert {text.get_text() for text in axes.texts} == {"taste alone, KL 20", "taste and words, past held"}
-    for line, journeys in zip(axes.lines, ((1, 0.5, 0.1), (1, 0.9, 0.8)), strict=True):
-        assert list(line.get_xdata()) == pytest.approx([0, 0.95, 1.4])
-        assert list(line.get_ydata()) == pytest.approx(journeys)
+    left, right = arena_tables.hacking(rows).axes
+    assert {text.get_text() for text in right.texts} == {"taste alone, KL 20", "taste and words, past held"}
+    for axes, x in ((left, [0, 0.95, 1.4]), (right, [0.4, 0.7, 0.7])):
+        for line, journeys in zip(axes.lines, ((1, 0.5, 0.1), (1, 0.9, 0.8)), strict=True):
+            assert list(line.get_xdata()) == pytest.approx(x)
+            assert list(line.get_ydata()) == pytest.approx(journeys)
 
 
 def test_the_table_of_a_regime():
