@@ -33,7 +33,7 @@ SHOWN = {"reward": "reward", "vq": "VQ", "mq": "MQ", "ta": "TA", "judge_all": "j
          "motion_energy": "motion energy", "diversity": "diversity"}  # fmt: skip
 SMALL = ("sharpness", "motion_energy")  # whose changes need more digits
 REGIMES = {"settles": "where memory decides", "wanders": "where noise decides"}
-LOOSE = "prefix_coef=1.5"  # a tenth of what holds the past elsewhere: drawn dotted
+FREE = "prefix_coef=0"  # nothing holds the past: drawn dotted
 SEEDS = 5  # of other settings that are drawn beside the methods as they are
 COLOURS = dict(zip((*METHODS, *UNTRAINED), (*BRANCHES, "black", ANCHOR, "black"), strict=True))  # in every figure
 STYLES = ("-", ":", "-.")  # of a method's further settings and rates
@@ -248,12 +248,12 @@ def regimes(rows: list[dict]):
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     for axes, (mode, title) in zip(figure.subplots(1, 2, sharey=True), REGIMES.items(), strict=True):
-        own = [row for row in rows if row["mode"] == mode and row["purpose"] == "result" and row["set"] in ("", LOOSE)]
+        own = [row for row in rows if row["mode"] == mode and row["purpose"] == "result" and row["set"] in ("", FREE)]
         own = [row for row in own if "+" not in row["method"] and not row["note"]]
         ends = []
         for (method, setting), ran in by(own, "method", "set").items():
             colour, width, style = COLOURS[method], 3 if method == "kvpo" else 1.5, STYLES[bool(setting)]
-            name = f"{method}, past held less" if setting else method
+            name = f"{method}, past not held" if setting else method
             points = {0.0: [float(row["judge_liked_before"]) for row in ran]}
             for (budget,), then in by(ran, "budget").items():
                 if budget != "0":
@@ -308,12 +308,15 @@ def hacking(rows: list[dict]):
         gain, liked, journeys = zip(*points, strict=True)
         for axes, x in ((left, gain), (right, liked)):
             axes.plot(x, journeys, color=colour, marker="o", ms=4, lw=3 if way.endswith("past held") else 1.5)
+            axes.scatter(x[-1], journeys[-1], s=90, color=colour)  # where it ends
         ends.append((journeys[-1], (way, colour)))
     for level, (text, colour) in apart(ends, 0.06):
         right.annotate(text, (1.01, level), xycoords=("axes fraction", "data"), color=colour, va="center")
     left.set(xlabel="gain of the reward for taste (VQ)", ylabel="stories in their order (judge)", ylim=(-0.08, 1.08))
     right.set(xlabel="films that end as is liked (judge)")
-    for axes in (left, right):
+    for axes, x in ((left, 0.0), (right, points[0][1])):
+        axes.annotate("before", (x, points[0][2]), xytext=(0, -45), textcoords="offset points", ha="center",
+                      arrowprops={"arrowstyle": "->"})  # fmt: skip
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 

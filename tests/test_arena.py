@@ -531,13 +531,13 @@ def test_the_picture_of_both_regimes():
                  for k in (45, 90)]  # fmt: skip
         rows += [fake(options, "best_of_n", 0.0, 0, -0.3), fake(options, "rwr", 1e-2, 100, 0.4, "sweep")]
         rows += [fake(options, "routing+nft", 1e-2, 0, 0.4), fake(replace(options, set="rank=4"), "rwr", 1e-2, 0, 0.4)]
-    rows.append(fake(replace(options, set=arena_tables.LOOSE), "rwr", 1e-2, 0, 0.2))
+    rows.append(fake(replace(options, set=arena_tables.FREE), "rwr", 1e-2, 0, 0.2))
     left, right = arena_tables.regimes(rows).axes
     for axes, end in ((left, 0.7), (right, 0.55)):
         (line,) = [line for line in axes.lines if len(line.get_xdata()) == 3]
         assert line.get_ydata()[0] == 1 and line.get_ydata()[-1] == pytest.approx(end)
-        assert {text.get_text() for text in axes.texts} - {"rwr, past held less"} == {"kvpo", "best_of_n"}
-    assert "rwr, past held less" in [text.get_text() for text in right.texts]
+        assert {text.get_text() for text in axes.texts} - {"rwr, past not held"} == {"kvpo", "best_of_n"}
+    assert "rwr, past not held" in [text.get_text() for text in right.texts]
 
 
 def test_names_that_would_lie_on_each_other_are_spread():
@@ -563,7 +563,7 @@ def test_the_picture_of_hacking():
                 }
                 rows.append(row | {"weights": weights, "judge_journey_before": "1"} | more)
     left, right = arena_tables.hacking(rows).axes
-    assert {text.get_text() for text in right.texts} == {"taste alone, KL 20", "taste and words, past held"}
+    assert {text.get_text() for text in right.texts} == {"taste alone, KL 20", "taste and words, past held", "before"}
     for axes, x in ((left, [0, 0.95, 1.4]), (right, [0.4, 0.7, 0.7])):
         for line, journeys in zip(axes.lines, ((1, 0.5, 0.1), (1, 0.9, 0.8)), strict=True):
             assert list(line.get_xdata()) == pytest.approx(x)
