@@ -252,6 +252,7 @@ def regimes(rows: list[dict]):
         own = [row for row in own if "+" not in row["method"] and not row["note"]]
         ends = []
         for (method, setting), ran in by(own, "method", "set").items():
+            ran = max(by(ran, "learning_rate").values(), key=lambda r: statistics.fmean(change(x, "reward") for x in r))
             colour, width, style = COLOURS[method], 3 if method == "kvpo" else 1.5, STYLES[bool(setting)]
             name = f"{method}, past not held" if setting else method
             points = {0.0: [float(row["judge_liked_before"]) for row in ran]}

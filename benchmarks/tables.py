@@ -93,8 +93,10 @@ def arena(rows: Sequence[Mapping[str, str]]) -> str:
     rows = [row for row in rows if row["purpose"] == "result"] or rows
     names = ("liked", "liked_anew", "coherent", "journey", "valid")
     lines, before = [], rows[0]
-    for method, changed in dict.fromkeys((row["method"], row["set"]) for row in rows):
-        own = [row for row in rows if (row["method"], row["set"]) == (method, changed)]
+    swept = rows[0]["purpose"] != "result"  # then the best rate counts, else each has a line
+    keys = [(row["method"], row["set"], swept or row["learning_rate"]) for row in rows]
+    for key in dict.fromkeys(keys):
+        own, (method, changed, _) = [row for row, its in zip(rows, keys, strict=True) if its == key], key
         ran = own if own[0]["purpose"] == "result" else [max(own, key=lambda row: float(row["reward_after"]))]
         gains = [float(row["reward_after"]) - float(row["reward_before"]) for row in ran]
         cells = [spread([float(row[f"judge_{name}_after"]) for row in ran]) for name in names]

@@ -532,6 +532,7 @@ def test_the_picture_of_both_regimes():
         rows += [fake(options, "best_of_n", 0.0, 0, -0.3), fake(options, "rwr", 1e-2, 100, 0.4, "sweep")]
         rows += [fake(options, "routing+nft", 1e-2, 0, 0.4), fake(replace(options, set="rank=4"), "rwr", 1e-2, 0, 0.4)]
     rows.append(fake(replace(options, set=arena_tables.FREE), "rwr", 1e-2, 0, 0.2))
+    rows += [fake(options, "kvpo", 1e-1, 0, -0.5)]  # of several rates the best is drawn
     left, right = arena_tables.regimes(rows).axes
     for axes, end in ((left, 0.7), (right, 0.55)):
         (line,) = [line for line in axes.lines if len(line.get_xdata()) == 3]
@@ -580,6 +581,8 @@ def test_the_table_of_a_regime():
     lines = tables.arena(rows).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| before training", "| kvpo"]  # a sweep has other prompts
     assert "| kvpo | 0.01 | 2 | 0.1 | .60 ± .10 |" in lines[3] and lines[3].endswith("| -.40 ± .10 |")
+    again = tables.arena([*rows, fake(options, "kvpo", 1e-1, 0, -0.9)]).splitlines()  # another rate has its own line
+    assert again[:4] == lines and "| kvpo | 0.1 | 1 |" in again[4]
     lines = tables.arena(rows[3:]).splitlines()  # no method has a seed yet
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| before training", "| kvpo", "| rwr"]
     assert "| kvpo | 0.1 | sweep |" in lines[3] and "| rwr | 0.01 | sweep | 0.1 | .30 |" in lines[4]
