@@ -1,29 +1,25 @@
 """Tables and figures of the arena, from its CSV.
 
-    python benchmarks/arena_tables.py --csv benchmarks/data/arena_settles.csv --output arena.md --figures arena
+    python benchmarks/arena_tables.py --csv benchmarks/data/arena_settles.csv --output arena.md
     python benchmarks/arena_tables.py --regimes figures/arena.png
     python benchmarks/arena_tables.py --hacking figures/hacking.png
 
+The first writes all that a file holds; files of several machines can be given together. Changes are after - before on
+the evaluation prompts, with their standard error over seeds; one seed has none. "over prompts" is the standard error of
+the paired change, mean over seeds. The learning rate of a method was chosen on a seed and on evaluation prompts that
+are in the table of the sweep alone. A run that went on counts at every budget at which it was evaluated.
+
 The second draws what the comparison is for: what is learned where memory decides, and where noise does. The third: what
-the reward gains, and what the story loses, when the taste alone is rewarded. Files of
-several machines can be given together. Changes are after - before on the evaluation prompts, with their standard error
-over seeds; one seed has none. "over prompts" is the standard error of the paired change, mean over seeds. The learning
-rate of a method was chosen on a seed and on evaluation prompts that are in the table of the sweep alone. A run that
-went on counts at every budget at which it was evaluated. Curves are means over seeds, bands one standard error; Best-
-of-N trains nothing and is a level. Other settings of a method are drawn from five seeds on. A method has the same
-colour in every figure; its further settings and rates are dotted.
+the reward gains, and what the story loses, when the taste alone is rewarded.
 """
 
 import argparse
-import collections
 import math
-import os
-import re
 import statistics
 from pathlib import Path
 
 from kvpo_min.compare.arena import HERE, UNTRAINED, read_rows
-from kvpo_min.compare.baselines import EXPLORATIONS, METHODS, POLICIES, REFUSED
+from kvpo_min.compare.baselines import METHODS
 from kvpo_min.pocket.world import DAYLIGHT
 from kvpo_min.viz import ANCHOR, BRANCHES
 
@@ -32,12 +28,10 @@ SHOWN = {"reward": "reward", "vq": "VQ", "mq": "MQ", "ta": "TA", "judge_all": "j
          "judge_journey": "journey", "judge_distance": "distance", "sharpness": "sharpness",
          "motion_energy": "motion energy", "diversity": "diversity"}  # fmt: skip
 SMALL = ("sharpness", "motion_energy")  # whose changes need more digits
-REGIMES = {"settles": "where memory decides", "wanders": "where noise decides"}
-FREE = "prefix_coef=0"  # nothing holds the past: drawn dotted
-SEEDS = 5  # of other settings that are drawn beside the methods as they are
+FREE = "prefix_coef=0"  # nothing holds the past
+HOLDLESS = ("astrolabe", *UNTRAINED)  # methods that have no such setting
+REGIMES = {"settles": ("where memory decides, past held", ""), "wanders": ("where noise decides, past not held", FREE)}
 COLOURS = dict(zip((*METHODS, *UNTRAINED), (*BRANCHES, "black", ANCHOR, "black"), strict=True))  # in every figure
-STYLES = ("-", ":", "-.")  # of a method's further settings and rates
-PANELS = ("reward", "judge_all", "judge_liked", "judge_coherent", "judge_distance", "diversity")
 
 
 def change(row: dict[str, str], name: str) -> float:
@@ -81,10 +75,6 @@ def best_of(sweep: list[dict]) -> str:
     return max(gains, key=gains.get)
 
 
-def sweeps_of(rows: list[dict]) -> list[dict]:
-    return [row for row in rows if row["purpose"] == "sweep"]
-
-
 def main_table(rows: list[dict]) -> str:
     """One line a method and learning rate: the rows of its last budget."""
     header = ["method", "learning rate", "seeds", "forward, thousands", "backward, thousands", "passes a video",
@@ -122,24 +112,6 @@ def sweep_table(rows: list[dict]) -> str:
     return markdown(["method", *rates, "best at the edge"], lines)
 
 
-def grid_table(rows: list[dict]) -> str:
-    """Change of the reward, and of the judge, in the 16 cells; below it, why some are refused."""
-    reasons, found = list(dict.fromkeys(REFUSED.values())), {}
-    for (method, _), own in by(rows, "method", "learning_rate").items():
-        ran = [row for row in own if not row["note"]]
-        changes = [shown([change(row, name) for row in ran] or [math.nan]) for name in ("reward", "judge_all")]
-        found.setdefault(method, []).append("; ".join(changes))
-
-    def cell(exploration: str, policy: str) -> str:
-        if reason := REFUSED.get((exploration, policy)):
-            return f"refused ({reasons.index(reason) + 1})"
-        return " / ".join(found.get(f"{exploration}+{policy}", ["-"]))
-
-    lines = [[e, *(cell(e, p) for p in POLICIES)] for e in EXPLORATIONS]
-    notes = "\n".join(f"{k}. {reason}" for k, reason in enumerate(reasons, start=1))
-    return markdown(["exploration", *POLICIES], lines) + "\n\n" + notes
-
-
 def ablation_table(rows: list[dict], plain: list[dict]) -> str:
     """One line a setting, below the method as it is (plain). "against defaults": the difference of the two changes of
     the reward, over the seeds that both have."""
@@ -159,73 +131,6 @@ def ablation_table(rows: list[dict], plain: list[dict]) -> str:
     return markdown([*head, *(SHOWN[name] for name in names[1:])], lines)
 
 
-def progress_table(rows: list[dict]) -> str:
-    """Change of the reward, and of the judge, at the evaluations that all seeds have; "" where no run has two."""
-    lines, budgets = [], sorted({row["budget"] for row in rows}, key=int)
-    for (method, settings, rate, asked), own in by(rows, "method", "set", "learning_rate", "asked").items():
-        ran, cells = [row for row in own if not row["note"]], {}
-        seeds = sum(row["budget"] == asked for row in ran)
-        for (budget,), then in by(ran, "budget").items():
-            if len(then) == seeds:
-                cells[budget] = "; ".join(shown([change(r, name) for r in then]) for name in ("reward", "judge_all"))
-        if len(cells) > 1:
-            label = f"{method} {settings}".strip()
-            lines.append([label, rate, str(seeds), *(cells.get(budget, "") for budget in budgets)])
-    return markdown(["method", "learning rate", "seeds", *(f"{int(b):,}" for b in budgets)], lines) if lines else ""
-
-
-def curve(rows: list[dict], name: str) -> tuple[list[float], list[float], list[float]]:
-    """Forward passes, mean change and its standard error over seeds, where most seeds have one; from (0, 0) on."""
-    points, budgets = [(0.0, 0.0, 0.0)], by(rows, "budget")
-    most = max(map(len, budgets.values()))
-    for _, own in sorted(budgets.items(), key=lambda item: int(item[0][0])):
-        if len(own) < most:
-            continue
-        mean, error = mean_error([change(row, name) for row in own])
-        spent = statistics.fmean(float(row["forwards"]) for row in own)
-        points.append((spent, mean, 0.0 if math.isnan(error) else error))
-    return tuple(map(list, zip(*points, strict=True)))
-
-
-def competitors_of(results: list[dict]) -> list[dict]:
-    """What is drawn: the methods as they are, not the cells of the grid, and other settings that have `SEEDS` seeds."""
-    named = [row for row in results if "+" not in row["method"]]
-    seeds = {key: len({row["seed"] for row in own}) for key, own in by(named, "method", "set").items()}
-    return [row for row in named if not row["set"] or seeds[row["method"], row["set"]] >= SEEDS]
-
-
-def curves(rows: list[dict]):
-    """Six panels: change against forward passes of training."""
-    from matplotlib.figure import Figure
-
-    order, figure = list(COLOURS), Figure(figsize=(14, 8), layout="constrained")
-    for axes, name in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-        drawn = collections.Counter()
-        lines = by(rows, "method", "set", "learning_rate")
-        for method, settings, rate in sorted(lines, key=lambda line: (order.index(line[0]), bool(line[1]))):
-            own = [row for row in lines[method, settings, rate] if not row["note"]]
-            if not own:
-                continue
-            if method in UNTRAINED:
-                label = f"{method}, {float(own[0]['passes_per_video']):.0f} passes a video"
-                level, _ = mean_error([change(row, name) for row in own])
-                axes.axhline(level, color=COLOURS[method], ls="--", label=label)
-                continue
-            x, mean, error = curve(own, name)
-            style, colour = STYLES[drawn[method] % len(STYLES)], COLOURS[method]
-            drawn[method] += 1
-            label = f"{method} {settings}".strip() + f", {rate}"
-            axes.plot(x, mean, style, color=colour, marker="o", ms=3, label=label)
-            low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
-            axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-        axes.axhline(0, color=ANCHOR, lw=0.8)
-        axes.set(title=f"change of {SHOWN[name]}", xlabel="forward passes of training")
-        axes.locator_params(axis="x", nbins=4)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    return figure
-
-
 def apart(marks: list[tuple[float, tuple]], step: float) -> list[tuple[float, tuple]]:
     """Marks at levels, moved where they would lie on each other: a pile is spread around its middle."""
     piles: list[list[tuple[float, tuple]]] = []
@@ -241,37 +146,56 @@ def bottom(pile: list[tuple[float, tuple]], step: float) -> float:
     return statistics.fmean(level for level, _ in pile) - step * (len(pile) - 1) / 2
 
 
+def lines_of(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """(method, settings) -> its reported rows; of several learning rates the one with most seeds, then with the best
+    reward at the whole budget."""
+    ran = [row for row in rows if row["purpose"] == "result" and not row["note"]]
+    found = {}
+    for (method, settings, _), own in by(ran, "method", "set", "learning_rate").items():
+        if ends := whole(own):
+            worth = len(ends), statistics.fmean(change(row, "reward") for row in ends)
+            found[method, settings] = max(found.get((method, settings), (worth, own)), (worth, own), key=lambda x: x[0])
+    return {key: own for key, (_, own) in found.items()}
+
+
+def whole(rows: list[dict]) -> list[dict]:
+    """Those at the end of their budget."""
+    return [row for row in rows if row["budget"] in (row["asked"], "0")]
+
+
+def regime(rows: list[dict], mode: str) -> dict[str, list[dict]]:
+    """Method -> its rows in a regime, with the regime's hold on the past; without the cells of the grid."""
+    found, (_, hold) = lines_of([row for row in rows if row["mode"] == mode]), REGIMES[mode]
+    return {m: own for (m, s), own in found.items() if "+" not in m and s == ("" if m in HOLDLESS else hold)}
+
+
 def regimes(rows: list[dict]):
     """Share of films that end as is liked against forward passes, a panel a regime: means over seeds, bands one
     standard error, each line named at its end; Best-of-N is a level. -> Figure"""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
-    for axes, (mode, title) in zip(figure.subplots(1, 2, sharey=True), REGIMES.items(), strict=True):
-        own = [row for row in rows if row["mode"] == mode and row["purpose"] == "result" and row["set"] in ("", FREE)]
-        own = [row for row in own if "+" not in row["method"] and not row["note"]]
+    for axes, (mode, (title, _)) in zip(figure.subplots(1, 2, sharey=True), REGIMES.items(), strict=True):
         ends = []
-        for (method, setting), ran in by(own, "method", "set").items():
-            ran = max(by(ran, "learning_rate").values(), key=lambda r: statistics.fmean(change(x, "reward") for x in r))
-            colour, width, style = COLOURS[method], 3 if method == "kvpo" else 1.5, STYLES[bool(setting)]
-            name = f"{method}, past not held" if setting else method
+        for method, ran in regime(rows, mode).items():
+            colour, width = COLOURS[method], 3 if method == "kvpo" else 1.5
             points = {0.0: [float(row["judge_liked_before"]) for row in ran]}
             for (budget,), then in by(ran, "budget").items():
                 if budget != "0":
                     spent = statistics.fmean(float(row["forwards"]) for row in then)
                     points[spent] = [float(row["judge_liked_after"]) for row in then]
             if method in UNTRAINED:
-                level = statistics.fmean(float(row["judge_liked_after"]) for row in ran)
+                level = mean_of("judge_liked_after", ran)
                 axes.axhline(level, color=colour, ls="--", lw=1)
-                ends.append((level, (name, colour)))
+                ends.append((level, (method, colour)))
                 continue
             x = sorted(points)
             mean, error = zip(*(mean_error(points[k]) for k in x), strict=True)
             error = [0.0 if math.isnan(e) else e for e in error]
-            axes.plot([k / 1000 for k in x], mean, style, color=colour, lw=width, marker="o", ms=4)
+            axes.plot([k / 1000 for k in x], mean, color=colour, lw=width, marker="o", ms=4)
             low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
             axes.fill_between([k / 1000 for k in x], low, high, color=colour, alpha=0.15, lw=0)
-            ends.append((mean[-1], (name, colour)))
+            ends.append((mean[-1], (method, colour)))
         for level, (text, colour) in apart(ends, 0.045):
             axes.annotate(text, (1.01, level), xycoords=("axes fraction", "data"), color=colour, va="center")
         axes.set(title=title, xlabel="thousand forward passes of training", ylim=(0, 1))
@@ -330,7 +254,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", nargs="+", default=["benchmarks/data/arena_settles.csv"])
     parser.add_argument("--output", default="arena.md", help="file of the tables")
-    parser.add_argument("--figures", default="arena", help="folder of the figures")
     parser.add_argument("--regimes", metavar="FILE", help="instead: the one picture of both regimes")
     parser.add_argument("--hacking", metavar="FILE", help="instead: reward against judge, from arena_hacking.csv")
     args = parser.parse_args(argv)
@@ -341,8 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.hacking:
         hacking(read_rows(Path("benchmarks/data/arena_hacking.csv"))).savefig(args.hacking, dpi=150)
         return
-    output, out = Path(args.output), ["Made by `python benchmarks/arena_tables.py`."]
-    rows = [row for path in args.csv for row in read_rows(Path(path))]
+    out, rows = ["# The arena, in full"], [row for path in args.csv for row in read_rows(Path(path))]
     for here, group in by(rows, *(name for name in HERE if name != "set")).items():
         model, mode, event, like, weights, prompts = here
         title = f"{mode} mode" + (f", '{event}'" if event else "") + (f", {model}" if model else "")
@@ -350,31 +272,17 @@ def main(argv: list[str] | None = None) -> None:
         results = by([row for row in group if row["purpose"] == "result"],
                      "method", "set", "learning_rate", "seed", "budget").values()  # fmt: skip
         results = [own[0] for own in results]  # of a shorter run and a longer one that passed by
-        competitors = competitors_of(results)
         for budget in sorted({row["asked"] for row in group} - {"0"}, key=int) or ["0"]:
             mine = [row for row in results if row["budget"] in (budget, "0")]
-            plain = [row for row in mine if not row["set"]]
-            methods, cells, other = ([row for row in plain if "+" not in row["method"]],
-                                     [row for row in plain if "+" in row["method"]],
-                                     [row for row in mine if row["set"]])  # fmt: skip
+            plain, other = [row for row in mine if not row["set"]], [row for row in mine if row["set"]]
             out.append(f"## {title}, reward {weights}, {prompts} prompts, {int(budget):,} forward passes")
-            if methods:
-                out.append(f"### methods\n\n{main_table(methods)}")
-            if cells:
-                out.append(f"### exploration x policy: reward; judge\n\n{grid_table(cells)}")
+            if plain:
+                out.append(f"### methods\n\n{main_table(plain)}")
             if other:
                 out.append(f"### other settings\n\n{ablation_table(other, plain)}")
-            if sweep := [row for row in sweeps_of(group) if row["budget"] == budget]:
+            if sweep := [row for row in group if row["purpose"] == "sweep" and row["budget"] == budget]:
                 out.append(f"### Sweep: change of the reward on a seed and prompts of its own\n\n{sweep_table(sweep)}")
-        measured = [row for row in group if row["purpose"] == "result" and row["budget"] != "0"]
-        if table := progress_table(measured):
-            out.append(f"## {title}, reward {weights}, {prompts} prompts: reward; judge on the way\n\n{table}")
-        if competitors:
-            path = Path(args.figures) / (re.sub(r"[^\w]+", "_", f"{title} {weights} {prompts} prompts") + ".png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            curves(competitors).savefig(path, dpi=110)
-            out.append(f"![change against forward passes]({Path(os.path.relpath(path, output.parent)).as_posix()})")
-    output.write_text("\n\n".join(["# The arena, in full", *out]) + "\n", encoding="utf-8")
+    Path(args.output).write_text("\n\n".join(out) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from arena_tables import FREE, REGIMES, lines_of, regime, whole
+
 from kvpo_min.compare.arena import read_rows
+from kvpo_min.compare.baselines import EXPLORATIONS, METHODS, POLICIES, REFUSED
 
 ROOT = Path(__file__).parents[1]
 DATA, RESULTS = ROOT / "benchmarks" / "data", ROOT / "docs" / "results.md"
@@ -86,30 +89,101 @@ def time_of(runs: Sequence[Mapping]) -> str:
     return "-" if None in seconds else f"{statistics.fmean(seconds):.0f} s"
 
 
-def arena(rows: Sequence[Mapping[str, str]]) -> str:
-    """One row a method, best first, at its whole budget: mean over the seeds that are reported with its standard error;
-    where no method has one yet, the best learning rate of the sweep, one seed. Shares of no films are left out."""
-    rows = [row for row in rows if not row["note"] and row["budget"] in (row["asked"], "0")]
-    rows = [row for row in rows if row["purpose"] == "result"] or rows
-    names = ("liked", "liked_anew", "coherent", "journey", "valid")
-    lines, before = [], rows[0]
-    swept = rows[0]["purpose"] != "result"  # then the best rate counts, else each has a line
-    keys = [(row["method"], row["set"], swept or row["learning_rate"]) for row in rows]
-    for key in dict.fromkeys(keys):
-        own, (method, changed, _) = [row for row, its in zip(rows, keys, strict=True) if its == key], key
-        ran = own if own[0]["purpose"] == "result" else [max(own, key=lambda row: float(row["reward_after"]))]
-        gains = [float(row["reward_after"]) - float(row["reward_before"]) for row in ran]
-        cells = [spread([float(row[f"judge_{name}_after"]) for row in ran]) for name in names]
-        rate = "-" if float(ran[0]["learning_rate"]) == 0 else ran[0]["learning_rate"]
-        seeds = str(len(ran)) if ran[0]["purpose"] == "result" else "sweep"
-        passes = f"{statistics.fmean(float(row['forwards']) for row in ran) / 1000:.1f}"
-        label = f"{method} {changed}".strip()
-        lines.append((statistics.fmean(gains), [label, rate, seeds, passes, *cells, spread(gains, "+")]))
-    lines.sort(key=lambda line: -line[0])
-    begin = [spread([float(before[f"judge_{name}_before"])]) for name in names]
-    first = ["before training", "-", "-", "-", *begin, "-"]
-    head = ["method", "rate", "seeds", "thousand passes", *(name.replace("_", " ") for name in names), "reward"]
-    return table(head, [first, *(line for _, line in lines)])
+def recorded(name: str) -> list[dict[str, str]]:
+    return read_rows(DATA / f"arena_{name}.csv")
+
+
+def ends_of(name: str) -> dict[tuple[str, str], list[dict[str, str]]]:
+    return {key: whole(own) for key, own in lines_of(recorded(name)).items()}
+
+
+def gain(row: Mapping[str, str]) -> float:
+    return float(row["reward_after"]) - float(row["reward_before"])
+
+
+def judged(rows: Sequence[Mapping[str, str]], name: str) -> str:
+    return spread([float(row[f"judge_{name}_after"]) for row in rows])
+
+
+def ahead(ours: Sequence[Mapping[str, str]], theirs: Sequence[Mapping[str, str]]) -> str:
+    """By how much more the reward rises, over the seeds that both have."""
+    other = {row["seed"]: gain(row) for row in theirs}
+    return spread([gain(row) - other[row["seed"]] for row in ours if row["seed"] in other], "+")
+
+
+def arena() -> str:
+    """Both regimes, a row a method: where memory decides with the past held, where noise does without. A method with a
+    loop of its own, or that trains nothing, has no such setting."""
+    names = ("liked", "journey")
+    parts = [{m: whole(own) for m, own in regime(recorded(mode), mode).items()} for mode in REGIMES]
+    rise = {m: statistics.fmean(map(gain, own)) for part in reversed(parts) for m, own in part.items()}
+    methods = sorted(rise, key=rise.get, reverse=True)
+    head, first = ["method"], ["before training"]
+    for part, title in zip(parts, ("memory", "noise"), strict=True):
+        head += [f"{title}: seeds", *names, "reward", "KVPO ahead by"]
+        before = part["kvpo"][0]
+        first += ["-", *(spread([float(before[f"judge_{name}_before"])]) for name in names), "-", "-"]
+    rows = []
+    for method in methods:
+        cells = [method]
+        for part in parts:
+            own = part.get(method, [])
+            cells += [
+                str(len(own)) if own else "-", *(judged(own, name) for name in names),
+                spread(list(map(gain, own)), "+"), ahead(part["kvpo"], own) if method != "kvpo" else "-",
+            ]  # fmt: skip
+        rows.append(cells)
+    return table(head, [first, *rows])
+
+
+def arena_hold() -> str:
+    """Does holding the past help, and whom: `liked`, and in brackets stories in their order."""
+    held = {"settles": ("", FREE), "wanders": ("", "prefix_coef=1.5", FREE)}
+    found = {mode: ends_of(mode) for mode in held}
+    methods = [m for m in dict.fromkeys(m for own in found.values() for m, s in own if s == FREE) if "+" not in m]
+
+    def cell(own: Sequence[Mapping[str, str]]) -> str:
+        return f"{judged(own, 'liked')} ({judged(own, 'journey')})" if own else "-"
+
+    title, how = {"settles": "memory", "wanders": "noise"}, {"": "15", "prefix_coef=1.5": "1.5", FREE: "0"}
+    head = ["method", *(f"{title[mode]}: {how[s]}" for mode, settings in held.items() for s in settings)]
+    rows = [[m, *(cell(found[mode].get((m, s), [])) for mode, settings in held.items() for s in settings)]
+            for m in methods]  # fmt: skip
+    return table(head, rows)
+
+
+def arena_grid() -> str:
+    """Exploration x policy: `liked` where memory decides / where noise does. Of several methods in a cell the bare one,
+    else the one whose reward rises most."""
+    found = {mode: ends_of(mode) for mode in REGIMES}
+
+    def cell(exploration: str, policy: str) -> str:
+        if (exploration, policy) in REFUSED:
+            return "refused"
+        in_it = [f"{exploration}+{policy}", *(
+            name for name, m in METHODS.items()
+            if (m.exploration, m.policy) == (exploration, policy) and name not in ("kvpo", "astrolabe", "rwr")
+        )]  # fmt: skip
+        shown = []
+        for mode, (_, setting) in REGIMES.items():
+            own = [rows for name in in_it if (rows := found[mode].get((name, setting)))]
+            if f"{exploration}+{policy}" not in {rows[0]["method"] for rows in own}:
+                own.sort(key=lambda rows: -statistics.fmean(map(gain, rows)))
+            shown.append(judged(own[0], "liked") if own else "-")
+        return " / ".join(shown)
+
+    return table(["exploration", *POLICIES], [[e, *(cell(e, p) for p in POLICIES)] for e in EXPLORATIONS])
+
+
+def arena_ablations() -> str:
+    """KVPO with one setting changed; "against as it is": how much more or less the reward rises, over seeds."""
+    found = ends_of("ablations")
+    usual, names = found["kvpo", ""], ("liked", "liked_anew", "coherent", "journey")
+    rows = []
+    for (_, setting), own in found.items():
+        rows.append([setting or "as it is", *(judged(own, name) for name in names), spread(list(map(gain, own)), "+"),
+                     ahead(own, usual) if setting else "-"])  # fmt: skip
+    return table(["changed", *(name.replace("_", " ") for name in names), "reward", "against as it is"], rows)
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
@@ -123,11 +197,10 @@ def spread(values: Sequence[float], sign: str = "") -> str:
 
 
 def made(name: str) -> str:
-    """The table of benchmarks/data/NAME.json; "who_decides" is made of three files."""
-    if name == "who_decides":
-        return who_decides()
-    if name.startswith("arena"):
-        return arena(read_rows(DATA / f"{name}.csv"))
+    """The table of benchmarks/data/NAME.json; "who_decides" and those of the arena are made of several files."""
+    of_several = {f.__name__: f for f in (who_decides, arena, arena_hold, arena_grid, arena_ablations)}
+    if name in of_several:
+        return of_several[name]()
     found = json.loads((DATA / f"{name}.json").read_text())
     kind = next(kind for kind in (distillation, exploration, seeds) if name.startswith(kind.__name__))
     return kind(found)

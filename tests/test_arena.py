@@ -15,7 +15,6 @@ import torch
 
 from kvpo_min import cli, kvpo, pocket
 from kvpo_min.chr import chunk_starts
-from kvpo_min.compare import arena as arena_of
 from kvpo_min.compare import arena as ring
 from kvpo_min.compare.arena import (
     COLUMNS,
@@ -67,7 +66,7 @@ def make(make_pipeline):
 def options_for(path, methods="rwr", **more):
     given = dict(seeds="0", learning_rates="1e-3", forwards=1, evaluations=1, eval_prompts=2, set=SMALL, mode="short",
                  vq=1.0, mq=1.0, ta=1.0)  # fmt: skip
-    return arena_of.ArenaOptions(csv=str(path), methods=methods, **given | more)
+    return ring.ArenaOptions(csv=str(path), methods=methods, **given | more)
 
 
 def read(path):
@@ -156,7 +155,7 @@ def test_budget_is_kept_within_one_update(make, tmp_path):
 def test_a_regime_has_the_demos_settings(mode, event, like, fork):
     from kvpo_min.cli.demo import DEFAULTS
 
-    options = arena_of.ArenaOptions(csv="unused", mode=mode)
+    options = ring.ArenaOptions(csv="unused", mode=mode)
     assert (options.event, options.like) == (event, like)
     same = ("prefix_coef", "groups_per_update", "num_iterations", "lr_scheduler", "adv_eps", "max_grad_norm")
     for method in ("kvpo", "flow_grpo", "neighbor_grpo", "fresh+nft"):
@@ -488,7 +487,7 @@ def test_the_command(make, tmp_path, capsys, monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def test_tables_and_figures(tmp_path, monkeypatch):
+def test_the_tables_of_a_file(tmp_path, monkeypatch):
     options = options_for(tmp_path / "a.csv", "main", forwards=90, set="", learning_rates="1e-4,1e-3")
     gains = [0.10, 0.16, 0.31]
     rows = [fake(options, "rwr", rate, 100, gain, "sweep") for rate, gain in ((1e-4, 0.1), (1e-3, 0.4))]
@@ -503,44 +502,37 @@ def test_tables_and_figures(tmp_path, monkeypatch):
     gains = [*gains, 0.19]
     for row in rows:
         ring.append_row(tmp_path / "a.csv", row)
-    (tmp_path / "docs").mkdir()
-    paths = ["--csv", "a.csv", "--output", "docs/tables.md", "--figures", "figures"]
     monkeypatch.chdir(tmp_path)
-    arena_tables.main(paths)
-    out = Path("docs/tables.md").read_text(encoding="utf-8")
+    arena_tables.main(["--csv", "a.csv", "--output", "tables.md"])
+    out = Path("tables.md").read_text(encoding="utf-8")
     mean, error = statistics.mean(gains), statistics.stdev(gains) / 4**0.5
     (line,) = [line for line in out.splitlines() if line.startswith("| rwr | 0.001 | 4 | ")]
     assert f"{mean:+.3f} ± {error:.3f}" in line and "| 4 |" in line
     assert "| best_of_n |" in out and "520" in out
     assert "**+0.400 ± 0.010**" in out and "edge" in out  # the largest of the rates was chosen
-    assert "| routing | refused (2) | - | -0.050; -0.050 | - |" in out
-    for reason in REFUSED.values():
-        assert reason in out
+    assert "| routing+energy | 0.001 | 1 |" in out
     assert "| num_generations=4 | rwr | 0.001 | 1 | +0.070 | -0.030 |" in out  # -.030: seed 0 has +.100 without
-    (figure,) = Path("figures").glob("*.png")
-    assert figure.stat().st_size > 10_000 and f"(../figures/{figure.name})" in out
     ring.append_row(tmp_path / "a.csv", fake(replace(options, eval_prompts=4), "rwr", 1e-3, 0, 0.1))
-    arena_tables.main(paths)
-    assert len(list(Path("figures").glob("*.png"))) == 2  # other prompts: a figure of its own
+    arena_tables.main(["--csv", "a.csv", "--output", "tables.md"])
+    assert "4 prompts" in Path("tables.md").read_text(encoding="utf-8")  # other prompts: a table of their own
 
 
 def test_the_picture_of_both_regimes():
-    """A panel a regime; KVPO's line ends at the mean of its seeds; sweeps, other settings and cells are not drawn."""
+    """A panel a regime, with its hold on the past; KVPO's line ends at the mean of its seeds; sweeps, other settings
+    and cells are not drawn."""
     rows = []
-    for mode, gains in (("settles", (0.1, 0.3)), ("wanders", (0.0, 0.1))):
-        options = options_for("a.csv", forwards=90, set="", mode=mode)
+    for mode, gains, hold in (("settles", (0.1, 0.3), ""), ("wanders", (0.0, 0.1), arena_tables.FREE)):
+        plain = options_for("a.csv", forwards=90, set="", mode=mode)
+        options = replace(plain, set=hold)
         rows += [fake(options, "kvpo", 1e-2, seed, g * k / 90 - 0.5, budget=k) for seed, g in enumerate(gains)
                  for k in (45, 90)]  # fmt: skip
-        rows += [fake(options, "best_of_n", 0.0, 0, -0.3), fake(options, "rwr", 1e-2, 100, 0.4, "sweep")]
+        rows += [fake(plain, "best_of_n", 0.0, 0, -0.3), fake(options, "rwr", 1e-2, 100, 0.4, "sweep")]
         rows += [fake(options, "routing+nft", 1e-2, 0, 0.4), fake(replace(options, set="rank=4"), "rwr", 1e-2, 0, 0.4)]
-    rows.append(fake(replace(options, set=arena_tables.FREE), "rwr", 1e-2, 0, 0.2))
-    rows += [fake(options, "kvpo", 1e-1, 0, -0.5)]  # of several rates the best is drawn
-    left, right = arena_tables.regimes(rows).axes
-    for axes, end in ((left, 0.7), (right, 0.55)):
+        rows += [fake(options, "kvpo", 1e-1, 0, 0.5), fake(plain, "astrolabe", 1e-2, 0, -0.9)]
+    for axes, end in zip(arena_tables.regimes(rows).axes, (0.7, 0.55), strict=True):
         (line,) = [line for line in axes.lines if len(line.get_xdata()) == 3]
         assert line.get_ydata()[0] == 1 and line.get_ydata()[-1] == pytest.approx(end)
-        assert {text.get_text() for text in axes.texts} - {"rwr, past not held"} == {"kvpo", "best_of_n"}
-    assert "rwr, past not held" in [text.get_text() for text in right.texts]
+        assert {text.get_text() for text in axes.texts} == {"kvpo", "best_of_n", "astrolabe"}
 
 
 def test_names_that_would_lie_on_each_other_are_spread():
@@ -573,46 +565,80 @@ def test_the_picture_of_hacking():
             assert list(line.get_ydata()) == pytest.approx(journeys)
 
 
-def test_the_table_of_a_regime():
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """benchmarks/tables.py on rows of our own: -> (module, a function that writes them)."""
     import tables
 
+    monkeypatch.setattr(tables, "DATA", tmp_path)
+
+    def write(name, rows):
+        for row in rows:
+            ring.append_row(tmp_path / f"arena_{name}.csv", row)
+
+    return tables, write
+
+
+def test_a_line_of_a_table_is_the_rate_with_most_seeds():
     options = options_for("a.csv", forwards=90, set="", mode="settles")
-    rows = [fake(options, "kvpo", 1e-2, seed, gain) for seed, gain in enumerate((-0.5, -0.3))]
-    rows += [fake(options, "kvpo", 1e-2, 0, 5.0, budget=45), fake(options, "kvpo", 1e-1, 100, 9.0, "sweep")]
-    rows += [fake(options, "rwr", rate, 100, gain, "sweep") for rate, gain in ((1e-3, -0.9), (1e-2, -0.7))]
-    lines = tables.arena(rows).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| before training", "| kvpo"]  # a sweep has other prompts
-    assert "| kvpo | 0.01 | 2 | 0.1 | .60 ± .10 |" in lines[3] and lines[3].endswith("| -.40 ± .10 |")
-    again = tables.arena([*rows, fake(options, "kvpo", 1e-1, 0, -0.9)]).splitlines()  # another rate has its own line
-    assert again[:4] == lines and "| kvpo | 0.1 | 1 |" in again[4]
-    lines = tables.arena(rows[3:]).splitlines()  # no method has a seed yet
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| before training", "| kvpo", "| rwr"]
-    assert "| kvpo | 0.1 | sweep |" in lines[3] and "| rwr | 0.01 | sweep | 0.1 | .30 |" in lines[4]
+    two = [fake(options, "kvpo", 1e-2, seed, -0.5) for seed in (0, 1)]
+    rows = [*two, fake(options, "kvpo", 1e-1, 0, 0.9), fake(options, "kvpo", 1e-2, 100, 0.9, "sweep")]
+    rows += [fake(options, "kvpo", 1e-2, 2, 0.9, budget=45), fake(options, "kvpo", 1e-2, 3, 0.9, note="diverged")]
+    (own,) = arena_tables.lines_of(rows).values()
+    assert arena_tables.whole(own) == two
+    better = [fake(options, "kvpo", 1e-3, seed, -0.4) for seed in (0, 1)]
+    assert arena_tables.lines_of([*rows, *better]) == {("kvpo", ""): better}
 
 
-def test_curves_are_means_over_seeds_at_each_budget():
-    options = options_for("a.csv", forwards=90, set="")
-    rows = [fake(options, "rwr", 1e-3, s, g * k / 90, budget=k) for s, g in enumerate((0.1, 0.3)) for k in (45, 90)]
-    x, mean, error = arena_tables.curve(rows, "reward")
-    assert x == [0, 45, 90]
-    assert mean == pytest.approx([0, 0.1, 0.2]) and error == pytest.approx([0, 0.05, 0.1])
+def test_the_table_of_both_regimes(recorded):
+    """Held where memory decides, not held where noise does; KVPO's lead is paired by seed."""
+    tables, write = recorded
+    for mode, setting, ours in (("settles", "", (-0.5, -0.3)), ("wanders", arena_tables.FREE, (-0.6, -0.6))):
+        options = options_for("a.csv", forwards=90, set=setting, mode=mode)
+        write(mode, [fake(options, "kvpo", 1e-2, seed, g) for seed, g in enumerate(ours)])
+        write(mode, [fake(options, "rwr", 1e-2, 1, -0.7), fake(options, "routing+nft", 1e-2, 0, -0.1)])
+        other = replace(options, set="" if setting else arena_tables.FREE)
+        write(mode, [fake(other, "rwr", 1e-2, 0, 0.9), fake(replace(options, set=""), "best_of_n", 0.0, 1, -0.2)])
+    head, _, *lines = tables.arena().splitlines()
+    assert [line.split(" | ")[0] for line in lines] == ["| before training", "| best_of_n", "| kvpo", "| rwr"]
+    assert lines[2] == ("| kvpo | 2 | .60 ± .10 | .60 ± .10 | -.40 ± .10 | - "
+                        "| 2 | .40 ± .00 | .40 ± .00 | -.60 ± .00 | - |")  # fmt: skip
+    assert lines[3] == "| rwr | 1 | .30 | .30 | -.70 | +.40 | 1 | .30 | .30 | -.70 | +.10 |"
+    assert tables.arena_hold().splitlines()[2:] == [
+        "| rwr | .30 (.30) | 1.90 (1.90) | 1.90 (1.90) | - | .30 (.30) |",
+        "| kvpo | .60 ± .10 (.60 ± .10) | - | - | - | .40 ± .00 (.40 ± .00) |",
+    ]
 
 
-def test_settings_are_drawn_from_five_seeds_on():
-    plain, changed = (options_for("a.csv", forwards=90, set=text) for text in ("", "rank=4"))
-    rows = [fake(plain, "rwr", 1e-3, 0, 0.1), fake(plain, "routing+energy", 1e-3, 0, 0.1)]
-    rows += [fake(changed, "rwr", 1e-3, seed, 0.1, budget=k) for seed in range(4) for k in (45, 90)]
-    assert arena_tables.competitors_of(rows) == rows[:1]
-    fifth = [*rows, fake(changed, "rwr", 1e-3, 4, 0.2)]
-    assert arena_tables.competitors_of(fifth) == [rows[0], *fifth[2:]]
-    labels = [text.get_text() for text in arena_tables.curves(fifth[2:]).legends[0].get_texts()]
-    assert labels == ["rwr rank=4, 0.001"]
+def test_the_grid_shows_the_bare_cell_or_the_best_method_in_it(recorded):
+    tables, write = recorded
+    for mode, setting in (("settles", ""), ("wanders", arena_tables.FREE)):
+        options = options_for("a.csv", forwards=90, set=setting, mode=mode)
+        write(mode, [fake(options, "routing+energy", 1e-2, 0, -0.5), fake(options, "kvpo", 1e-2, 0, -0.1)])
+        write(mode, [fake(options, "flow_grpo", 1e-2, 0, -0.3), fake(options, "neighbor_grpo", 1e-2, 0, -0.8),
+                     fake(options, "ar_copo", 1e-2, 0, -0.6)])  # fmt: skip
+    assert tables.arena_grid().splitlines()[2:] == [
+        "| fresh | .70 / .70 | refused | refused | - / - |",
+        "| initial | refused | .40 / .40 | refused | - / - |",
+        "| consistency | - / - | - / - | refused | - / - |",
+        "| routing | refused | - / - | .50 / .50 | - / - |",
+    ]
 
 
-def test_progress_shows_the_evaluations_that_all_seeds_have():
-    options = options_for("a.csv", forwards=90, set="")
-    rows = [fake(options, "rwr", 1e-3, s, g * k / 90, budget=k) for s, g in enumerate((0.1, 0.3)) for k in (45, 90)]
-    rows += [fake(options, "rwr", 1e-3, 0, 0.9, budget=30), fake(options, "kvpo", 1e-3, 0, 0.7, budget=90)]
-    (line,) = [line for line in arena_tables.progress_table(rows).splitlines() if "0.001" in line]
-    assert line == "| rwr | 0.001 | 2 |  | +0.100 ± 0.050; +0.100 ± 0.050 | +0.200 ± 0.100; +0.200 ± 0.100 |"
-    assert arena_tables.progress_table(rows[-1:]) == ""
+def test_the_table_of_ablations_compares_seed_by_seed(recorded):
+    tables, write = recorded
+    plain = options_for("a.csv", forwards=90, set="", mode="settles")
+    changed = replace(plain, set="kl_coef=5")
+    write("ablations", [fake(plain, "kvpo", 1e-2, seed, g) for seed, g in enumerate((-0.5, -0.3))])
+    write("ablations", [fake(changed, "kvpo", 1e-2, seed, g) for seed, g in enumerate((-0.7, -0.9))])
+    lines = tables.arena_ablations().splitlines()[2:]
+    assert lines[0] == "| as it is | .60 ± .10 | .60 ± .10 | .60 ± .10 | .60 ± .10 | -.40 ± .10 | - |"
+    assert lines[1].endswith("| -.80 ± .10 | -.40 ± .20 |") and lines[1].startswith("| kl_coef=5 | .20 ± .10 |")
+
+
+def test_the_tables_of_the_results_are_made_of_the_recorded_rows():
+    import tables
+
+    text = tables.RESULTS.read_text(encoding="utf-8")
+    assert text.count("<!-- table: ") == text.count("<!-- end -->") > 5
+    assert tables.rewritten(text) == text
