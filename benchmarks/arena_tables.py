@@ -31,6 +31,9 @@ SMALL = ("sharpness", "motion_energy")  # whose changes need more digits
 FREE = "prefix_coef=0"  # nothing holds the past
 HOLDLESS = ("astrolabe", *UNTRAINED)  # methods that have no such setting
 REGIMES = {"settles": ("where memory decides, past held", ""), "wanders": ("where noise decides, past not held", FREE)}
+NAMES = {"kvpo": "KVPO", "cm_grpo": "CM-GRPO", "flow_grpo": "Flow-GRPO", "dance_grpo": "DanceGRPO", "rwr": "RWR",
+         "neighbor_grpo": "Neighbor GRPO", "ar_copo": "AR-CoPO", "diffusion_nft": "DiffusionNFT",
+         "astrolabe": "Astrolabe", "best_of_n": "Best-of-N", "best_of_n_chunks": "Best-of-N, by chunks"}  # fmt: skip
 COLOURS = dict(zip((*METHODS, *UNTRAINED), (*BRANCHES, "black", ANCHOR, "black"), strict=True))  # in every figure
 
 
@@ -170,8 +173,8 @@ def regime(rows: list[dict], mode: str) -> dict[str, list[dict]]:
 
 
 def regimes(rows: list[dict]):
-    """Share of films that end as is liked against forward passes, a panel a regime: means over seeds, bands one
-    standard error, each line named at its end; Best-of-N is a level. -> Figure"""
+    """Share of films that end as is liked against forward passes, a panel a regime: means over seeds, a dot a seed at
+    the end, each line named with the rise of its reward; Best-of-N is a level. -> Figure"""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
@@ -179,26 +182,26 @@ def regimes(rows: list[dict]):
         ends = []
         for method, ran in regime(rows, mode).items():
             colour, width = COLOURS[method], 3 if method == "kvpo" else 1.5
-            points = {0.0: [float(row["judge_liked_before"]) for row in ran]}
-            for (budget,), then in by(ran, "budget").items():
-                if budget != "0":
-                    spent = statistics.fmean(float(row["forwards"]) for row in then)
-                    points[spent] = [float(row["judge_liked_after"]) for row in then]
+            last = whole(ran)
+            end = mean_of("judge_liked_after", last)
+            rise = round(statistics.fmean(change(row, "reward") for row in last), 2) + 0.0  # no -0
+            ends.append((end, (f"{NAMES[method]} ({rise:+.2f})".replace("0.", "."), colour)))
             if method in UNTRAINED:
-                level = mean_of("judge_liked_after", ran)
-                axes.axhline(level, color=colour, ls="--", lw=1)
-                ends.append((level, (method, colour)))
+                axes.axhline(end, color=colour, ls="--", lw=1)
                 continue
-            x = sorted(points)
-            mean, error = zip(*(mean_error(points[k]) for k in x), strict=True)
-            error = [0.0 if math.isnan(e) else e for e in error]
-            axes.plot([k / 1000 for k in x], mean, color=colour, lw=width, marker="o", ms=4)
-            low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
-            axes.fill_between([k / 1000 for k in x], low, high, color=colour, alpha=0.15, lw=0)
-            ends.append((mean[-1], (method, colour)))
-        for level, (text, colour) in apart(ends, 0.045):
+            points = [(0.0, mean_of("judge_liked_before", ran))]
+            for _, then in sorted(by(ran, "budget").items(), key=lambda item: int(item[0][0])):
+                points.append((mean_of("forwards", then) / 1000, mean_of("judge_liked_after", then)))
+            axes.plot(*zip(*points, strict=True), color=colour, lw=width)
+            axes.scatter(
+                [points[-1][0]] * len(last), [float(row["judge_liked_after"]) for row in last], s=14, color=colour
+            )
+        axes.axhline(points[0][1], color=ANCHOR, ls=":", lw=1)
+        axes.annotate("(rise of the reward)", (1.01, 1.0), xycoords="axes fraction", color=ANCHOR, va="center")
+        axes.annotate("before training", (0, points[0][1] - 0.04), color=ANCHOR)
+        for level, (text, colour) in apart(ends, 0.05):
             axes.annotate(text, (1.01, level), xycoords=("axes fraction", "data"), color=colour, va="center")
-        axes.set(title=title, xlabel="thousand forward passes of training", ylim=(0, 1))
+        axes.set(title=title, xlabel="thousand forward passes of training", ylim=(0, 1.02))
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("films that end as is liked (held out)")
     return figure

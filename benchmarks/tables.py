@@ -9,7 +9,7 @@ document is written by hand.
 import json
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from arena_tables import FREE, REGIMES, lines_of, regime, whole
@@ -105,10 +105,14 @@ def judged(rows: Sequence[Mapping[str, str]], name: str) -> str:
     return spread([float(row[f"judge_{name}_after"]) for row in rows])
 
 
-def ahead(ours: Sequence[Mapping[str, str]], theirs: Sequence[Mapping[str, str]]) -> str:
-    """By how much more the reward rises, over the seeds that both have."""
-    other = {row["seed"]: gain(row) for row in theirs}
-    return spread([gain(row) - other[row["seed"]] for row in ours if row["seed"] in other], "+")
+def liked(row: Mapping[str, str]) -> float:
+    return float(row["judge_liked_after"])
+
+
+def ahead(ours: Sequence[Mapping[str, str]], theirs: Sequence[Mapping[str, str]], by: Callable = gain) -> str:
+    """By how much more the reward rises (or what `by` says), over the seeds that both have."""
+    other = {row["seed"]: by(row) for row in theirs}
+    return spread([by(row) - other[row["seed"]] for row in ours if row["seed"] in other], "+")
 
 
 def arena() -> str:
@@ -176,14 +180,18 @@ def arena_grid() -> str:
 
 
 def arena_ablations() -> str:
-    """KVPO with one setting changed; "against as it is": how much more or less the reward rises, over seeds."""
+    """KVPO with one setting changed; differences to KVPO as it is, over seeds."""
     found = ends_of("ablations")
-    usual, names = found["kvpo", ""], ("liked", "liked_anew", "coherent", "journey")
-    rows = []
+    usual, rows = found["kvpo", ""], []
     for (_, setting), own in found.items():
-        rows.append([setting or "as it is", *(judged(own, name) for name in names), spread(list(map(gain, own)), "+"),
-                     ahead(own, usual) if setting else "-"])  # fmt: skip
-    return table(["changed", *(name.replace("_", " ") for name in names), "reward", "against as it is"], rows)
+        less = [ahead(own, usual, by) if setting else "-" for by in (liked, gain)]
+        steps = str(round(statistics.fmean(float(row["updates"]) for row in own)))
+        rows.append([setting or "as it is", steps, judged(own, "liked"), less[0], judged(own, "journey"),
+                     spread(list(map(gain, own)), "+"), less[1]])  # fmt: skip
+    rows.sort(key=lambda row: row[0] != "as it is")
+    begin = [spread([float(usual[0][f"judge_{name}_before"])]) for name in ("liked", "journey")]
+    rows.insert(0, ["before training", "-", begin[0], "-", begin[1], "-", "-"])
+    return table(["changed", "updates", "liked", "more than as it is", "journey", "reward", "more than as it is"], rows)
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:

@@ -529,10 +529,11 @@ def test_the_picture_of_both_regimes():
         rows += [fake(plain, "best_of_n", 0.0, 0, -0.3), fake(options, "rwr", 1e-2, 100, 0.4, "sweep")]
         rows += [fake(options, "routing+nft", 1e-2, 0, 0.4), fake(replace(options, set="rank=4"), "rwr", 1e-2, 0, 0.4)]
         rows += [fake(options, "kvpo", 1e-1, 0, 0.5), fake(plain, "astrolabe", 1e-2, 0, -0.9)]
-    for axes, end in zip(arena_tables.regimes(rows).axes, (0.7, 0.55), strict=True):
+    for axes, end, rise in zip(arena_tables.regimes(rows).axes, (0.7, 0.55), ("-.30", "-.45"), strict=True):
         (line,) = [line for line in axes.lines if len(line.get_xdata()) == 3]
         assert line.get_ydata()[0] == 1 and line.get_ydata()[-1] == pytest.approx(end)
-        assert {text.get_text() for text in axes.texts} == {"kvpo", "best_of_n", "astrolabe"}
+        named = {f"KVPO ({rise})", "Best-of-N (-.30)", "Astrolabe (-.90)", "before training", "(rise of the reward)"}
+        assert {text.get_text() for text in axes.texts} == named
 
 
 def test_names_that_would_lie_on_each_other_are_spread():
@@ -632,8 +633,11 @@ def test_the_table_of_ablations_compares_seed_by_seed(recorded):
     write("ablations", [fake(plain, "kvpo", 1e-2, seed, g) for seed, g in enumerate((-0.5, -0.3))])
     write("ablations", [fake(changed, "kvpo", 1e-2, seed, g) for seed, g in enumerate((-0.7, -0.9))])
     lines = tables.arena_ablations().splitlines()[2:]
-    assert lines[0] == "| as it is | .60 ± .10 | .60 ± .10 | .60 ± .10 | .60 ± .10 | -.40 ± .10 | - |"
-    assert lines[1].endswith("| -.80 ± .10 | -.40 ± .20 |") and lines[1].startswith("| kl_coef=5 | .20 ± .10 |")
+    assert lines == [
+        "| before training | - | 1.00 | - | 1.00 | - | - |",
+        "| as it is | 3 | .60 ± .10 | - | .60 ± .10 | -.40 ± .10 | - |",
+        "| kl_coef=5 | 3 | .20 ± .10 | -.40 ± .20 | .20 ± .10 | -.80 ± .10 | -.40 ± .20 |",
+    ]
 
 
 def test_the_tables_of_the_results_are_made_of_the_recorded_rows():
