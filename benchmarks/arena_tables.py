@@ -15,6 +15,7 @@ the reward gains, and what the story loses, when the taste alone is rewarded.
 
 import argparse
 import math
+import re
 import statistics
 from pathlib import Path
 
@@ -185,7 +186,7 @@ def regimes(rows: list[dict]):
             last = whole(ran)
             end = mean_of("judge_liked_after", last)
             rise = round(statistics.fmean(change(row, "reward") for row in last), 2) + 0.0  # no -0
-            ends.append((end, (f"{NAMES[method]} ({rise:+.2f})".replace("0.", "."), colour)))
+            ends.append((end, (re.sub(r"\b0\.", ".", f"{NAMES[method]} ({rise:+.2f})"), colour)))
             if method in UNTRAINED:
                 axes.axhline(end, color=colour, ls="--", lw=1)
                 continue
