@@ -35,7 +35,8 @@ REGIMES = {"settles": ("where memory decides, past held", ""), "wanders": ("wher
 NAMES = {"kvpo": "KVPO", "cm_grpo": "CM-GRPO", "flow_grpo": "Flow-GRPO", "dance_grpo": "DanceGRPO", "rwr": "RWR",
          "neighbor_grpo": "Neighbor GRPO", "ar_copo": "AR-CoPO", "diffusion_nft": "DiffusionNFT",
          "astrolabe": "Astrolabe", "best_of_n": "Best-of-N", "best_of_n_chunks": "Best-of-N, by chunks"}  # fmt: skip
-COLOURS = dict(zip((*METHODS, *UNTRAINED), (*BRANCHES, "black", ANCHOR, "black"), strict=True))  # in every figure
+INKS = [colour if colour != "#F0E442" else "#808000" for colour in BRANCHES]  # text in yellow on white is not readable
+COLOURS = dict(zip((*METHODS, *UNTRAINED), (*INKS, "black", ANCHOR, "black"), strict=True))  # in every figure
 
 
 def change(row: dict[str, str], name: str) -> float:
@@ -228,8 +229,7 @@ def hacking(rows: list[dict]):
     ways, ends = {}, []
     for row in rows:
         ways.setdefault(how_held(row), []).append(row)
-    readable = [colour for colour in BRANCHES if colour != "#F0E442"]  # yellow on white is not
-    for colour, (way, own) in zip(readable, ways.items(), strict=False):
+    for colour, (way, own) in zip(INKS, ways.items(), strict=False):
         points = [(0.0, mean_of("judge_liked_before", own), mean_of("judge_journey_before", own))]
         for _, then in sorted(by(own, "budget").items(), key=lambda item: int(item[0][0])):
             points.append((statistics.fmean(change(row, "vq") for row in then),

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from arena_tables import FREE, REGIMES, lines_of, regime, whole
+from arena_tables import FREE, REGIMES, by, lines_of, regime, whole
 
 from kvpo_min.compare.arena import read_rows
 from kvpo_min.compare.baselines import EXPLORATIONS, METHODS, POLICIES, REFUSED
@@ -179,6 +179,35 @@ def arena_grid() -> str:
     return table(["exploration", *POLICIES], [[e, *(cell(e, p) for p in POLICIES)] for e in EXPLORATIONS])
 
 
+def arena_mixture() -> str:
+    """Scripts that hold both events: a row a taste, method and hold on the past."""
+    rows = []
+    for (like,), all_of_it in by(recorded("mixture"), "like").items():
+        for (method, setting), own in lines_of(all_of_it).items():
+            own = whole(own)
+            before, after = [[float(row[f"judge_liked_{when}"]) for row in own] for when in ("before", "after")]
+            rows.append([like.replace(",", ", "), method, "no" if setting == FREE else "yes", str(len(own)),
+                         f"{spread(before[:1])} to {spread(after)}", judged(own, "journey"),
+                         spread(list(map(gain, own)), "+")])  # fmt: skip
+    return table(["liked are", "method", "past held", "seeds", "liked", "journey", "reward"], rows)
+
+
+def arena_selective() -> str:
+    """What a KL to the reference does to Astrolabe when taste alone is rewarded, at half the budget and at the end."""
+    rows = []
+    for (setting,), own in by(recorded("selective"), "set").items():
+        held = dict(pair.split("=") for pair in setting.split(","))
+        weight, which = held["kl_coef"], "all" if "selective" in held else "the suspicious"
+        half, end = own
+        which = which if float(weight) else "-"
+        rows.append([weight, which, *(judged([half], name) for name in ("liked", "journey")),
+                     *(judged([end], name) for name in ("liked", "journey", "valid")),
+                     spread([float(end["vq_after"]) - float(end["vq_before"])], "+")])  # fmt: skip
+    head = ["KL", "on which candidates", "half-way: liked", "journey", "end: liked", "journey", "valid",
+            "gain of taste"]  # fmt: skip
+    return table(head, rows)
+
+
 def arena_ablations() -> str:
     """KVPO with one setting changed; differences to KVPO as it is, over seeds."""
     found = ends_of("ablations")
@@ -206,7 +235,8 @@ def spread(values: Sequence[float], sign: str = "") -> str:
 
 def made(name: str) -> str:
     """The table of benchmarks/data/NAME.json; "who_decides" and those of the arena are made of several files."""
-    of_several = {f.__name__: f for f in (who_decides, arena, arena_hold, arena_grid, arena_ablations)}
+    several = (who_decides, arena, arena_hold, arena_grid, arena_mixture, arena_selective, arena_ablations)
+    of_several = {f.__name__: f for f in several}
     if name in of_several:
         return of_several[name]()
     found = json.loads((DATA / f"{name}.json").read_text())

@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import statistics
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -15,6 +16,8 @@ import torch
 
 from kvpo_min import cli, kvpo, pocket
 from kvpo_min.chr import chunk_starts
+from kvpo_min.cli.models import run_rewards
+from kvpo_min.cli.options import parse_options
 from kvpo_min.compare import arena as ring
 from kvpo_min.compare.arena import (
     COLUMNS,
@@ -638,6 +641,49 @@ def test_the_table_of_ablations_compares_seed_by_seed(recorded):
         "| as it is | 3 | .60 ± .10 | - | .60 ± .10 | -.40 ± .10 | - |",
         "| kl_coef=5 | 3 | .20 ± .10 | -.40 ± .20 | .20 ± .10 | -.80 ± .10 | -.40 ± .20 |",
     ]
+
+
+def test_the_table_of_both_events_keeps_taste_and_hold_apart(recorded):
+    tables, write = recorded
+    plain = options_for("a.csv", forwards=90, set="", mode="settles", like="beach,snow")
+    write("mixture", [fake(plain, "kvpo", 1e-2, seed, g) for seed, g in enumerate((-0.5, -0.3))])
+    write("mixture", [fake(replace(plain, like="left"), "kvpo", 1e-2, 0, -0.7)])
+    write("mixture", [fake(replace(plain, like="left", set=arena_tables.FREE), "rwr", 1e-2, 0, -0.8)])
+    assert tables.arena_mixture().splitlines()[2:] == [
+        "| beach, snow | kvpo | yes | 2 | 1.00 to .60 ± .10 | .60 ± .10 | -.40 ± .10 |",
+        "| left | kvpo | yes | 1 | 1.00 to .30 | .30 | -.70 |",
+        "| left | rwr | no | 1 | 1.00 to .20 | .20 | -.80 |",
+    ]
+
+
+def test_the_table_of_selective_kl(recorded):
+    tables, write = recorded
+    for settings, gain in (("kl_coef=0,old_decay=0", 0.9), ("kl_coef=1,old_decay=0,selective=false", 0.1)):
+        options = options_for("a.csv", forwards=90, set=settings, mode="wanders")
+        for budget in (45, 90):
+            row = fake(options, "astrolabe", 1e-2, 0, gain - 1, budget=budget)
+            write("selective", [row | {"vq_before": "0.5", "vq_after": f"{0.5 + gain * budget / 90}"}])
+    assert tables.arena_selective().splitlines()[2:] == [
+        "| 0 | - | .90 | .90 | .90 | .90 | .90 | +.90 |",
+        "| 1 | all | .10 | .10 | .10 | .10 | .10 | +.10 |",
+    ]
+
+
+def test_the_recorded_rows_are_all_that_the_script_asks_for():
+    """benchmarks/arena.sh with a kvpo-min that only says what it was called with: nothing is left to compute."""
+    root = Path(__file__).parents[1]
+    calls = 'kvpo-min() { printf "%s\\0" "$@"; printf "\\n"; }; python() { :; }; source benchmarks/arena.sh'
+    said = subprocess.run(["bash", "-c", calls], cwd=root, capture_output=True, text=True, check=True).stdout
+    asked = Counter()
+    for call in said.splitlines():
+        command, *argv = call.rstrip("\0").split("\0")
+        (options,) = parse_options(command, (ring.ArenaOptions,), argv)
+        path = root / options.csv
+        asked[path.name] += 1
+        here, rows = ring.shared_key(options, run_rewards(options)), ring.read_rows(path)
+        ring.check(options, here, rows)
+        assert ring.left(options, here, rows) == [], call
+    assert set(asked) == {path.name for path in (root / "benchmarks/data").glob("arena_*.csv")}
 
 
 def test_the_tables_of_the_results_are_made_of_the_recorded_rows():
