@@ -34,7 +34,8 @@ HOLDLESS = ("astrolabe", *UNTRAINED)  # methods that have no such setting
 REGIMES = {"settles": ("where memory decides, past held", ""), "wanders": ("where noise decides, past not held", FREE)}
 NAMES = {"kvpo": "KVPO", "cm_grpo": "CM-GRPO", "flow_grpo": "Flow-GRPO", "dance_grpo": "DanceGRPO", "rwr": "RWR",
          "neighbor_grpo": "Neighbor GRPO", "ar_copo": "AR-CoPO", "diffusion_nft": "DiffusionNFT",
-         "astrolabe": "Astrolabe", "best_of_n": "Best-of-N", "best_of_n_chunks": "Best-of-N, by chunks"}  # fmt: skip
+         "astrolabe": "Astrolabe", "best_of_n": "Best-of-N, untrained",
+         "best_of_n_chunks": "Best-of-N by chunks, untrained"}  # fmt: skip
 INKS = [colour if colour != "#F0E442" else "#808000" for colour in BRANCHES]  # text in yellow on white is not readable
 COLOURS = dict(zip((*METHODS, *UNTRAINED), (*INKS, "black", ANCHOR, "black"), strict=True))  # in every figure
 
