@@ -19,10 +19,14 @@ memory --methods best_of_n
 memory --methods routing+energy --learning_rates 1e-2
 memory --methods routing+distance --learning_rates 1e-3,3e-3,1e-2,3e-2
 memory --methods routing+nft --learning_rates 3e-3,1e-2,3e-2,1e-1
+memory --methods initial+nft,consistency+distance --learning_rates 1e-2 --seeds 0
+memory --methods consistency+nft --learning_rates 3e-2 --seeds 0
 # ... nothing held
 free memory --methods kvpo --learning_rates 1e-3
 free memory --methods kvpo --learning_rates 3e-4
 free memory --methods diffusion_nft,flow_grpo --learning_rates 1e-2 --seeds 0
+free memory --methods neighbor_grpo,dance_grpo,ar_copo --learning_rates 1e-3 --seeds 0
+free memory --methods cm_grpo,rwr --learning_rates 3e-4 --seeds 0
 
 # where noise decides, nothing held
 free noise --methods kvpo --learning_rates 3e-4,1e-3,3e-3,1e-2,3e-2 $five
@@ -31,7 +35,7 @@ free noise --methods flow_grpo --learning_rates 1e-3,3e-3,1e-2
 free noise --methods cm_grpo --learning_rates 1e-4,3e-4,1e-3,3e-3
 free noise --methods rwr --learning_rates 1e-4,3e-4,1e-3,3e-3,1e-2
 free noise --methods dance_grpo --learning_rates 1e-3,3e-3,1e-2
-free noise --methods neighbor_grpo,ar_copo --learning_rates 1e-3,3e-3,1e-2
+free noise --methods neighbor_grpo,ar_copo --learning_rates 1e-4,3e-4,1e-3,3e-3,1e-2
 noise --methods astrolabe --learning_rates 3e-4,1e-3,3e-3,1e-2
 noise --methods astrolabe --learning_rates 1e-3,3e-3,1e-2 $five --set old_decay=0
 noise --methods best_of_n
@@ -39,6 +43,8 @@ noise --methods best_of_n
 free noise --methods routing+energy --learning_rates 1e-3
 free noise --methods routing+distance --learning_rates 3e-4,1e-3
 free noise --methods routing+nft --learning_rates 1e-3,3e-3,1e-2
+free noise --methods initial+nft,consistency+nft --learning_rates 1e-2
+free noise --methods consistency+distance --learning_rates 3e-4
 # ... the past held, in full and a tenth as hard
 noise --methods kvpo --evaluations 5
 noise --methods diffusion_nft,flow_grpo
