@@ -1,5 +1,5 @@
 # All rows of the tables "head to head" and "reward hacking" in docs/results.md: what the files in benchmarks/data hold
-# already is not computed again. Some 300 runs of 2 to 5 minutes on one core.
+# already is not computed again. Some 320 runs, 12 hours of training on one core.
 set -e
 arena() { kvpo-min arena --forwards 17500 --evaluations 1 "$@"; }
 memory() { arena --csv benchmarks/data/arena_settles.csv "$@"; }
