@@ -31,7 +31,7 @@ free memory --methods cm_grpo,rwr --learning_rates 3e-4 --seeds 0
 # where noise decides, nothing held
 free noise --methods kvpo --learning_rates 3e-4,1e-3,3e-3,1e-2,3e-2 $five
 free noise --methods diffusion_nft $five
-free noise --methods flow_grpo --learning_rates 1e-3,3e-3,1e-2
+free noise --methods flow_grpo --learning_rates 1e-3,3e-3,1e-2 $five
 free noise --methods cm_grpo --learning_rates 1e-4,3e-4,1e-3,3e-3
 free noise --methods rwr --learning_rates 1e-4,3e-4,1e-3,3e-3,1e-2
 free noise --methods dance_grpo --learning_rates 1e-3,3e-3,1e-2
