@@ -1,5 +1,6 @@
 # All rows of the tables "head to head" and "reward hacking" in docs/results.md: what the files in benchmarks/data hold
-# already is not computed again. Some 320 runs, 12 hours of training on one core.
+# already is not computed again. Some 320 runs, 12 hours of training on one core. Runs in the
+# root of the repository.
 set -e
 arena() { kvpo-min arena --forwards 17500 --evaluations 1 "$@"; }
 memory() { arena --csv benchmarks/data/arena_settles.csv "$@"; }
